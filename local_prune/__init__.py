@@ -1,0 +1,1 @@
+"""From calibration activations to candidates. Knows nothing of search."""

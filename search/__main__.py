@@ -1,0 +1,67 @@
+"""The command line: `python -m search +experiment=demo`. Exit status 0, or 1 with one line that says what was wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from search.arguments import accept_any_model, check_choices
+from search.config import conf_dir
+from supernet.errors import InputError
+
+
+def main() -> None:
+    """Run the command line in `sys.argv`."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed over many lines
+    with _user_errors():
+        sys.argv[1:] = accept_any_model(sys.argv[1:], conf_dir())
+        check_choices(sys.argv[1:], conf_dir())
+        _run()
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="search")
+def _run(config: DictConfig) -> None:
+    with _user_errors():  # here too: Hydra adds a line of its own to exceptions that leave the job
+        import transformers
+
+        from search.pipeline import run  # takes seconds (torch, transformers); a wrong option should not wait for it
+
+        transformers.utils.logging.disable_progress_bar()
+        # transformers logs a warning for each attribute that layers of a pruned model may differ in; ours are meant to.
+        logging.getLogger("transformers.integrations.heterogeneity").setLevel(logging.ERROR)
+        run(config, Path(HydraConfig.get().runtime.output_dir))
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    try:
+        yield
+    except (InputError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last completed step", file=sys.stderr)
+        sys.exit(130)
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of the first InputError among an exception and its causes, else of the innermost that has one, on one line."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    told = [link for link in chain if isinstance(link, InputError)] or [link for link in reversed(chain) if str(link)]
+    return " ".join(str(told[0]).split()) if told else type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The cost that an allocation must not exceed, and exact ways to meet it.
+
+`Budget` counts parameters of the prunable part. `closest` is an exact knapsack over levels: the allocation nearest to a wish
+whose cost lies within one smallest step of the budget, never above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+
+from supernet.errors import InputError
+from supernet.space import Allocation, Space
+
+CELLS = 200_000  # of the knapsack's table; costs whose common divisor is too small for that are rounded up
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `target` of `dense` parameters."""
+
+    target: int
+    dense: int
+    kind: str = "parameters"
+
+    @classmethod
+    def from_sparsity(cls, sparsity: float, space: Space) -> Budget:
+        """Remove the fraction `sparsity` of the prunable parameters; InputError where that is impossible in this space."""
+        if not 0.0 < sparsity < 1.0:
+            raise InputError(f"budget.sparsity={sparsity:g} must lie between 0 and 1; 0.5 removes half of the prunable parameters")
+        target = int(space.dense_cost * (1.0 - sparsity))
+        if target < space.lowest_cost:
+            highest = 1.0 - space.lowest_cost / space.dense_cost
+            raise InputError(
+                f"budget.sparsity={sparsity:g} cannot be met: all units at their highest level remove {highest:.4g}; "
+                "lower it, or raise supernet.levels or supernet.step"
+            )
+        return cls(target, space.dense_cost)
+
+    def met(self, space: Space, allocation: Allocation) -> bool:
+        """Not above the budget, and less than one smallest step below it."""
+        return 0 <= self.target - space.cost(allocation) < max(1, space.smallest_step)
+
+
+def uniform(space: Space, budget: Budget) -> Allocation:
+    """The allocation that gives every unit the same sparsity, as evenly as its levels allow.
+
+    Where the wanted sparsity falls between two levels, units take turns over depth so that each kind's running total follows
+    the wanted one; the knapsack then moves as little as it can to meet the budget.
+    """
+    sparsity = 1.0 - budget.target / budget.dense
+    wish = [0] * len(space.units)
+    for kind in dict.fromkeys(unit.kind for unit in space.units):
+        owed = 0.0
+        for index, unit in enumerate(space.units):
+            if unit.kind == kind:
+                owed += sparsity * unit.total
+                wish[index] = unit.nearest(round(unit.total - owed))
+                owed -= unit.total - unit.levels[wish[index]].kept
+    return closest(space, tuple(wish), budget)
+
+
+def closest(space: Space, wish: Allocation, budget: Budget) -> Allocation:
+    """The allocation nearest to `wish` that meets the budget (or, where none comes within a step of it, the fullest below it).
+
+    Distance is the sum over units of the squared difference in cost.
+    """
+    distances = [
+        np.array([((level.cost - unit.levels[want].cost) / budget.dense) ** 2 for level in unit.levels])
+        for unit, want in zip(space.units, wish, strict=True)
+    ]
+    return knapsack(space, distances, budget)
+
+
+def knapsack(space: Space, losses: Sequence[np.ndarray], budget: Budget) -> Allocation:
+    """The allocation of least total loss among those that meet the budget: dynamic programming over exact costs.
+
+    Args:
+        losses: For each unit the loss of each of its levels.
+    """
+    cell = max(gcd(*(level.cost for unit in space.units for level in unit.levels)), -(-budget.target // CELLS))
+    cells = budget.target // cell
+    best = np.full(cells + 1, np.inf)
+    best[0] = 0.0
+    choices = []
+    for unit, loss in zip(space.units, losses, strict=True):
+        new, choice = np.full(cells + 1, np.inf), np.zeros(cells + 1, dtype=np.int16)
+        for level, value in enumerate(loss):
+            cost = -(-unit.levels[level].cost // cell)
+            if cost > cells:
+                continue
+            total = best[: cells + 1 - cost] + value
+            better = total < new[cost:]
+            new[cost:][better] = total[better]
+            choice[cost:][better] = level
+        best = new
+        choices.append(choice)
+    window = max(0, (budget.target - max(1, space.smallest_step)) // cell + 1)
+    at = _fullest(best, window)
+    return _trace(space, choices, at, cell)
+
+
+def _fullest(best: np.ndarray, window: int) -> int:
+    """The cell of least loss within the window, or the fullest reachable cell below it."""
+    if np.isfinite(best[window:]).any():
+        return window + int(best[window:].argmin())
+    reachable = np.flatnonzero(np.isfinite(best))
+    if not len(reachable):
+        raise InputError("no allocation meets the budget; lower budget.sparsity or raise supernet.levels")
+    return int(reachable[-1])
+
+
+def _trace(space: Space, choices: Sequence[np.ndarray], at: int, cell: int) -> Allocation:
+    levels = []
+    for unit, choice in zip(reversed(space.units), reversed(choices), strict=True):
+        level = int(choice[at])
+        levels.append(level)
+        at -= -(-unit.levels[level].cost // cell)
+    return tuple(reversed(levels))

@@ -1,0 +1,1 @@
+"""The pruned model in formats that other tools load."""

@@ -1,0 +1,103 @@
+"""What the stages of a run share: model, text, levels and supernets, each made when it is first needed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from local_prune.walk import Calibration, build
+from search.config import cache_dir
+from search.data import TokenSet, prepare, split_record
+from search.levels import Grid, Mixture
+from search.models import LoadedModel
+from search.progress import track
+from search.run_directory import RunDirectory
+from supernet.architecture import SubBlock, sub_blocks
+from supernet.errors import InputError
+from supernet.space import Space
+from supernet.store import Supernet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """A run's configuration and directory, and what follows from them."""
+
+    config: DictConfig
+    directory: RunDirectory
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The dense model, on the run's device."""
+        dtype = getattr(torch, str(self.config.dtype), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise InputError(f"dtype={self.config.dtype} is not a float dtype of torch; use bfloat16, float16 or float32")
+        loaded: LoadedModel = instantiate(self.config.model, dtype=dtype)
+        loaded.model.to(self.device)  # type: ignore[arg-type]
+        return loaded
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the work is done: `device=auto` takes a GPU if there is one."""
+        name = str(self.config.device)
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.zeros(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); use device=cpu") from error
+        return torch.device(name)
+
+    @cached_property
+    def parts(self) -> tuple[SubBlock, ...]:
+        """The model's sub-blocks."""
+        return sub_blocks(self.loaded.model)
+
+    @cached_property
+    def tokens(self) -> dict[str, TokenSet]:
+        """Calibration, search and evaluation tokens; how the text was split is recorded in the run."""
+        data = self.config.data
+        source, sequences = instantiate(data.source), dict(data.sequences)
+        tokens = prepare(source, self.loaded.tokenizer, sequences, int(data.sequence_length), int(self.config.seed))
+        self.directory.write("checkpoint/data.json", split_record(tokens))
+        return tokens
+
+    @cached_property
+    def grid(self) -> Grid:
+        """Levels of all rounds."""
+        return Grid(int(self.config.supernet.levels), float(self.config.supernet.step), int(self.config.prune.multiple))
+
+    @cached_property
+    def finest_space(self) -> Space:
+        """Every level that the last round could reach anywhere: where the uniform baseline is taken from."""
+        step = self.grid.step / 2 ** (int(self.config.rounds) - 1)
+        return Grid(int(1.0 / step) + 1, step, self.grid.multiple).first(self.parts)[0]
+
+    def supernet(self, space: Space, mixture: Mixture, title: str, may_build: bool = True) -> Supernet:
+        """The finished supernet of a space: found on disk, continued, or built."""
+        prune = self.config.prune
+        description = {
+            "model": {"name": self.loaded.name, "fingerprint": self.loaded.fingerprint},
+            "data": self.tokens["calibration"].fingerprint,
+            "prune": OmegaConf.to_container(prune, resolve=True),
+            "dtype": str(self.config.dtype),
+            "mixture": {name: list(weights) for name, weights in mixture.items()},
+        }
+        root = self.config.supernet.root
+        supernet = Supernet.open_or_create(Path(root).expanduser() if root else cache_dir() / "supernets", space, description)
+        if supernet.complete:
+            log.info("%s: found in %s", title, supernet.path)
+        elif not may_build:
+            raise InputError(f"{title}: there is no finished supernet in {supernet.path}; add build to stages")
+        else:
+            calibration = Calibration(self.tokens["calibration"].ids, int(prune.batch), str(prune.fit))
+            with self.directory.stage("build"):
+                build(self.loaded.model, calibration, instantiate(prune.pruner), supernet, mixture, self.device, track, title)
+        return supernet

@@ -1,0 +1,133 @@
+"""A run's directory: what it has done so far, so that the same command goes on from there and another one is refused."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from search.strategies.base import Row, State
+from supernet.errors import InputError
+from supernet.store import write_atomic
+
+SETTINGS = "checkpoint/settings.json"
+COSTS = "checkpoint/costs.json"
+HISTORY = "history.parquet"
+
+
+class RunDirectory:
+    """Files of one run. Every write is atomic."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], fresh: bool) -> None:
+        """Open the directory for a run with these settings.
+
+        Args:
+            path: The directory; made if it is not there.
+            settings: JSON-able; all that the result depends on.
+            fresh: Move what is there aside first.
+
+        Raises:
+            InputError: The directory holds a run with other settings; the message lists them.
+        """
+        self.path = path
+        if fresh and (path / SETTINGS).exists():
+            _move_aside(path)
+        before = self.read(SETTINGS)
+        if before is None:
+            self.write(SETTINGS, settings)
+        elif before != json.loads(json.dumps(settings)):
+            changes = ", ".join(_changes(before, json.loads(json.dumps(settings))))
+            raise InputError(
+                f"{path} holds a run with other settings ({changes}); "
+                "set them back to continue it, choose another hydra.run.dir, or move it aside with fresh=true"
+            )
+
+    def read(self, name: str) -> Any:
+        """The content of a JSON file, or None where it is not there."""
+        file = self.path / name
+        if not file.exists():
+            return None
+        try:
+            return json.loads(file.read_text())
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({error}); delete it, or start over with fresh=true") from error
+
+    def write(self, name: str, content: Any) -> None:
+        """Write a JSON file."""
+        write_atomic(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
+
+    def load_state(self, round_index: int) -> State | None:
+        """Where the search of a round stands."""
+        content = self.read(f"checkpoint/round-{round_index}.json")
+        return None if content is None else State(**(content | {"parent": tuple(content["parent"])}))
+
+    def save_state(self, round_index: int, state: State, rows: list[Row]) -> None:
+        """Add a generation's rows to the history, then move the checkpoint on.
+
+        In this order, so that a kill in between leaves rows of a generation that is done again: they are replaced then.
+        """
+        history = self.history()
+        done_again = (history["iteration"] == round_index) & (history["generation"] >= state.generation - 1)
+        table = pd.concat([history[~done_again], _table(round_index, rows)], ignore_index=True) if rows else history[~done_again]
+        write_atomic(self.path / HISTORY, table.to_parquet(index=False))
+        self.write(f"checkpoint/round-{round_index}.json", asdict(state))
+
+    def history(self) -> pd.DataFrame:
+        """All rows so far."""
+        file = self.path / HISTORY
+        return pd.read_parquet(file) if file.exists() else _table(0, [])
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the seconds of a stage to those of earlier runs of it, and note the process's peak memory behind it."""
+        start = time.perf_counter()
+        yield
+        costs = self.read(COSTS) or {}
+        seconds = costs.get(name, {}).get("seconds", 0.0) + time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        costs[name] = {"seconds": round(seconds, 2), "peak_memory_bytes": max(peak, costs.get(name, {}).get("peak_memory_bytes", 0))}
+        self.write(COSTS, costs)
+
+    def costs(self) -> dict[str, Any]:
+        """Seconds and peak memory per stage."""
+        return dict(self.read(COSTS) or {})
+
+
+def _table(round_index: int, rows: list[Row]) -> pd.DataFrame:
+    columns = {
+        "iteration": pd.Series([round_index] * len(rows), dtype="int32"),
+        "generation": pd.Series([row.generation for row in rows], dtype="int32"),
+        "step": pd.Series([row.step for row in rows], dtype="int32"),
+        "tokens": pd.Series([row.tokens for row in rows], dtype="int64"),
+        "fitness": pd.Series([row.fitness for row in rows], dtype="float64"),
+        "survived": pd.Series([row.survived for row in rows], dtype="bool"),
+        "seconds": pd.Series([row.seconds for row in rows], dtype="float64"),
+        "allocation": pd.Series([" ".join(map(str, row.allocation)) for row in rows], dtype="str"),
+    }
+    return pd.DataFrame(columns)
+
+
+def _move_aside(path: Path) -> None:
+    """Move a run's files to the first free `<path>.old-<n>`. Hydra's own files of this job stay: they are being written."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    target.mkdir(parents=True)
+    for name in (HISTORY, "allocation.json", "metrics.json", "export", "checkpoint"):  # the checkpoint last: it makes a run
+        if (path / name).exists():
+            (path / name).rename(target / name)
+
+
+def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:
+    """Paths of the values that differ, with both values."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = dict.fromkeys([*before, *after])
+        return [line for key in keys for line in _changes(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key)]
+    return [] if before == after else [f"{prefix}: {json.dumps(before)} there, {json.dumps(after)} now"]

