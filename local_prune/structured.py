@@ -68,7 +68,9 @@ def _order_of_rows(inverse: Tensor, weight: Tensor, moment: Tensor, count: int, 
     return torch.cat(order) if order else names[:0]
 
 
-def _remove_rows(inverse: Tensor, weight: Tensor, moment: Tensor, steps: int, first_order: float) -> tuple[Tensor, Tensor, Tensor]:
+def _remove_rows(
+    inverse: Tensor, weight: Tensor, moment: Tensor, steps: int, first_order: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """`steps` removals: their indices (steps,), U (d, steps) and V (steps, d_out)."""
     U, V = inverse.new_zeros(len(inverse), steps), weight.new_zeros(steps, weight.shape[1])
     diagonal = inverse.diagonal().clone()

@@ -108,7 +108,7 @@ def _prune_one(
             problem = streams.problem(part, inputs, outputs)
             dense = part.projection.weight
             candidates = pruner.candidates(problem, dense, [v.kept for v in unit.levels[1:]], part.width, unit.name)
-            errors = [problem.error(member_columns(c.kept, part.width), c.weight.T) for c in candidates]
+            errors = problem.errors((member_columns(c.kept, part.width), c.weight.T) for c in candidates)
             seconds = round(time.perf_counter() - start, 3)
             supernet.write(unit.name, candidates, {"errors": [round(e, 6) for e in errors], "seconds": seconds})
             log.debug("%s: %.1f s, relative output errors %s", unit.name, seconds, errors)
@@ -117,7 +117,9 @@ def _prune_one(
         streams.advance(inputs, outputs, mean, bias)
 
 
-def mean_projection(part: SubBlock, candidates: Mapping[int, Candidate], weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
+def mean_projection(
+    part: SubBlock, candidates: Mapping[int, Candidate], weights: Sequence[float]
+) -> tuple[Tensor, Tensor | None]:
     """The projection whose output is the mixture of all levels' outputs.
 
     Levels differ in the projection alone (removed members do not change what the others put in), and it is linear, so the

@@ -56,10 +56,11 @@ def _user_errors() -> Iterator[None]:
 
 def _one_line(error: BaseException) -> str:
     """The message of the first InputError among an exception and its causes, else of the innermost that has one, on one line."""
-    chain = [error]
+    chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    told = [link for link in chain if isinstance(link, InputError)] or [link for link in reversed(chain) if str(link)]
+    users: list[BaseException] = [link for link in chain if isinstance(link, InputError)]
+    told = users or [link for link in reversed(chain) if str(link)]
     return " ".join(str(told[0]).split()) if told else type(error).__name__
 
 

@@ -30,7 +30,9 @@ class Budget:
     def from_sparsity(cls, sparsity: float, space: Space) -> Budget:
         """Remove the fraction `sparsity` of the prunable parameters; InputError where that is impossible in this space."""
         if not 0.0 < sparsity < 1.0:
-            raise InputError(f"budget.sparsity={sparsity:g} must lie between 0 and 1; 0.5 removes half of the prunable parameters")
+            raise InputError(
+                f"budget.sparsity={sparsity:g} must lie between 0 and 1; 0.5 removes half of the prunable parameters"
+            )
         target = int(space.dense_cost * (1.0 - sparsity))
         if target < space.lowest_cost:
             highest = 1.0 - space.lowest_cost / space.dense_cost

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,29 +30,39 @@ class Metrics:
     perplexity: float
     kl_divergence: float
 
-    def to_json(self) -> dict[str, Any]:
-        """As a dict."""
-        return asdict(self)
 
+class HeldOut:
+    """Held-out text with the dense model's targets on it, which models are measured against."""
 
-@torch.no_grad()
-def teacher_targets(model: PreTrainedModel, ids: Tensor, batch: int, track: Track) -> list[Targets]:
-    """The dense model's targets for each batch of ids (sequences, tokens)."""
-    head = _head(model)
-    return [targets(_hidden(model, rows).flatten(0, 1), head) for rows in track(ids.split(batch), "dense model on held-out text")]
+    def __init__(self, dense: PreTrainedModel, ids: Tensor, batch: int, track: Track) -> None:
+        """Run the dense model once.
 
+        Args:
+            dense: The dense model.
+            ids: (sequences, tokens) int64.
+            batch: Sequences in one forward pass.
+            track: Draws progress.
+        """
+        self.batches = ids.split(batch)
+        self.tokens = ids.numel()
+        self.predicted = len(ids) * (ids.shape[1] - 1)
+        self.track = track
+        self.targets: list[Targets] = []
+        self.dense = self.measure(dense, "dense")
 
-@torch.no_grad()
-def measure(model: PreTrainedModel, ids: Tensor, teacher: Sequence[Targets], batch: int, title: str, track: Track) -> Metrics:
-    """Metrics of a model on ids (sequences, tokens), against the targets of the same batches."""
-    head = _head(model)
-    loss = divergence = 0.0
-    for rows, target in zip(track(ids.split(batch), f"{title} model on held-out text"), teacher, strict=True):
-        hidden = _hidden(model, rows)
-        loss += float(negative_log_likelihood(hidden, head, rows.to(hidden.device)).double().sum())
-        divergence += float(kl_divergence(hidden.flatten(0, 1), head, target).double().sum())
-    predicted = len(ids) * (ids.shape[1] - 1)
-    return Metrics(parameter_count(model), math.exp(loss / predicted), divergence / ids.numel())
+    @torch.no_grad()
+    def measure(self, model: PreTrainedModel, title: str) -> Metrics:
+        """Metrics of a model. The first one measured is the dense one, which the others are compared with."""
+        head = model.get_output_embeddings()
+        assert isinstance(head, torch.nn.Linear)
+        loss = divergence = 0.0
+        for index, ids in enumerate(self.track(self.batches, f"{title} model on held-out text")):
+            hidden = _hidden(model, ids)
+            if index == len(self.targets):
+                self.targets.append(targets(hidden.flatten(0, 1), head))
+            loss += float(negative_log_likelihood(hidden, head, ids.to(hidden.device)).double().sum())
+            divergence += float(kl_divergence(hidden.flatten(0, 1), head, self.targets[index]).double().sum())
+        return Metrics(parameter_count(model), math.exp(loss / self.predicted), divergence / self.tokens)
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -61,9 +70,3 @@ def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
     output = model.base_model(input_ids=ids.to(model.device), use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
-
-
-def _head(model: PreTrainedModel) -> torch.nn.Linear:
-    head = model.get_output_embeddings()
-    assert isinstance(head, torch.nn.Linear)
-    return head

@@ -24,8 +24,8 @@ class Targets:
     """The dense model's side of the KL divergence for n tokens.
 
     Attributes:
-        expected: (n, hidden) float32, expected output embedding (plus, where the head has a bias, its expectation in `constant`).
-        constant: (n,) float32, the sum of p log p, less the expected bias.
+        expected: (n, hidden) float32, the expected output embedding. (A head's bias drops out: both sides have it.)
+        constant: (n,) float32, the sum of p log p.
     """
 
     expected: Tensor
@@ -34,19 +34,20 @@ class Targets:
 
 def logits_of(hidden: Tensor, head: nn.Linear) -> Tensor:
     """(n, hidden) -> (n, vocabulary) float32, multiplied in the head's dtype."""
-    return head(hidden.to(head.weight.dtype)).float()
+    logits: Tensor = head(hidden.to(head.weight.dtype))
+    return logits.float()
 
 
 def targets(hidden: Tensor, head: nn.Linear) -> Targets:
     """The teacher's side from the dense model's final hidden states (n, hidden)."""
-    expected, constant = [], []
+    expected, normaliser = [], []
     for chunk in hidden.split(CHUNK):
-        log_p = logits_of(chunk, head).log_softmax(-1)
-        p = log_p.exp()
-        bias = 0.0 if head.bias is None else p @ head.bias.float()
+        logits = logits_of(chunk, head)
+        normaliser.append(logits.logsumexp(-1))
+        p = logits.sub_(normaliser[-1].unsqueeze(1)).exp_()
         expected.append((p.to(head.weight.dtype) @ head.weight).float())
-        constant.append((p * log_p).sum(-1) - bias)
-    return Targets(torch.cat(expected), torch.cat(constant))
+    embedding = torch.cat(expected)
+    return Targets(embedding, (hidden.float() * embedding).sum(-1) - torch.cat(normaliser))
 
 
 def kl_divergence(hidden: Tensor, head: nn.Linear, teacher: Targets) -> Tensor:
@@ -56,11 +57,9 @@ def kl_divergence(hidden: Tensor, head: nn.Linear, teacher: Targets) -> Tensor:
 
 
 def negative_log_likelihood(hidden: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
-    """-log p of each following token, (batch, tokens - 1) float32, from hidden (batch, tokens, hidden) and ids (batch, tokens)."""
+    """-log p of each following token, (batch, tokens - 1), from hidden (batch, tokens, hidden) and ids (batch, tokens)."""
     losses = [
         nn.functional.cross_entropy(logits_of(chunk, head), wanted, reduction="none")
-        for chunk, wanted in zip(
-            hidden[:, :-1].flatten(0, 1).split(CHUNK), ids[:, 1:].flatten().split(CHUNK), strict=True
-        )
+        for chunk, wanted in zip(hidden[:, :-1].flatten(0, 1).split(CHUNK), ids[:, 1:].flatten().split(CHUNK), strict=True)
     ]
     return torch.cat(losses).view(len(ids), -1)

@@ -39,7 +39,9 @@ class Grid:
 
     def first(self, parts: Sequence[SubBlock]) -> tuple[Space, Mixture]:
         """The coarse grid: sparsities 0, step, 2 step, ... up to at most 1."""
-        return self._space(parts, {part.name: (0, self.levels) for part in parts}, self.step, dict.fromkeys((p.name for p in parts), 0.0))
+        return self._space(
+            parts, {part.name: (0, self.levels) for part in parts}, self.step, dict.fromkeys((p.name for p in parts), 0.0)
+        )
 
     def around(self, parts: Sequence[SubBlock], kept: Mapping[str, int], refinement: int) -> tuple[Space, Mixture]:
         """The grid of a later round: as many levels, spaced step / 2^refinement, around the members kept so far."""
@@ -74,7 +76,8 @@ def _expectation(counts: Sequence[int], with_dense: bool) -> tuple[float, ...]:
 
 def exact(parts: Sequence[SubBlock], kept: Mapping[str, int]) -> tuple[Space, Mixture]:
     """A space with one allocation to choose, its exact error accumulation as mixture: for the last rebuild along it."""
-    units, mixture = [], {}
+    units: list[Unit] = []
+    mixture: Mixture = {}
     for part in parts:
         sparser = kept[part.name] < part.members
         units.append(unit_of(part, (part.members, kept[part.name]) if sparser else (part.members,)))

@@ -257,9 +257,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with a token for each byte and an end-of-sequence token, 257 in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes as printable characters
-    bytes_only = Tokenizer(
-        BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[])
-    )
+    bytes_only = Tokenizer(BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytes_only.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<|endoftext|>")

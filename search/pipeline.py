@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 from search.budget import Budget, closest, uniform
-from search.evaluate import measure, teacher_targets
+from search.evaluate import HeldOut
 from search.evaluator import GenerationEvaluator
 from search.export.huggingface import export
 from search.job import Job
@@ -138,10 +139,10 @@ def _evaluate(job: Job, kept: Kept) -> None:
     }
     ids, batch = job.tokens["evaluation"].ids, int(job.config.evaluate.batch)
     with job.directory.stage("evaluate"):
-        teacher = teacher_targets(job.loaded.model, ids, batch, track)
-        metrics: dict[str, Any] = {"dense": measure(job.loaded.model, ids, teacher, batch, "dense", track).to_json()}
+        held_out = HeldOut(job.loaded.model, ids, batch, track)
+        metrics: dict[str, Any] = {"dense": asdict(held_out.dense)}
         for name, model in models.items():
-            metrics[name] = measure(model, ids, teacher, batch, name, track).to_json()
+            metrics[name] = asdict(held_out.measure(model, name))
     states = [job.directory.load_state(index) for index in range(int(job.config.rounds))]
     metrics |= {
         "evaluation_tokens": ids.numel(),

@@ -67,7 +67,5 @@ def kept_table(units: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| block | attention | mlp |", "|---|---|---|"]
     for index in range(0, len(units), 2):
         attention, mlp = units[index], units[index + 1]
-        lines.append(
-            f"| {index // 2} | {attention['kept']} of {attention['total']} | {mlp['kept']} of {mlp['total']} |"
-        )
+        lines.append(f"| {index // 2} | {attention['kept']} of {attention['total']} | {mlp['kept']} of {mlp['total']} |")
     return "\n".join(lines)

@@ -92,7 +92,10 @@ class RunDirectory:
         costs = self.read(COSTS) or {}
         seconds = costs.get(name, {}).get("seconds", 0.0) + time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        costs[name] = {"seconds": round(seconds, 2), "peak_memory_bytes": max(peak, costs.get(name, {}).get("peak_memory_bytes", 0))}
+        costs[name] = {
+            "seconds": round(seconds, 2),
+            "peak_memory_bytes": max(peak, costs.get(name, {}).get("peak_memory_bytes", 0)),
+        }
         self.write(COSTS, costs)
 
     def costs(self) -> dict[str, Any]:

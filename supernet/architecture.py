@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -103,7 +102,8 @@ class SubBlock:
         """
         arguments = dict(context) if self.kind == ATTENTION else {}
         output = functional_call(self.module, dict(weights or {}), (self.norm(hidden),), arguments)
-        return hidden + (output[0] if isinstance(output, tuple) else output)
+        change: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden + change
 
     def projection_inputs(self, hidden: Tensor, context: Mapping[str, Any]) -> Tensor:
         """Inputs X of the projection, (batch * tokens, members * width), without computing the projection itself."""
@@ -223,7 +223,7 @@ def final_norm_and_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor,
 @contextmanager
 def _forward_replaced(replacements: Mapping[nn.Module, Any]) -> Iterator[None]:
     for module, forward in replacements.items():
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
     try:
         yield
     finally:
@@ -234,4 +234,3 @@ def _forward_replaced(replacements: Mapping[nn.Module, Any]) -> Iterator[None]:
 def parameter_count(model: nn.Module) -> int:
     """Parameters of a model, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
-

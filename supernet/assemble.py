@@ -23,15 +23,16 @@ def assemble(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[in
     """
     parts = sub_blocks(model)
     config = pruned_config(model.config, parts, supernet.space.kept(allocation))
-    pruned_class = type(model) if not config.per_layer_config else PRUNED_CLASSES[config.model_type]
+    pruned_class: type[PreTrainedModel] = PRUNED_CLASSES[config.model_type] if config.per_layer_config else type(model)
     with torch.device("meta"):
         pruned = pruned_class(config)
-    pruned.load_state_dict(_state(model, parts, supernet, allocation), assign=True, strict=False)
+    pruned.load_state_dict(_state(model, parts, supernet, allocation), assign=True)
     pruned.tie_weights()
     base = cast(Any, pruned.base_model)
     base.rotary_emb = type(base.rotary_emb)(config).to(model.device)  # its buffers are not in the state
     pruned.generation_config = model.generation_config
-    return pruned.eval().requires_grad_(False)
+    pruned.eval().requires_grad_(False)
+    return pruned
 
 
 def _state(model: PreTrainedModel, parts: Sequence[SubBlock], supernet: Supernet, allocation: Sequence[int]) -> dict[str, Tensor]:

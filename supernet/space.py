@@ -123,4 +123,6 @@ def unit_of(part: SubBlock, counts: Sequence[int]) -> Unit:
 def check_multiple(multiple: int, neurons: int) -> None:
     """InputError unless neuron counts can be rounded to `multiple`."""
     if not 1 <= multiple <= neurons:
-        raise InputError(f"prune.multiple={multiple} must lie between 1 and the {neurons} neurons of an MLP; 32 suits most kernels")
+        raise InputError(
+            f"prune.multiple={multiple} must lie between 1 and the {neurons} neurons of an MLP; 32 suits most kernels"
+        )

@@ -112,7 +112,9 @@ class Supernet:
         """The candidate of a unit (index in the space) at a level of at least 1."""
         name = self.space.units[unit].name
         reader = self._reader(name)
-        return Candidate(reader.get_tensor(f"{level}.kept").to(device, torch.int64), reader.get_tensor(f"{level}.weight").to(device))
+        return Candidate(
+            reader.get_tensor(f"{level}.kept").to(device, torch.int64), reader.get_tensor(f"{level}.weight").to(device)
+        )
 
     def weights(self, unit: int) -> dict[int, Candidate]:
         """All stored candidates of a unit by level."""
@@ -126,7 +128,9 @@ class Supernet:
         """A memory-mapped file of candidates; its checksum is verified when it is first read."""
         if name not in self._open:
             if not self.has(name):
-                raise InputError(f"the supernet {self.path} has no candidates of {name}: its build is not finished; add build to stages")
+                raise InputError(
+                    f"the supernet {self.path} has no candidates of {name}: its build is not finished; add build to stages"
+                )
             entry = self.manifest["units"][name]
             path = self.path / entry["file"]
             try:

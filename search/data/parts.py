@@ -178,9 +178,7 @@ def _deal(texts: Iterable[str], fillings: Sequence[_Filling], encode: _Encoder) 
             return
 
 
-def _texts(
-    documents: Iterable[str], *, shared: bool, seen: set[int], generator: np.random.Generator
-) -> Iterator[str]:
+def _texts(documents: Iterable[str], *, shared: bool, seen: set[int], generator: np.random.Generator) -> Iterator[str]:
     """The documents that are new, whole or (`shared`) the long ones as those of their pieces that are new."""
     for document in documents:
         if _is_new(document, seen):
@@ -203,9 +201,7 @@ def _is_new(text: str, seen: set[int]) -> bool:
 
 def _check_request(sequences: Mapping[str, int], sequence_length: int) -> None:
     if sequence_length < 2:
-        raise InputError(
-            f"data.sequence_length={sequence_length} leaves no token to predict; give 2 or more, such as 2048"
-        )
+        raise InputError(f"data.sequence_length={sequence_length} leaves no token to predict; give 2 or more, such as 2048")
     for part in PARTS:
         count = sequences.get(part)
         if not isinstance(count, int) or count < 1:

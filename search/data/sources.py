@@ -120,22 +120,15 @@ class HubText:
 
     def documents(self, split: str, seed: int) -> Iterator[str]:
         """The texts of the split's rows, or these joined to one document."""
-        texts = (
-            _text_of(row, self.text_column, where=f"{self.path}, split {split}")
-            for row in self._rows(split, seed)
-        )
+        texts = (_text_of(row, self.text_column, where=f"{self.path}, split {split}") for row in self._rows(split, seed))
         yield from texts if self.join is None else iter([self.join.join(texts)])
 
     def _rows(self, split: str, seed: int) -> Iterator[Mapping[str, object]]:
         import datasets  # seconds to import, and only this source needs it
 
         try:
-            rows = datasets.load_dataset(
-                self.path, self.name, split=split, revision=self.revision, streaming=True
-            )
-            yield from (
-                rows if self.join is not None else rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-            )
+            rows = datasets.load_dataset(self.path, self.name, split=split, revision=self.revision, streaming=True)
+            yield from (rows if self.join is not None else rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer))
         # Whatever goes wrong between here and the hub's servers (names, rights, network, formats: five
         # libraries with exceptions of their own) has the same remedy, and nothing of ours runs inside this
         # block.
@@ -161,9 +154,7 @@ def _text_files(root: str, setting: str) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
         if not files:
-            raise InputError(
-                f"{setting}={root} is a folder without a text file; give one with files ending in {known}"
-            )
+            raise InputError(f"{setting}={root} is a folder without a text file; give one with files ending in {known}")
         return files
     if not path.is_file():
         raise InputError(f"{setting}={root} does not exist; give a file or folder with text ({known})")
@@ -178,9 +169,7 @@ def _read(file: Path, column: str) -> list[str]:
         return _READERS[file.suffix](file, column)
     # ValueError is what a wrong encoding, broken JSON and a file that is not Parquet have in common.
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file} cannot be read ({reason(error)}); give what its ending says, in UTF-8"
-        ) from error
+        raise InputError(f"{file} cannot be read ({reason(error)}); give what its ending says, in UTF-8") from error
 
 
 def _read_txt(file: Path, column: str) -> list[str]:
@@ -224,9 +213,7 @@ def _text_of(row: object, column: str, where: str) -> str:
         raise InputError(_no_column(column, row, where))
     text = row[column]
     if text is not None and not isinstance(text, str):
-        raise InputError(
-            f"{where}: {column} holds {type(text).__name__}; set data.source.text_column to a column of text"
-        )
+        raise InputError(f"{where}: {column} holds {type(text).__name__}; set data.source.text_column to a column of text")
     return text or ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class Problem:
 
     @property
     def floor(self) -> int:
-        """The least an allocation may cost: less than one smallest step below the budget, or what the start costs if it is less."""
+        """The least an allocation may cost: within one smallest step of the budget, or what the start costs if less."""
         return min(self.budget.target - max(1, self.space.smallest_step) + 1, self.space.cost(self.start))
 
 
@@ -50,7 +50,7 @@ class State:
     def generator(self) -> np.random.Generator:
         """The random generator as it was left."""
         bits = np.random.PCG64()
-        bits.state = self.rng
+        bits.state = cast(Any, self.rng)
         return np.random.Generator(bits)
 
 

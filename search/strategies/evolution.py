@@ -45,11 +45,13 @@ class Evolution:
             raise InputError("strategy.generations must be at least 0, strategy.offspring and strategy.max_exchanges at least 1")
         if not survivors or len(survivors) != len(self.tokens) or survivors[-1] != 1 or min(survivors) < 1:
             raise InputError(
-                f"strategy.survivors={survivors} must have one number for each of strategy.tokens={list(self.tokens)} and end in 1; "
-                "for example survivors=[4,1] tokens=[512,4096]"
+                f"strategy.survivors={survivors} must have one number for each of strategy.tokens={list(self.tokens)} "
+                "and end in 1; for example survivors=[4,1] tokens=[512,4096]"
             )
         if survivors != sorted(survivors, reverse=True) or min(self.tokens) < 1:
-            raise InputError(f"strategy.survivors={survivors} must not rise, and strategy.tokens={list(self.tokens)} must be above 0")
+            raise InputError(
+                f"strategy.survivors={survivors} must not rise, and strategy.tokens={list(self.tokens)} must be above 0"
+            )
 
     @property
     def tokens_per_generation(self) -> int:
@@ -124,9 +126,7 @@ def exchange(problem: Problem, parent: Allocation, count: int, rng: np.random.Ge
         cost += _step(problem, levels, unit, +1)
     while target - cost >= space.smallest_step:  # what is left of the budget is spent, by units that did not pay
         able = [
-            i
-            for i, level in enumerate(levels)
-            if 0 < level <= parent[i] and cost + _difference(problem, levels, i, -1) <= target
+            i for i, level in enumerate(levels) if 0 < level <= parent[i] and cost + _difference(problem, levels, i, -1) <= target
         ]
         if not able:
             break

@@ -99,9 +99,7 @@ def test_special_tokens_and_warnings_of_the_tokenizer_stay_out(
 ) -> None:
     byte_tokenizer.add_special_tokens({"bos_token": "<bos>"})
     bos = byte_tokenizer.bos_token_id
-    byte_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", bos)]
-    )
+    byte_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
     byte_tokenizer.model_max_length = 8
     assert bos in byte_tokenizer("a")["input_ids"]
     capfd.readouterr()
@@ -141,9 +139,7 @@ def test_a_split_of_one_part_keeps_its_documents_whole(byte_tokenizer: PreTraine
     assert byte_tokenizer.decode(evaluation.ids.flatten()) == texts["test"][0][: 500 * 32]
 
 
-def test_what_is_too_short_is_shared_by_need(
-    byte_tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_too_short_is_shared_by_need(byte_tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture) -> None:
     source = Listed({"all": [marked(i, 20) for i in range(300)]})
     total = sum(len(text) for text in source.texts["all"])
     needs = {"calibration": 4_000, "search": 2_000, "evaluation": 1_000}
@@ -224,10 +220,7 @@ def test_a_cut_prefers_blank_lines_then_line_ends_then_spaces(text: str, pieces:
 def test_no_paragraph_is_in_two_pydoc_topics() -> None:
     documents = list(PydocTopics().documents("topics", seed=0))
     paragraphs = [
-        " ".join(paragraph.split())
-        for document in documents
-        for paragraph in re.split(r"\n\s*\n", document)
-        if paragraph.strip()
+        " ".join(paragraph.split()) for document in documents for paragraph in re.split(r"\n\s*\n", document) if paragraph.strip()
     ]
     assert len(paragraphs) == len(set(paragraphs))
     assert sum(map(len, documents)) > 300_000
@@ -241,9 +234,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "plain.txt").write_text("plain\n\ntext", encoding="utf-8")
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": "json " + t, "id": 1}) for t in texts))
     (tmp_path / "below").mkdir()
-    pd.DataFrame({"text": ["parquet " + t for t in texts] + [None]}).to_parquet(
-        tmp_path / "below" / "r.parquet"
-    )
+    pd.DataFrame({"text": ["parquet " + t for t in texts] + [None]}).to_parquet(tmp_path / "below" / "r.parquet")
     (tmp_path / "notes.md").write_text("not taken")
     return tmp_path
 

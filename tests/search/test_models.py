@@ -77,12 +77,8 @@ def test_every_block_of_a_random_llama_matters() -> None:
 
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda t: "<|endof" not in t)
-)
-def test_the_byte_tokenizer_has_a_token_for_each_byte(
-    byte_tokenizer: PreTrainedTokenizerBase, text: str
-) -> None:
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda t: "<|endof" not in t))
+def test_the_byte_tokenizer_has_a_token_for_each_byte(byte_tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     ids = byte_tokenizer(text)["input_ids"]
     assert len(byte_tokenizer) == 257
     assert len(ids) == len(text.encode())
@@ -98,9 +94,7 @@ def test_a_folder_gives_the_model_that_was_saved(folder: Path, tiny_llama: Loade
     assert from_pretrained(str(folder), dtype=torch.bfloat16).model.dtype == torch.bfloat16
 
 
-def test_a_folder_may_be_given_relative_to_the_working_directory(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_may_be_given_relative_to_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     assert from_pretrained("model", dtype=torch.float32).name == "model"
 
@@ -204,9 +198,7 @@ def test_a_package_without_the_model(package: str, file: str, message: str) -> N
         from_wheel(package, file, "model", dtype=torch.float32)
 
 
-def test_a_conversion_that_is_interrupted_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversion_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(gguf: Path, folder: Path) -> None:
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
@@ -232,9 +224,7 @@ def test_of_two_conversions_at_once_the_first_stays(tmp_path: Path, monkeypatch:
 
 def test_what_a_conversion_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        InputError, match="a.gguf cannot be read without gguf accelerate; run `pip install gguf"
-    ):
+    with pytest.raises(InputError, match="a.gguf cannot be read without gguf accelerate; run `pip install gguf"):
         models._convert_once(Path("a.gguf"), tmp_path / "a-1")
 
 
@@ -266,12 +256,8 @@ def test_smollm2_is_converted_once(smollm2: LoadedModel, monkeypatch: pytest.Mon
 
 
 # Measured in float32. The weights before conversion, dequantised in float32, give 30.641 for the first.
-@pytest.mark.parametrize(
-    ("tokens", "expected"), [(4_096, 30.647), pytest.param(20_480, 29.185, marks=pytest.mark.slow)]
-)
-def test_smollm2_has_its_perplexity_on_wikitext2(
-    smollm2: LoadedModel, shared_data: Path, tokens: int, expected: float
-) -> None:
+@pytest.mark.parametrize(("tokens", "expected"), [(4_096, 30.647), pytest.param(20_480, 29.185, marks=pytest.mark.slow)])
+def test_smollm2_has_its_perplexity_on_wikitext2(smollm2: LoadedModel, shared_data: Path, tokens: int, expected: float) -> None:
     lines = (shared_data / "text" / "wikitext2" / "test.txt").read_text(encoding="utf-8").splitlines(True)
     text = "\n\n".join(line if line.strip() else "" for line in lines)
     ids = torch.tensor(smollm2.tokenizer(text[: 6 * tokens], verbose=False)["input_ids"][:tokens])

@@ -172,9 +172,7 @@ def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
 
 def greedy(model: Any, ids: torch.Tensor, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The continued token ids (batch, length + 10) and the logits of the new ones (batch, 10, vocab)."""
-    out = model.generate(
-        ids, max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True, **settings
-    )
+    out = model.generate(ids, max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True, **settings)
     return out.sequences, torch.stack(out.logits, dim=1)
 
 
@@ -209,9 +207,7 @@ def test_checkpoint_round_trip(family: str, tmp_path: Path) -> None:
     model = pruned_model(family)
     folder = export(model, tmp_path / "export")
 
-    result: Any = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True
-    )
+    result: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     loaded, info = result
     assert type(loaded).__name__ == type(model).__name__
     assert not any(info.values()), info
@@ -264,9 +260,7 @@ assert not {"supernet", "local_prune", "search"} & sys.modules.keys()
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("kept", [KEPT, NO_ATTENTION], ids=["mixed", "no_attention"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cached_generation_equals_the_full_forward(
-    family: str, kept: Sequence[Kept], cache: str | None
-) -> None:
+def test_cached_generation_equals_the_full_forward(family: str, kept: Sequence[Kept], cache: str | None) -> None:
     model = pruned_model(family, kept)
     sequences, logits = greedy(model, tokens(), cache_implementation=cache)
     full = model(sequences[:, :-1], use_cache=False).logits[:, tokens().shape[1] - 1 :]
