@@ -165,7 +165,7 @@ class ObsPruner:
     def __post_init__(self) -> None:
         if self.damping <= 0 or self.first_order < 0:
             raise InputError(
-                f"prune.damping={self.damping} must be above 0 and prune.first_order={self.first_order} not below 0; "
+                f"prune.pruner.damping={self.damping} must be above 0 and first_order={self.first_order} not below 0; "
                 "0.01 and 0 are the usual choice"
             )
 

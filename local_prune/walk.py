@@ -140,6 +140,16 @@ def mean_projection(
     return mean, bias * present
 
 
+def activation_bytes(parts: Sequence[SubBlock], fit: str) -> int:
+    """Main memory that a calibration token takes while a build runs.
+
+    The residual stream of the pruned model, the widest projection's inputs and, where the fit needs it, the stream of the dense
+    model before and behind the sub-block at work.
+    """
+    hidden, widest = parts[0].projection.out_features, max(part.projection.in_features for part in parts)
+    return (hidden * (1 if fit == "pruned" else 3) + widest) * parts[0].projection.weight.element_size()
+
+
 class _Streams:
     """The residual stream of the calibration text in the pruned model and, where the fit needs it, in the dense one."""
 

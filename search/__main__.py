@@ -14,9 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from search.arguments import accept_any_model, check_choices
 from search.config import conf_dir
+from search.errors import one_line
 from supernet.errors import InputError
 
 
@@ -46,22 +48,12 @@ def _run(config: DictConfig) -> None:
 def _user_errors() -> Iterator[None]:
     try:
         yield
-    except (InputError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+    except (InputError, HydraException, OmegaConfBaseException, OSError, YAMLError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last completed step", file=sys.stderr)
         sys.exit(130)
-
-
-def _one_line(error: BaseException) -> str:
-    """The message of the first InputError among an exception and its causes, else of the innermost that has one, on one line."""
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    users: list[BaseException] = [link for link in chain if isinstance(link, InputError)]
-    told = users or [link for link in reversed(chain) if str(link)]
-    return " ".join(str(told[0]).split()) if told else type(error).__name__
 
 
 if __name__ == "__main__":

@@ -102,17 +102,35 @@ def knapsack(space: Space, losses: Sequence[np.ndarray], budget: Budget) -> Allo
         choices.append(choice)
     window = max(0, (budget.target - max(1, space.smallest_step)) // cell + 1)
     at = _fullest(best, window)
-    return _trace(space, choices, at, cell)
+    allocation = tuple(len(unit.levels) - 1 for unit in space.units) if at is None else _trace(space, choices, at, cell)
+    if space.cost(allocation) > budget.target:
+        raise InputError("no allocation meets the budget; lower budget.sparsity or raise supernet.levels")
+    return _spend_rest(space, losses, allocation, budget)
 
 
-def _fullest(best: np.ndarray, window: int) -> int:
-    """The cell of least loss within the window, or the fullest reachable cell below it."""
+def _fullest(best: np.ndarray, window: int) -> int | None:
+    """The cell of least loss within the window, or the fullest reachable cell below it; None where rounding leaves no cell."""
     if np.isfinite(best[window:]).any():
         return window + int(best[window:].argmin())
     reachable = np.flatnonzero(np.isfinite(best))
-    if not len(reachable):
-        raise InputError("no allocation meets the budget; lower budget.sparsity or raise supernet.levels")
-    return int(reachable[-1])
+    return int(reachable[-1]) if len(reachable) else None
+
+
+def _spend_rest(space: Space, losses: Sequence[np.ndarray], allocation: Allocation, budget: Budget) -> Allocation:
+    """Spend what rounding costs up to whole cells left over, by the denser levels that cost least loss."""
+    levels = list(allocation)
+    while (rest := budget.target - space.cost(levels)) >= max(1, space.smallest_step):
+        able = [
+            (float(losses[i][level] - losses[i][now]), i, level)
+            for i, now in enumerate(levels)
+            for level in range(now)
+            if space.units[i].levels[level].cost - space.units[i].levels[now].cost <= rest
+        ]
+        if not able:
+            break
+        _, unit, level = min(able)
+        levels[unit] = level
+    return tuple(levels)
 
 
 def _trace(space: Space, choices: Sequence[np.ndarray], at: int, cell: int) -> Allocation:

@@ -107,6 +107,7 @@ class GenerationEvaluator:
                 state = part(state, contexts[part.block])
             normed, head = final_norm_and_head(self.model, state)
             for row, one in zip(rows, normed, strict=True):
-                self._targets[row] = targets(one, head)
+                self._targets[row] = targets(one, head).to("cpu")
         known = [self._targets[row] for row in rows]
-        return Targets(torch.cat([t.expected for t in known]), torch.cat([t.constant for t in known]))
+        joined = Targets(torch.cat([t.expected for t in known]), torch.cat([t.constant for t in known]))
+        return joined.to(hidden.device)

@@ -31,6 +31,10 @@ class Targets:
     expected: Tensor
     constant: Tensor
 
+    def to(self, device: torch.device | str) -> Targets:
+        """The same on another device."""
+        return Targets(self.expected.to(device), self.constant.to(device))
+
 
 def logits_of(hidden: Tensor, head: nn.Linear) -> Tensor:
     """(n, hidden) -> (n, vocabulary) float32, multiplied in the head's dtype."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
 
 from local_prune.walk import Calibration, build
 from search.config import cache_dir
@@ -35,13 +36,19 @@ class Job:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        """The dense model, on the run's device."""
+        """The dense model, in main memory: the build lends the device one block at a time."""
         dtype = getattr(torch, str(self.config.dtype), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise InputError(f"dtype={self.config.dtype} is not a float dtype of torch; use bfloat16, float16 or float32")
         loaded: LoadedModel = instantiate(self.config.model, dtype=dtype)
-        loaded.model.to(self.device)  # type: ignore[arg-type]
         return loaded
+
+    @cached_property
+    def model_on_device(self) -> PreTrainedModel:
+        """The dense model moved to the run's device, where it stays for search and evaluation."""
+        model = self.loaded.model
+        model.to(self.device)  # type: ignore[arg-type]
+        return model
 
     @cached_property
     def device(self) -> torch.device:
@@ -50,7 +57,7 @@ class Job:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            torch.zeros(1, device=name)
+            torch.zeros(1, device=name).item()
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); use device=cpu") from error
         return torch.device(name)

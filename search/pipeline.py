@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import transformers
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from transformers import PreTrainedModel
 
+from local_prune.walk import activation_bytes
 from search.budget import Budget, closest, uniform
 from search.evaluate import HeldOut
 from search.evaluator import GenerationEvaluator
@@ -26,6 +27,7 @@ from search.levels import exact
 from search.progress import clock, track
 from search.report import allocation_json, metrics_table, model_card
 from search.run_directory import RunDirectory
+from search.settings import check_settings
 from search.strategies.base import Problem, State
 from supernet.assemble import assemble
 from supernet.errors import InputError
@@ -41,6 +43,7 @@ Kept = dict[str, int]  # members kept per unit
 
 def run(config: DictConfig, path: Path) -> None:
     """One run of the chosen stages in the directory `path`."""
+    check_settings(config)
     stages = _stages(config)
     job = Job(config, RunDirectory(path, _settings(config), bool(config.fresh)))
     if config.dry_run:
@@ -57,13 +60,10 @@ def run(config: DictConfig, path: Path) -> None:
 
 
 def _stages(config: DictConfig) -> list[str]:
-    stages = list(config.stages)
-    unknown = [stage for stage in stages if stage not in STAGES]
-    if unknown or not stages:
-        raise InputError(f"stages={stages} must be some of {', '.join(STAGES)}")
-    if int(config.rounds) < 1:
-        raise InputError(f"rounds={config.rounds} must be at least 1")
-    return stages
+    stages = config.stages
+    if not isinstance(stages, ListConfig) or not stages or not set(stages) <= set(STAGES):
+        raise InputError(f"stages={stages} must be a list of some of {', '.join(STAGES)}, such as stages=[build,search]")
+    return list(stages)
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _finished(job: Job, state: State) -> bool:
 def _search(job: Job, index: int, supernet: Supernet, budget: Budget, start: Allocation, title: str) -> State:
     """Generations from the last checkpoint to the end."""
     strategy = instantiate(job.config.strategy)
-    evaluator = GenerationEvaluator(job.loaded.model, supernet, job.tokens["search"].ids, int(job.config.fitness.batch))
+    evaluator = GenerationEvaluator(job.model_on_device, supernet, job.tokens["search"].ids, int(job.config.fitness.batch))
     problem = Problem(supernet.space, budget, start, evaluator)
     state = job.directory.load_state(index) or strategy.begin(problem, int(job.config.seed) + index)
     with job.directory.stage("search"):
@@ -124,7 +124,7 @@ def _rebuilt(job: Job, kept: Kept, title: str) -> PreTrainedModel:
     """The model of an allocation, its candidates built once more along it with exact error accumulation."""
     space, mixture = exact(job.parts, kept)
     supernet = job.supernet(space, mixture, f"{title} model: last rebuild")
-    return assemble(job.loaded.model, supernet, [len(unit.levels) - 1 for unit in space.units])
+    return assemble(job.model_on_device, supernet, [len(unit.levels) - 1 for unit in space.units])
 
 
 def _evaluate(job: Job, kept: Kept) -> None:
@@ -139,7 +139,7 @@ def _evaluate(job: Job, kept: Kept) -> None:
     }
     ids, batch = job.tokens["evaluation"].ids, int(job.config.evaluate.batch)
     with job.directory.stage("evaluate"):
-        held_out = HeldOut(job.loaded.model, ids, batch, track)
+        held_out = HeldOut(job.model_on_device, ids, batch, track)
         metrics: dict[str, Any] = {"dense": asdict(held_out.dense)}
         for name, model in models.items():
             metrics[name] = asdict(held_out.measure(model, name))
@@ -162,6 +162,8 @@ def _export(job: Job, kept: Kept) -> None:
     model = _rebuilt(job, kept, "searched")
     with job.directory.stage("export"):
         export(model, job.loaded.tokenizer, folder, model_card(job.loaded.name, metrics, allocation))
+    if metrics is not None:
+        job.directory.write("metrics.json", metrics | {"stages": job.directory.costs()})
 
 
 def _summarise(job: Job) -> None:
@@ -187,7 +189,9 @@ def _describe(job: Job) -> None:
     log.info("%s: %d units, %d levels", job.loaded.name, len(space.units), sum(len(unit.levels) for unit in space.units))
     log.info("budget: %s of %s prunable parameters", f"{budget.target:,}", f"{budget.dense:,}")
     log.info("supernets: about %.3f GB on disk for each of %d rounds", stored / 1e9, rounds)
-    calibration = job.config.data.sequences.calibration * job.config.data.sequence_length
+    per_token = activation_bytes(job.parts, str(job.config.prune.fit))
+    calibration = int(job.config.data.sequences.calibration * job.config.data.sequence_length)
     log.info("build: %s calibration tokens through the model in each of %d builds", f"{calibration:,}", rounds + 2)
+    log.info("build: about %.2f GB of main memory for their activations", calibration * per_token / 1e9)
     strategy = instantiate(job.config.strategy)
     log.info("search: about %s forward tokens", f"{rounds * strategy.generations * strategy.tokens_per_generation:,}")

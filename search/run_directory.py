@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from search.errors import reason
 from search.strategies.base import Row, State
 from supernet.errors import InputError
 from supernet.store import write_atomic
@@ -37,13 +38,12 @@ class RunDirectory:
             InputError: The directory holds a run with other settings; the message lists them.
         """
         self.path = path
+        self.settings = json.loads(json.dumps(settings))
         if fresh and (path / SETTINGS).exists():
             _move_aside(path)
         before = self.read(SETTINGS)
-        if before is None:
-            self.write(SETTINGS, settings)
-        elif before != json.loads(json.dumps(settings)):
-            changes = ", ".join(_changes(before, json.loads(json.dumps(settings))))
+        if before is not None and before != self.settings:
+            changes = ", ".join(_changes(before, self.settings))
             raise InputError(
                 f"{path} holds a run with other settings ({changes}); "
                 "set them back to continue it, choose another hydra.run.dir, or move it aside with fresh=true"
@@ -57,7 +57,7 @@ class RunDirectory:
         try:
             return json.loads(file.read_text())
         except ValueError as error:
-            raise InputError(f"{file} is damaged ({error}); delete it, or start over with fresh=true") from error
+            raise _damaged(file, error) from error
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file."""
@@ -66,7 +66,12 @@ class RunDirectory:
     def load_state(self, round_index: int) -> State | None:
         """Where the search of a round stands."""
         content = self.read(f"checkpoint/round-{round_index}.json")
-        return None if content is None else State(**(content | {"parent": tuple(content["parent"])}))
+        if content is None:
+            return None
+        try:
+            return State(**(content | {"parent": tuple(content["parent"])}))
+        except (KeyError, TypeError) as error:
+            raise _damaged(self.path / f"checkpoint/round-{round_index}.json", error) from error
 
     def save_state(self, round_index: int, state: State, rows: list[Row]) -> None:
         """Add a generation's rows to the history, then move the checkpoint on.
@@ -76,13 +81,17 @@ class RunDirectory:
         history = self.history()
         done_again = (history["iteration"] == round_index) & (history["generation"] >= state.generation - 1)
         table = pd.concat([history[~done_again], _table(round_index, rows)], ignore_index=True) if rows else history[~done_again]
+        self._claim()
         write_atomic(self.path / HISTORY, table.to_parquet(index=False))
         self.write(f"checkpoint/round-{round_index}.json", asdict(state))
 
     def history(self) -> pd.DataFrame:
         """All rows so far."""
         file = self.path / HISTORY
-        return pd.read_parquet(file) if file.exists() else _table(0, [])
+        try:
+            return pd.read_parquet(file) if file.exists() else _table(0, [])
+        except ValueError as error:  # what pyarrow raises for a file that is not Parquet
+            raise _damaged(file, error) from error
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -96,11 +105,21 @@ class RunDirectory:
             "seconds": round(seconds, 2),
             "peak_memory_bytes": max(peak, costs.get(name, {}).get("peak_memory_bytes", 0)),
         }
+        self._claim()
         self.write(COSTS, costs)
 
     def costs(self) -> dict[str, Any]:
         """Seconds and peak memory per stage."""
         return dict(self.read(COSTS) or {})
+
+    def _claim(self) -> None:
+        """Note whose run this is. Not before there is something to lose: a mistaken setting must be free to be corrected."""
+        if not (self.path / SETTINGS).exists():
+            self.write(SETTINGS, self.settings)
+
+
+def _damaged(file: Path, error: Exception) -> InputError:
+    return InputError(f"{file} is damaged ({reason(error)}); delete it, or start over with fresh=true")
 
 
 def _table(round_index: int, rows: list[Row]) -> pd.DataFrame:

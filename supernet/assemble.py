@@ -23,7 +23,7 @@ def assemble(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[in
     """
     parts = sub_blocks(model)
     config = pruned_config(model.config, parts, supernet.space.kept(allocation))
-    pruned_class: type[PreTrainedModel] = PRUNED_CLASSES[config.model_type] if config.per_layer_config else type(model)
+    pruned_class: type[PreTrainedModel] = PRUNED_CLASSES[config.model_type] if config.is_heterogeneous else type(model)
     with torch.device("meta"):
         pruned = pruned_class(config)
     pruned.load_state_dict(_state(model, parts, supernet, allocation), assign=True)

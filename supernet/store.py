@@ -58,6 +58,7 @@ class Supernet:
         try:
             manifest = json.loads(manifest_path.read_text())
             matches = manifest["fingerprint"] == fingerprint and {key: manifest[key] for key in identity} == identity
+            matches = matches and isinstance(manifest["units"], dict)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(manifest_path, f"unreadable ({error})") from error
         if not matches:
@@ -170,4 +171,5 @@ def _make_folder(path: Path) -> None:
 
 
 def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"the supernet file {path} is damaged: {why}; delete the folder {path.parent} and build again")
+    folder = path.parent.parent if path.parent.name == "units" else path.parent  # the whole supernet: its manifest names the file
+    return InputError(f"the supernet file {path} is damaged: {why}; delete the folder {folder} and build again")

@@ -2,18 +2,59 @@
 
 import importlib.metadata
 import os
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Before anything imports huggingface_hub, which reads it once: what is not here is refused without a wait.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from search.config import CACHE_VARIABLE, conf_dir
 from search.models import LoadedModel, from_wheel, random_llama
+from supernet.architecture import ATTENTION, MLP, sub_blocks
+from supernet.encoding import Candidate, member_columns
+from supernet.space import Space, unit_of
+from supernet.store import Supernet
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+WINDOW = 5  # tokens that a sliding attention sees: less than `ids` has, so that masks matter
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "llama_with_biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**SIZES, sliding_window=WINDOW),
+    # The first layers see everything, the others a window: each block has a mask of its own.
+    "qwen2": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+}
+KEPT = {ATTENTION: (4, 3, 1, 0), MLP: (96, 64, 31, 0)}  # of the random supernets
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,6 +64,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def _few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread for the tiny tensors of most tests: several would wait for each other a hundred times longer than they work."""
+    threads = torch.get_num_threads()
+    if "smollm2" not in request.fixturenames:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +118,141 @@ def tiny_llama() -> LoadedModel:
 def byte_tokenizer(tiny_llama: LoadedModel) -> PreTrainedTokenizerBase:
     """A token for each byte, and an end-of-sequence token."""
     return tiny_llama.tokenizer
+
+
+def random_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model in which every parameter matters: norms are not 1, biases not 0."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name), std=0.2, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session", params=CONFIGS)
+def family_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A small random model of each family in turn. Shared by the session: not to be changed."""
+    return random_weights(CONFIGS[request.param])
+
+
+@pytest.fixture(scope="session")
+def ids() -> torch.Tensor:
+    """(5, 12) token ids that every random model knows."""
+    return torch.randint(SIZES["vocab_size"], (5, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def random_supernet(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTrainedModel], Supernet]:
+    """Makes a finished supernet of four levels a unit (the last drops it), with columns that no pruner would choose."""
+
+    def make(model: PreTrainedModel) -> Supernet:
+        generator = torch.Generator().manual_seed(2)
+        parts = sub_blocks(model)
+        space = Space(tuple(unit_of(part, KEPT[part.kind]) for part in parts))
+        supernet = Supernet.open_or_create(tmp_path_factory.mktemp("supernets"), space, {})
+        for part in parts:
+            candidates = []
+            for count in KEPT[part.kind][1:]:
+                kept = torch.randperm(part.members, generator=generator)[:count].sort().values
+                dense = part.projection.weight[:, member_columns(kept, part.width)]
+                noise = torch.randn(dense.shape, generator=generator)
+                candidates.append(Candidate(kept, dense + 0.1 * noise.to(dense.dtype)))
+            supernet.write(part.name, candidates, {})
+        return supernet
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def family_supernet(family_model: PreTrainedModel, random_supernet: Callable[[PreTrainedModel], Supernet]) -> Supernet:
+    """The random supernet of `family_model`. Shared by the session."""
+    return random_supernet(family_model)
+
+
+def allocations_of(space: Space, count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """Random allocations of a space."""
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(int(torch.randint(len(u.levels), (), generator=generator)) for u in space.units) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def random_allocations() -> Callable[..., Sequence[tuple[int, ...]]]:
+    """Draws allocations of a space: (space, count, seed=0) -> list."""
+    return allocations_of
+
+
+@pytest.fixture(scope="session")
+def start_search() -> Callable[..., subprocess.Popen[str]]:
+    """Starts the command line of this checkout in a fresh process: (folder, *arguments, python=("-m", "search")) -> process."""
+
+    def start(folder: Path, *arguments: str, python: Sequence[str] = ("-m", "search")) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *python, *arguments],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_WAIT_POLICY": "passive"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job of a shell ignores it
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_search(start_search: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line of this checkout in a fresh process; arguments are those of `start_search`."""
+
+    def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        with start_search(*arguments, **options) as process:
+            try:
+                output = process.communicate(timeout=500)
+            finally:
+                process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, *output)
+
+    return run
+
+
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, trust, ids, result = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust == "True", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+prompt = tokenizer("The for statement", return_tensors="pt").input_ids
+generated = model.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, prompt.shape[1]:]
+with torch.no_grad():
+    logits = model(torch.load(ids)).logits
+torch.save({
+    "logits": logits,
+    "class": type(model).__name__,
+    "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    "generated": len(generated),
+    "text": tokenizer.decode(generated),
+}, result)
+assert not {"supernet", "local_prune", "search"} & sys.modules.keys()
+"""
+
+
+@pytest.fixture
+def reload(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Loads an exported folder in a fresh process without this project, and says what it is: (folder, ids, trust=True)."""
+
+    def load(folder: Path, ids: torch.Tensor, trust: bool = True) -> dict[str, Any]:
+        torch.save(ids, tmp_path / "ids.pt")
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        process = subprocess.run(
+            [sys.executable, "-c", RELOAD, str(folder), str(trust), "ids.pt", "reloaded.pt"],
+            cwd=tmp_path,
+            env=environment | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert process.returncode == 0, process.stderr
+        assert not any(word in process.stderr for word in ("MISSING", "UNEXPECTED", "MISMATCH")), process.stderr
+        found: dict[str, Any] = torch.load(tmp_path / "reloaded.pt")
+        return found
+
+    return load

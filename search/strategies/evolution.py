@@ -2,14 +2,17 @@
 
 Each offspring is its parent with a few exchanges: units become denser by a level, others pay for it with a level of theirs, of
 any kind, until the budget is met again to within one smallest step. All offspring are measured on few tokens, the best of them on
-more, and the last ones together with the parent on the same tokens: the parent stays unless it is beaten there.
+more, and the last ones together with the parent on the same tokens: the parent stays unless it is beaten there. Unlike the
+published algorithms, a step adds tokens to those of the step before instead of drawing new ones (docs/experiments.md).
 """
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -40,6 +43,13 @@ class Evolution:
     max_exchanges: int = 3
 
     def __post_init__(self) -> None:
+        for name in ("generations", "offspring", "max_exchanges"):
+            if type(value := getattr(self, name)) is not int:
+                raise InputError(f"strategy.{name}={value} must be a whole number")
+        for name in ("tokens", "survivors"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence) or any(type(number) is not int for number in value):
+                raise InputError(f"strategy.{name}={value} must be a list of whole numbers, one for each selection step")
         survivors = list(self.survivors)
         if self.generations < 0 or self.offspring < 1 or self.max_exchanges < 1:
             raise InputError("strategy.generations must be at least 0, strategy.offspring and strategy.max_exchanges at least 1")
@@ -48,16 +58,18 @@ class Evolution:
                 f"strategy.survivors={survivors} must have one number for each of strategy.tokens={list(self.tokens)} "
                 "and end in 1; for example survivors=[4,1] tokens=[512,4096]"
             )
-        if survivors != sorted(survivors, reverse=True) or min(self.tokens) < 1:
+        if survivors != sorted(survivors, reverse=True) or min(self.tokens) < 1 or list(self.tokens) != sorted(self.tokens):
             raise InputError(
-                f"strategy.survivors={survivors} must not rise, and strategy.tokens={list(self.tokens)} must be above 0"
+                f"strategy.survivors={survivors} must not rise, and strategy.tokens={list(self.tokens)} must be above 0 "
+                "and not fall; for example survivors=[4,1] tokens=[512,4096]"
             )
 
     @property
     def tokens_per_generation(self) -> int:
         """See `Strategy`."""
         measured = [self.offspring, *self.survivors[:-1]]
-        return sum(count * tokens for count, tokens in zip(measured, self.tokens, strict=True)) + self.tokens[-1]
+        added = np.diff([0, *self.tokens])
+        return int(np.dot(measured, added)) + self.tokens[-1]
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""
@@ -67,28 +79,17 @@ class Evolution:
     def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
         """See `Strategy`."""
         rng = state.generator()
-        alive = self._propose(problem, state.parent, rng)
-        if not alive:
+        offspring = self._propose(problem, state.parent, rng)
+        if not offspring:
             return replace(state, exhausted=True), []
-        rows: list[Row] = []
-        fitness = np.empty(0)
-        for step, (tokens, survivors) in enumerate(zip(self.tokens, self.survivors, strict=True)):
-            if step == len(self.survivors) - 1:
-                alive = [state.parent, *alive]  # first, so that it wins a tie
-            chosen = draw(problem, tokens, rng)
-            start = time.perf_counter()
-            fitness = problem.evaluate(alive, chosen)
-            seconds = time.perf_counter() - start
-            order = np.argsort(fitness, kind="stable")[:survivors]
-            measured = len(chosen) * problem.evaluate.sequence_length
-            rows += [
-                Row(state.generation, step, measured, float(fitness[i]), i in order, seconds, allocation)
-                for i, allocation in enumerate(alive)
-            ]
-            alive, fitness = [alive[i] for i in order], fitness[order]
-        spent = state.tokens + sum(row.tokens for row in rows)
+        order = rng.permutation(problem.evaluate.sequences)
+        race = _Race(problem, state.generation)
+        for tokens, survivors in zip(self.tokens[:-1], self.survivors[:-1], strict=True):
+            offspring = race.step(offspring, order[: sequences_for(tokens, problem)], survivors)
+        last = order[: sequences_for(self.tokens[-1], problem)]
+        (best,) = race.step([state.parent, *offspring], last, 1)  # the parent first: it wins a tie
         rng_state = cast(dict[str, Any], rng.bit_generator.state)
-        return State(alive[0], float(fitness[0]), state.generation + 1, spent, rng_state), rows
+        return State(best, race.fitness(best), state.generation + 1, state.tokens + race.tokens, rng_state), race.rows
 
     def _propose(self, problem: Problem, parent: Allocation, rng: np.random.Generator) -> list[Allocation]:
         """Distinct offspring, none like the parent; fewer than asked for where the space holds no more."""
@@ -103,10 +104,47 @@ class Evolution:
         return list(found)
 
 
-def draw(problem: Problem, tokens: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices of random sequences of the pool, together at least `tokens` long (or the whole pool)."""
-    count = -(-tokens // problem.evaluate.sequence_length)
-    return rng.choice(problem.evaluate.sequences, size=min(count, problem.evaluate.sequences), replace=False)
+class _Race:
+    """Selection steps of one generation. Each measures on the sequences of the step before and some more, the same for all."""
+
+    def __init__(self, problem: Problem, generation: int) -> None:
+        self.problem, self.generation = problem, generation
+        self.rows: list[Row] = []
+        self.tokens = 0  # forward tokens spent
+        self._steps = 0
+        self._sums: defaultdict[Allocation, float] = defaultdict(float)  # of the fitness over the sequences measured so far
+        self._counts: defaultdict[Allocation, int] = defaultdict(int)  # how many those are, the first of the step's
+
+    def step(self, alive: list[Allocation], sequences: np.ndarray, survivors: int) -> list[Allocation]:
+        """The fittest of `alive` on these sequences, of which those already measured count again without a forward pass."""
+        start = time.perf_counter()
+        for start_at, end in pairwise(sorted({*(self._counts[allocation] for allocation in alive), len(sequences)})):
+            self._measure([a for a in alive if self._counts[a] == start_at], sequences[start_at:end])
+        seconds = time.perf_counter() - start
+        fitness = [self.fitness(allocation) for allocation in alive]
+        best = np.argsort(fitness, kind="stable")[:survivors]
+        tokens = len(sequences) * self.problem.evaluate.sequence_length
+        self.rows += [
+            Row(self.generation, self._steps, tokens, fitness[i], i in best, seconds, allocation)
+            for i, allocation in enumerate(alive)
+        ]
+        self._steps += 1
+        return [alive[i] for i in best]
+
+    def fitness(self, allocation: Allocation) -> float:
+        """Mean fitness on the sequences measured so far."""
+        return self._sums[allocation] / self._counts[allocation]
+
+    def _measure(self, alive: list[Allocation], sequences: np.ndarray) -> None:
+        for allocation, value in zip(alive, self.problem.evaluate(alive, sequences), strict=True):
+            self._sums[allocation] += float(value) * len(sequences)
+            self._counts[allocation] += len(sequences)
+        self.tokens += len(alive) * len(sequences) * self.problem.evaluate.sequence_length
+
+
+def sequences_for(tokens: int, problem: Problem) -> int:
+    """Sequences that hold at least `tokens` tokens, or the whole pool."""
+    return min(-(-tokens // problem.evaluate.sequence_length), problem.evaluate.sequences)
 
 
 def exchange(problem: Problem, parent: Allocation, count: int, rng: np.random.Generator) -> Allocation | None:

@@ -1,0 +1,147 @@
+"""Sums over batches equal the whole in float64, and the damped problem is positive definite or says why not."""
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from local_prune.statistics import PANELS, LeastSquares, add_gram, damped, symmetric
+from supernet.errors import InputError
+
+MakeLayer = Callable[..., Any]
+
+
+@settings(deadline=None, max_examples=40)
+@given(d=st.integers(1, 3 * PANELS + 1), batches=st.lists(st.integers(0, 9), min_size=1, max_size=3))
+def test_gram_by_panels_is_the_gram(d: int, batches: list[int]) -> None:
+    generator = torch.Generator().manual_seed(d)
+    X = torch.randint(-9, 9, (sum(batches), d), generator=generator).float()  # exact in float32
+    gram = torch.zeros(d, d)
+    for part in X.split(batches):
+        add_gram(gram, part)
+    assert torch.equal(symmetric(gram), X.T @ X)
+
+
+def test_symmetric_reads_the_upper_triangle_alone() -> None:
+    upper = torch.tensor([[1.0, 2.0, 3.0], [torch.nan, 4.0, 5.0], [torch.nan, torch.nan, 6.0]])
+    expected = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]])
+    assert torch.equal(symmetric(upper), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_add_up(layer: MakeLayer, dtype: torch.dtype) -> None:
+    case = layer(tokens=100, shift=1.0)
+    X, T = case.X.to(dtype), case.T.to(dtype)
+    problem = LeastSquares.zeros(X.shape[1], T.shape[1])
+    for start in range(0, 100, 33):
+        problem.add(X[start : start + 33], T[start : start + 33])
+    X, T = X.double(), T.double()
+    torch.testing.assert_close(problem.hessian.double(), X.T @ X, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(problem.moment.double(), X.T @ T, rtol=1e-5, atol=1e-4)
+    assert problem.energy == pytest.approx(float(T.square().sum()), rel=1e-5)
+    assert problem.tokens == 100
+    assert problem.hessian.dtype == problem.moment.dtype == torch.float32
+
+
+def test_the_own_output_needs_no_pass_over_the_tokens(layer: MakeLayer) -> None:
+    case = layer()
+    short = LeastSquares.zeros(*case.dense.T.shape)
+    short.add(case.X)
+    short.target_own_output(case.dense.T)
+    torch.testing.assert_close(short.hessian, case.problem.hessian)
+    torch.testing.assert_close(short.moment, case.problem.moment, rtol=1e-4, atol=1e-3)
+    assert short.energy == pytest.approx(case.problem.energy, rel=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_errors_are_those_of_the_outputs(layer: MakeLayer, shift: float) -> None:
+    case = layer(shift=shift)
+    generator = torch.Generator().manual_seed(0)
+    kept = [torch.tensor([0, 3, 4, 20]), torch.arange(24), torch.empty(0, dtype=torch.int64)]
+    levels = [(k, torch.randn(len(k), len(case.dense), generator=generator)) for k in kept]
+    expected = [case.error(k, weight.T) for k, weight in levels]
+    assert case.problem.errors(levels) == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] == 1.0
+
+
+def test_errors_are_never_negative_nor_undefined(layer: MakeLayer) -> None:
+    case = layer()
+    (error,) = case.problem.errors([(torch.arange(24), case.dense.T)])
+    assert 0.0 <= error < 1e-5
+    nothing = LeastSquares.zeros(3, 2)
+    nothing.add(torch.zeros(4, 3), torch.zeros(4, 2))
+    assert nothing.errors([(torch.tensor([0]), torch.zeros(1, 2))]) == [0.0]
+
+
+@pytest.mark.parametrize("dead", [(), (0, 7)])
+def test_damping_is_a_ridge_towards_the_dense_weight(layer: MakeLayer, dead: tuple[int, ...]) -> None:
+    case = layer(shift=1.0, dead=dead)
+    A, B = case.augmented(0.1)
+    solved = damped(case.problem, case.dense.T, 0.1, "unit")
+    torch.testing.assert_close(solved.hessian.double(), A.T @ A, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(solved.moment.double(), A.T @ B, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(solved.inverse @ solved.hessian, torch.eye(24), rtol=1e-3, atol=1e-3)
+    weight = solved.inverse @ solved.moment
+    assert not weight[list(dead)].any()  # zero, not the dense weight
+    assert weight.abs().max() > 0
+
+
+def test_nothing_but_dead_inputs_still_has_a_solution() -> None:
+    problem = LeastSquares.zeros(3, 2)
+    solved = damped(problem, torch.ones(3, 2), 0.01, "unit")
+    assert torch.equal(solved.inverse @ solved.moment, torch.zeros(3, 2))
+
+
+def indefinite(off_diagonal: float) -> LeastSquares:
+    """As rounding may leave a Hessian: with eigenvalues 1 + off_diagonal and 1 - off_diagonal."""
+    return LeastSquares(torch.tensor([[1.0, off_diagonal], [0.0, 1.0]]), torch.ones(2, 1), 1.0, 1)
+
+
+def test_damping_is_raised_with_a_warning_where_cholesky_fails(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        solved = damped(indefinite(1.5), torch.ones(2, 1), 0.01, "model.layers.3.mlp")
+    assert [record.getMessage() for record in caplog.records] == [
+        "model.layers.3.mlp: Cholesky failed; damping raised from 0.01 to 1"
+    ]
+    torch.testing.assert_close(solved.hessian, torch.tensor([[2.0, 1.5], [1.5, 2.0]]))
+    torch.testing.assert_close(solved.moment, torch.full((2, 1), 2.0))
+
+
+def test_what_works_at_once_gives_no_warning(layer: MakeLayer, caplog: pytest.LogCaptureFixture) -> None:
+    case = layer()
+    damped(case.problem, case.dense.T, 0.01, "unit")
+    assert not caplog.records
+
+
+def test_damping_is_not_raised_for_ever() -> None:
+    with pytest.raises(InputError, match=r"model\.layers\.3\.mlp: the Hessian is not positive definite even with damping 1000"):
+        damped(indefinite(1e9), torch.ones(2, 1), 0.01, "model.layers.3.mlp")
+
+
+def spoil_inputs(X: Tensor, T: Tensor) -> None:
+    X[3, 1] = torch.nan
+
+
+def overflow_inputs(X: Tensor, T: Tensor) -> None:
+    X[3, 1] = 1e30  # its square is not finite in float32
+
+
+def spoil_target(X: Tensor, T: Tensor) -> None:
+    T[0, 0] = torch.inf
+
+
+@pytest.mark.parametrize("spoil", [spoil_inputs, overflow_inputs, spoil_target])
+def test_activations_that_are_not_finite_are_told_with_their_unit(layer: MakeLayer, spoil: Callable[..., None]) -> None:
+    case = layer()
+    X, T = case.X.clone(), case.T.clone()
+    spoil(X, T)
+    problem = LeastSquares.zeros(*case.dense.T.shape)
+    problem.add(X, T)
+    with pytest.raises(InputError, match=re.escape("model.layers.3.mlp: activations are not finite")):
+        damped(problem, case.dense.T, 0.01, "model.layers.3.mlp")

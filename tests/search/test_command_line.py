@@ -1,0 +1,504 @@
+"""The command line from end to end on a tiny model: what it leaves, how it goes on, and how it says no."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import CompletedProcess, Popen
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from search.config import CACHE_VARIABLE
+from search.models import random_llama
+
+Call = Callable[..., CompletedProcess[str]]
+
+SMOKE = "+experiment=smoke"
+RUN = Path("outputs/search/smoke")
+ROUNDS, GENERATIONS, OFFSPRING, SURVIVORS, TOKENS = 2, 3, 8, [2, 1], [64, 256]  # of the smoke experiment
+HIDDEN = 64  # of its model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Fresh processes work with one thread, as this one does: the order of sums, and so their last bits, depends on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, run_search: Call) -> Path:
+    """A folder in which a fresh process ran the smoke experiment, its cache within. Not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(folder / "cache"))
+        process = run_search(folder, SMOKE)
+    assert (process.returncode, process.stderr) == (0, "")
+    for row in ("dense", "uniform", "searched", "peak memory"):
+        assert row in process.stdout
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `finished` to work in: `tmp_path`, where `call` runs."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test alone."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """All that a run leaves, but for the logs of Hydra."""
+    files = [path for path in folder.rglob("*") if path.is_file() and ".hydra" not in path.parts and path.name != "search.log"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def history(folder: Path) -> pd.DataFrame:
+    return pd.read_parquet(folder / "history.parquet")
+
+
+def levels(folder: Path) -> list[int]:
+    return [unit["level"] for unit in read(folder / "allocation.json")["units"]]
+
+
+def refusal(process: CompletedProcess[str]) -> str:
+    """The one line that a mistake is answered with."""
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process.stderr
+    return process.stderr.strip()
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
+    run = finished / RUN
+    names = {"allocation.json", "history.parquet", "metrics.json", "checkpoint", "export"}
+    assert {path.name for path in run.iterdir()} - {".hydra", "search.log"} == names
+    assert {path.name for path in (run / "checkpoint").iterdir()} == {
+        "settings.json",
+        "data.json",
+        "costs.json",
+        "round-0.json",
+        "round-1.json",
+    }
+    files = {"config.json", "model.safetensors", "modeling_pruned.py", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert files <= {path.name for path in (run / "export").iterdir()}
+    assert not [path for path in finished.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_the_allocation_is_consistent_and_meets_the_budget(finished: Path) -> None:
+    content = read(finished / RUN / "allocation.json")
+    assert content.keys() == {"format", "model", "space", "budget", "units"}
+    assert (content["format"], content["model"]["name"]) == (1, "random-llama-0")
+    budget, units = content["budget"], content["units"]
+    assert budget.keys() == {"kind", "target", "dense", "achieved"}
+    assert budget["target"] == 0.75 * budget["dense"]
+    each = {"attention": 2 * HIDDEN * 24, "mlp": 3 * HIDDEN}  # parameters of a KV group (q 16, k 8, v 8, o 16) and a neuron
+    for unit in units:
+        assert unit.keys() == {"name", "kind", "level", "sparsity", "kept", "total", "cost"}
+        assert unit["cost"] == unit["kept"] * each[unit["kind"]]
+        assert unit["sparsity"] == pytest.approx(1 - unit["kept"] / unit["total"])
+        assert (unit["level"] == 0) == (unit["kept"] == unit["total"])
+    modules = [f"model.layers.{block}.{module}" for block in range(4) for module in ("self_attn", "mlp")]
+    assert [unit["name"] for unit in units] == modules
+    assert budget["achieved"] == sum(unit["cost"] for unit in units)
+    assert 0 <= budget["target"] - budget["achieved"] < each["mlp"] * 32  # within a level of the last round's 1/8
+    assert budget["dense"] == sum(unit["total"] * each[unit["kind"]] for unit in units)
+
+
+def test_the_history_has_a_row_for_each_evaluation(finished: Path) -> None:
+    rows = history(finished / RUN)
+    columns = ["iteration", "generation", "step", "tokens", "fitness", "survived", "seconds", "allocation"]
+    assert list(rows.columns) == columns
+    steps = {key: group for key, group in rows.groupby(["iteration", "generation", "step"])}
+    assert set(steps) == {(i, g, s) for i in range(ROUNDS) for g in range(GENERATIONS) for s in range(len(TOKENS))}
+    for (_, _, step), group in steps.items():
+        assert len(group) == (OFFSPRING, SURVIVORS[0] + 1)[step]  # the parent takes part in the last step
+        assert (group.tokens == TOKENS[step]).all()
+        assert group.survived.sum() == SURVIVORS[step]
+        assert group[group.survived].fitness.max() <= group[~group.survived].fitness.min()
+        assert group.allocation.is_unique
+    assert np.isfinite(rows.fitness).all() and (rows.fitness > 0).all() and (rows.seconds > 0).all()
+    last = rows[rows.survived].iloc[-1]
+    assert [int(level) for level in last.allocation.split()] == levels(finished / RUN)
+
+
+def test_the_metrics_agree_with_the_allocation(finished: Path) -> None:
+    metrics, allocation = read(finished / RUN / "metrics.json"), read(finished / RUN / "allocation.json")
+    removed = allocation["budget"]["dense"] - allocation["budget"]["achieved"]
+    norms = HIDDEN * sum(unit["kept"] == 0 for unit in allocation["units"])
+    dense, uniform, searched = metrics["dense"], metrics["uniform"], metrics["searched"]
+    assert dense["parameters"] - searched["parameters"] == removed + norms
+    assert dense["parameters"] - uniform["parameters"] >= allocation["budget"]["dense"] - allocation["budget"]["target"]
+    assert abs(dense["kl_divergence"]) < 1e-5
+    for model in (uniform, searched):
+        assert model["kl_divergence"] > 0.001
+    assert all(1 < model["perplexity"] < 10_000 for model in (dense, uniform, searched))
+    assert metrics["evaluation_tokens"] == 8 * 64
+    assert 0 < metrics["search_forward_tokens"] <= history(finished / RUN).tokens.sum()
+    assert metrics["stages"].keys() == {"build", "search", "evaluate", "export"}
+    assert all(cost["seconds"] >= 0 and cost["peak_memory_bytes"] > 1e8 for cost in metrics["stages"].values())
+
+
+def test_the_split_of_the_data_is_recorded(finished: Path) -> None:
+    record = read(finished / RUN / "checkpoint/data.json")
+    assert {part: entry["sequences"] for part, entry in record.items()} == {"calibration": 16, "search": 16, "evaluation": 8}
+    assert len({entry["fingerprint"] for entry in record.values()}) == 3
+
+
+# The same command again, other settings, single stages, sweeps
+
+
+def test_the_same_command_again_does_nothing_twice(copy: Path, call: Call) -> None:
+    shutil.rmtree(copy / "cache")  # a finished run needs no supernet
+    before = results(copy)
+    process = call(SMOKE)
+    assert process.returncode == 0
+    assert results(copy) == before  # with the seconds of each stage, and no new supernet
+    assert "searched" in process.stdout
+
+
+def test_other_settings_are_refused_with_both_values(copy: Path, call: Call) -> None:
+    before = results(copy)
+    line = refusal(call(SMOKE, "budget.sparsity=0.5", "strategy.offspring=4"))
+    for part in (str(RUN), "budget.sparsity: 0.25 there, 0.5 now", "strategy.offspring: 8 there, 4 now", "fresh=true"):
+        assert part in line
+    assert "seed" not in line
+    assert results(copy) == before
+
+
+def test_what_results_do_not_depend_on_may_change(copy: Path, call: Call) -> None:
+    before = results(copy)
+    assert call(SMOKE, "device=cpu", "stages=[evaluate]").returncode == 0
+    assert results(copy) == before
+
+
+def test_fresh_moves_a_run_aside(copy: Path, call: Call) -> None:
+    before = results(copy / RUN)
+    assert call(SMOKE, "fresh=true", "budget.sparsity=0.5").returncode == 0
+    assert results(copy / f"{RUN}.old-1") == before
+    budget = read(copy / RUN / "allocation.json")["budget"]
+    assert budget["target"] == 0.5 * budget["dense"]
+
+
+@pytest.mark.parametrize(
+    ("change", "supernets"),
+    [
+        ("budget.sparsity=0.5", 1),
+        ("strategy.offspring=4", 1),
+        ("seed=1", 2),
+        ("model.seed=1", 2),
+        ("prune.pruner.damping=0.1", 2),
+        ("prune.fit=dense", 2),
+        ("supernet.levels=4", 2),
+    ],
+)
+def test_a_supernet_is_shared_by_settings_that_its_candidates_do_not_depend_on(
+    change: str, supernets: int, call: Call, empty_cache: Path
+) -> None:
+    for run, settings in (("one", []), ("other", [change])):
+        assert call(SMOKE, "stages=[build]", f"hydra.run.dir={run}", *settings).returncode == 0
+    assert len(list(empty_cache.glob("supernets/*/manifest.json"))) == supernets
+
+
+def test_another_seed_finds_something_else(finished: Path, call: Call, tmp_path: Path) -> None:
+    assert call(SMOKE, "seed=1", "stages=[build,search]").returncode == 0
+    assert history(tmp_path / RUN).fitness.tolist() != history(finished / RUN).fitness.tolist()
+
+
+def test_a_mistake_does_not_claim_the_directory(call: Call, tmp_path: Path) -> None:
+    refusal(call(SMOKE, "budget.sparsity=1.5"))
+    refusal(call(SMOKE, "prune.fit=well"))
+    assert call(SMOKE, "dry_run=true", "seed=1").returncode == 0
+    assert call(SMOKE, "stages=[build,search]").returncode == 0
+    assert (tmp_path / RUN / "allocation.json").exists()
+
+
+def test_a_dry_run_describes_and_builds_nothing(call: Call, empty_cache: Path, tmp_path: Path) -> None:
+    process = call(SMOKE, "dry_run=true")
+    assert process.returncode == 0
+    for part in ("8 units", "184,320 of 245,760", "on disk", "calibration tokens", "forward tokens"):
+        assert part in process.stdout
+    assert not empty_cache.exists() and results(tmp_path) == {}
+
+
+def test_stages_one_by_one_give_the_same_as_all_at_once(call: Call, empty_cache: Path, finished: Path, tmp_path: Path) -> None:
+    line = refusal(call(SMOKE, "stages=[search]"))
+    assert str(empty_cache) in line and "add build to stages" in line
+    assert call(SMOKE, "stages=[build]").returncode == 0
+    assert not (tmp_path / RUN / "history.parquet").exists()
+    assert call(SMOKE, "stages=[build,search]").returncode == 0
+    assert not (tmp_path / RUN / "metrics.json").exists() and not (tmp_path / RUN / "export").exists()
+    assert call(SMOKE, "stages=[evaluate]").returncode == 0
+    assert not (tmp_path / RUN / "export").exists()
+    assert call(SMOKE, "stages=[export]").returncode == 0
+    ours, theirs = results(tmp_path / RUN), results(finished / RUN)
+    assert ours.keys() == theirs.keys()
+    for name in ("allocation.json", "export/model.safetensors", "export/config.json", "export/README.md"):
+        assert ours[name] == theirs[name], name
+    metrics, expected = read(tmp_path / RUN / "metrics.json"), read(finished / RUN / "metrics.json")
+    assert metrics["stages"].keys() == expected["stages"].keys()
+    assert metrics | {"stages": None} == expected | {"stages": None}
+
+
+def test_a_sweep_runs_each_budget_in_its_own_directory(call: Call, tmp_path: Path) -> None:
+    assert call("-m", SMOKE, "budget.sparsity=0.25,0.5", "stages=[build,search]").returncode == 0
+    targets = {path.parent.name: read(path)["budget"] for path in (tmp_path / RUN).glob("*/allocation.json")}
+    assert {name: budget["target"] / budget["dense"] for name, budget in targets.items()} == {
+        "budget.sparsity=0.25": 0.75,
+        "budget.sparsity=0.5": 0.5,
+    }
+
+
+# Killed, and given the same command again
+
+# The process kills itself for real when it is about to write the n-th file of a name: so each moment is hit exactly.
+KILLED = """
+import os, signal, sys
+import supernet.store
+
+name, count = sys.argv.pop(1), int(sys.argv.pop(1))
+write = supernet.store.write_atomic
+
+def write_or_die(path, data):
+    global count
+    count -= path.name == name
+    if count < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, data)
+
+supernet.store.write_atomic = write_or_die
+import search.__main__
+search.__main__.main()
+"""
+MOMENTS = {  # file, n, and rows of the history that are replaced
+    "build, a unit's file written but not yet in the manifest": ("manifest.json", 3, 0),
+    "build of the second round": ("manifest.json", 13, 0),
+    "search, a generation's rows written but not yet its checkpoint": ("round-0.json", 2, OFFSPRING + SURVIVORS[0] + 1),
+    "search of the second round, before its rows are written": ("history.parquet", 4, 0),
+    "evaluate": ("metrics.json", 0, 0),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_ends_like_an_undisturbed_one(
+    moment: str, finished: Path, tmp_path: Path, empty_cache: Path, call: Call, run_search: Call
+) -> None:
+    file, count, redone = MOMENTS[moment]
+    killed = run_search(tmp_path, file, str(count), SMOKE, python=("-c", KILLED))
+    assert killed.returncode == -signal.SIGKILL
+    run = tmp_path / RUN
+    assert not (run / "metrics.json").exists()
+    units = {path: path.stat().st_mtime_ns for path in empty_cache.rglob("*.safetensors") if named(path)}
+    seconds = history(run).seconds.tolist() if (run / "history.parquet").exists() else []
+
+    assert call(SMOKE).returncode == 0
+    expected = finished / RUN
+    for name in ("allocation.json", "checkpoint/round-1.json", "export/model.safetensors"):
+        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+    assert read(run / "metrics.json") | {"stages": None} == read(expected / "metrics.json") | {"stages": None}
+    pd.testing.assert_frame_equal(history(run).drop(columns="seconds"), history(expected).drop(columns="seconds"))
+    # What was done before is not done again: files are untouched, and rows have the seconds of the first time.
+    assert {path: path.stat().st_mtime_ns for path in units} == units
+    kept = seconds[: len(seconds) - redone]
+    assert history(run).seconds[: len(kept)].tolist() == kept
+
+
+def named(path: Path) -> bool:
+    """Whether a file of candidates is in its supernet's manifest."""
+    manifest = path.parents[1] / "manifest.json"
+    return manifest.exists() and path.stem in read(manifest)["units"]
+
+
+def test_ctrl_c_is_answered_with_one_line(tmp_path: Path, start_search: Callable[..., Popen[str]]) -> None:
+    with start_search(tmp_path, SMOKE, "strategy.generations=100000") as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / RUN / "checkpoint/round-0.json").exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert errors == "interrupted; the same command continues from the last completed step\n"
+    assert read(tmp_path / RUN / "checkpoint/round-0.json")["generation"] >= 1
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of things that cannot be pruned."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty").mkdir()
+    (folder / "file").touch()
+    (folder / "short.txt").write_text("Much too short.")
+    llama = random_llama(0, 32, 64, 2, 2, 2, dtype=torch.float32)
+    for name in ("gpt2", "nan"):
+        llama.tokenizer.save_pretrained(folder / name)
+    config = GPT2Config(vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=256, eos_token_id=256)
+    GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
+    llama.model.model.layers[1].mlp.down_proj.weight[3, 5] = float("nan")
+    llama.model.save_pretrained(folder / "nan")
+    return folder
+
+
+BAD = {  # arguments -> what the line must say
+    "model=smolm2": ["'smolm2'", "smollm2", "folder"],
+    "strategy=evolutoin": ["'evolutoin'", "evolution"],
+    "+experment=smoke": ["experment", "+experiment"],
+    "budget.sparsty=0.5": ["budget.sparsty", "did you mean budget.sparsity"],
+    "nonsense=1": ["nonsense"],
+    "nonsense": ["'nonsense'", "key=value"],
+    "+strategy.elite=2": ["strategy", "elite"],
+    "model={bad}/empty": ["empty", "config.json"],
+    "model={bad}/nowhere": ["nowhere", "does not exist"],
+    "model=./nowhere": ["./nowhere", "does not exist"],
+    "model=org/nowhere": ["org/nowhere", "cannot be loaded", "hub id"],
+    "model=pretrained": ["model.path", "not given"],
+    "model={bad}/gpt2": ["'gpt2'", "llama, mistral, qwen2, qwen3"],
+    "model={bad}/nan": ["model.layers.1.mlp", "not finite", "weights"],
+    "budget.sparsity=0": ["budget.sparsity=0", "between 0 and 1"],
+    "budget.sparsity=1": ["budget.sparsity=1", "between 0 and 1"],
+    "budget.sparsity=-1": ["budget.sparsity=-1", "between 0 and 1"],
+    "budget.sparsity=1.5": ["budget.sparsity=1.5", "between 0 and 1"],
+    "budget.sparsity=nan": ["budget.sparsity=nan", "between 0 and 1"],
+    "budget.sparsity=half": ["budget.sparsity=half", "number"],
+    "budget.sparsity=0.9 supernet.levels=3": ["budget.sparsity=0.9", "remove 0.5", "supernet.levels"],
+    "data=local": ["data.source.path", "not given"],
+    "data=local data.source.path={bad}/nothing.txt": ["nothing.txt", "does not exist"],
+    "data=local data.source.path={bad}/short.txt": ["data.sequence_length=64", "short.txt", "more text"],
+    "data=local data.source.path={bad}/empty": ["empty", "text file"],
+    "data.sequence_length=0": ["data.sequence_length=0", "at least 2"],
+    "data.sequences.search=0": ["data.sequences.search=0", "at least 1"],
+    "stages=[bild]": ["bild", "build, search, evaluate, export"],
+    "stages=[]": ["stages=[]", "build, search, evaluate, export"],
+    "stages=build": ["stages=build", "list", "stages=[build"],
+    "dtype=float99": ["dtype=float99", "bfloat16, float16 or float32"],
+    "dtype=int8": ["dtype=int8", "bfloat16, float16 or float32"],
+    "device=gpu": ["device=gpu", "use device=cpu"],
+    "device=meta": ["device=meta", "use device=cpu"],
+    "rounds=abc": ["rounds=abc", "whole number"],
+    "rounds=0": ["rounds=0", "at least 1"],
+    "seed=-1": ["seed=-1", "at least 0"],
+    "seed=null": ["seed=None", "whole number"],
+    "fresh=flase": ["fresh=flase", "true or false"],
+    "dry_run=1": ["dry_run=1", "true or false"],
+    "strategy.offspring=-3": ["strategy.offspring", "at least 1"],
+    "strategy.offspring=many": ["strategy.offspring=many", "whole number"],
+    "strategy.generations=2.5": ["strategy.generations=2.5", "whole number"],
+    "strategy.max_exchanges=0": ["strategy.max_exchanges", "at least 1"],
+    "strategy.survivors=[2,3]": ["strategy.survivors=[2, 3]", "end in 1"],
+    "strategy.survivors=[1]": ["strategy.survivors=[1]", "one number for each"],
+    "strategy.tokens=256": ["strategy.tokens=256", "list"],
+    "prune.fit=well": ["prune.fit=well", "pruned, dense, residual"],
+    "prune.multiple=0": ["prune.multiple=0", "at least 1"],
+    "prune.multiple=999": ["prune.multiple=999", "256 neurons"],
+    "prune.pruner.damping=-1": ["prune.pruner.damping=-1", "above 0"],
+    "supernet.levels=1": ["supernet.levels=1", "at least 2"],
+    "supernet.step=0": ["supernet.step=0", "between 0 and 1"],
+    "supernet.root={bad}/file/below": ["{bad}/file/below", "choose another"],
+    "hydra.run.dir={bad}/file/below": ["{bad}/file/below", "Not a directory"],
+    "evaluate.batch=0": ["evaluate.batch=0", "at least 1"],
+    "fitness.batch=0": ["fitness.batch=0", "at least 1"],
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_a_mistake_is_answered_in_one_line(arguments: str, bad: Path, call: Call, tmp_path: Path) -> None:
+    line = refusal(call(SMOKE, *arguments.format(bad=bad).split()))
+    for part in BAD[arguments]:
+        assert part.format(bad=bad) in line
+    assert not (tmp_path / RUN / "checkpoint/settings.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [(["+experiment=smke"], "smoke"), ([SMOKE, "budget.sparsty=0.5"], "budget.sparsity"), ([SMOKE, "rounds=abc"], "rounds=abc")],
+    ids=["before Hydra", "in Hydra", "in the job"],
+)
+def test_a_mistake_is_answered_in_one_line_by_a_fresh_process(
+    arguments: list[str], part: str, run_search: Call, tmp_path: Path
+) -> None:
+    assert part in refusal(run_search(tmp_path, *arguments))
+
+
+def test_a_configuration_that_is_not_yaml_is_answered_in_one_line(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "ours/model").mkdir(parents=True)
+    (tmp_path / "ours/model/broken.yaml").write_text("a: b\n  c: d\n")
+    line = refusal(call("--config-dir=ours", SMOKE, "model=broken"))
+    assert "model/broken.yaml" in line and "line 2" in line
+
+
+def test_a_mistake_in_one_job_of_a_sweep_is_answered_in_one_line(call: Call) -> None:
+    assert "budget.sparsity=7" in refusal(call("-m", SMOKE, "budget.sparsity=0.25,7", "stages=[build]"))
+
+
+def _flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+UNIT = "units/model.layers.0.mlp.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "harm"),
+    [(UNIT, _flip_last_bit), (UNIT, _cut), (UNIT, Path.unlink), ("manifest.json", _flip_last_bit), ("manifest.json", _cut)],
+)
+def test_a_tampered_supernet_is_refused(pattern: str, harm: Callable[[Path], None], copy: Path, call: Call) -> None:
+    shutil.rmtree(copy / "outputs")
+    files = list((copy / "cache/supernets").glob(f"*/{pattern}"))
+    assert len(files) >= ROUNDS
+    for file in files:
+        harm(file)
+    line = refusal(call(SMOKE))
+    assert Path(pattern).name in line and "damaged" in line and "delete the folder" in line
+    folder = Path(line.partition("delete the folder ")[2].partition(" and build again")[0])
+    assert folder.parent == copy / "cache/supernets"
+    # The remedy that the line names helps.
+    for broken in files:
+        shutil.rmtree(broken.parents[len(Path(pattern).parts) - 1])
+    assert call(SMOKE, "stages=[build,search]").returncode == 0
+
+
+@pytest.mark.parametrize("file", ["checkpoint/round-1.json", "checkpoint/settings.json", "history.parquet"])
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_run_is_refused(file: str, content: str, copy: Path, call: Call, finished: Path) -> None:
+    run = copy / RUN
+    (run / file).write_text(content)
+    if file == "history.parquet":  # read when the search goes on
+        (run / "checkpoint/round-1.json").unlink()
+    line = refusal(call(SMOKE))
+    assert "fresh=true" in line and str(run) in line
+    assert call(SMOKE, "fresh=true").returncode == 0
+    assert (run / "allocation.json").read_bytes() == (finished / RUN / "allocation.json").read_bytes()

@@ -1,0 +1,90 @@
+"""The KL divergence without stored logits is the one with them, in float64; the log-likelihood is the cross-entropy."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from search.fitness import CHUNK, Targets, kl_divergence, negative_log_likelihood, targets
+
+VOCABULARY, HIDDEN = 301, 16
+TOKENS = 2 * CHUNK + 37  # whole chunks and a part of one
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def head_of(dtype: torch.dtype = torch.float32, bias: bool = False) -> nn.Linear:
+    head = nn.Linear(HIDDEN, VOCABULARY, bias=bias)
+    head.weight.data = normal(VOCABULARY, HIDDEN, seed=1).to(dtype)
+    if bias:
+        head.bias.data = normal(VOCABULARY, seed=2).to(dtype)
+    return head.requires_grad_(False)
+
+
+def kl_by_definition(dense: Tensor, pruned: Tensor, head: nn.Linear) -> Tensor:
+    exact = nn.Linear(HIDDEN, VOCABULARY, bias=head.bias is not None, dtype=torch.float64)
+    exact.load_state_dict(head.state_dict())
+    p, q = (exact(hidden.double()).log_softmax(-1) for hidden in (dense, pruned))
+    return (p.exp() * (p - q)).sum(-1).detach()
+
+
+@pytest.mark.parametrize("tokens", [1, CHUNK, TOKENS])
+@pytest.mark.parametrize("distance", [0.03, 1.0, 10.0])
+def test_kl_is_that_of_the_full_softmax(tokens: int, distance: float) -> None:
+    head, dense = head_of(), normal(tokens, HIDDEN, seed=3)
+    pruned = dense + normal(tokens, HIDDEN, seed=4, scale=distance)
+    found = kl_divergence(pruned, head, targets(dense, head))
+    assert found.shape == (tokens,)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), kl_by_definition(dense, pruned, head), rtol=1e-3, atol=2e-5)
+
+
+def test_a_bias_of_the_head_counts() -> None:
+    head, dense = head_of(bias=True), normal(40, HIDDEN, seed=3)
+    pruned = dense + normal(40, HIDDEN, seed=4)
+    found = kl_divergence(pruned, head, targets(dense, head))
+    torch.testing.assert_close(found.double(), kl_by_definition(dense, pruned, head), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 8.0], ids=["flat", "peaked"])
+def test_the_dense_model_is_at_no_distance_from_itself(dtype: torch.dtype, scale: float) -> None:
+    head, dense = head_of(dtype), normal(TOKENS, HIDDEN, seed=3, scale=scale).to(dtype)
+    assert kl_divergence(dense, head, targets(dense, head)).abs().max() <= 1e-5
+
+
+def test_bfloat16_finds_the_mean_of_float64() -> None:
+    head, dense = head_of(torch.bfloat16), normal(2_000, HIDDEN, seed=3).bfloat16()
+    pruned = (dense + normal(2_000, HIDDEN, seed=4, scale=0.3)).bfloat16()
+    found = kl_divergence(pruned, head, targets(dense, head)).double().mean()
+    assert float(found) == pytest.approx(float(kl_by_definition(dense, pruned, head).mean()), rel=0.02)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    head, dense = head_of(), normal(5, HIDDEN, seed=3, scale=1e3)
+    found = kl_divergence(-dense, head, targets(dense, head))
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.double(), kl_by_definition(dense, -dense, head), rtol=1e-4, atol=1e-2)
+
+
+def test_targets_of_parts_are_parts_of_targets() -> None:
+    head, dense = head_of(), normal(TOKENS, HIDDEN, seed=3)
+    whole = targets(dense, head)
+    first, rest = targets(dense[:100], head), targets(dense[100:], head)
+    torch.testing.assert_close(torch.cat([first.expected, rest.expected]), whole.expected)
+    torch.testing.assert_close(torch.cat([first.constant, rest.constant]), whole.constant, rtol=1e-4, atol=1e-4)
+    moved = whole.to("cpu")
+    assert isinstance(moved, Targets)
+    assert torch.equal(moved.expected, whole.expected) and torch.equal(moved.constant, whole.constant)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 2), (3, 7), (4, CHUNK)])
+def test_negative_log_likelihood_is_cross_entropy(batch: int, length: int) -> None:
+    head, hidden = head_of(), normal(batch, length, HIDDEN, seed=3)
+    ids = torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(5))
+    found = negative_log_likelihood(hidden, head, ids)
+    log_p = head(hidden).double().log_softmax(-1)
+    expected = [[-log_p[b, t, ids[b, t + 1]] for t in range(length - 1)] for b in range(batch)]
+    assert found.shape == (batch, length - 1)
+    torch.testing.assert_close(found.double(), torch.tensor(expected), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,89 @@
+"""The main job on a real language model, through the real command line."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+import torch
+
+from search.models import LoadedModel
+
+DEMO = "+experiment=demo"
+REDUCED = (
+    "data.sequence_length=256",
+    "data.sequences={calibration: 8, search: 16, evaluation: 4}",
+    "rounds=1",
+    "strategy.generations=2",
+    "strategy.offspring=6",
+    "strategy.tokens=[256,512]",
+    "strategy.survivors=[2,1]",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left."""
+
+    folder: Path
+    output: str
+
+    def read(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text())
+
+
+def demo(folder: Path, run_search: Callable[..., CompletedProcess[str]], *overrides: str) -> Outcome:
+    process = run_search(folder, DEMO, *overrides)
+    assert (process.returncode, process.stderr) == (0, ""), process.stderr
+    return Outcome(folder / "outputs/search/demo", process.stdout)
+
+
+@pytest.fixture(scope="module")
+def reduced(
+    smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory, run_search: Callable[..., CompletedProcess[str]]
+) -> Outcome:
+    """The demo with little text and few generations; `smollm2` has put the converted model into the session's cache."""
+    return demo(tmp_path_factory.mktemp("reduced"), run_search, *REDUCED)
+
+
+def test_the_reduced_demo_meets_its_budget(reduced: Outcome) -> None:
+    budget = reduced.read("allocation.json")["budget"]
+    assert budget["target"] == int(0.75 * budget["dense"])
+    assert 0 <= budget["target"] - budget["achieved"] < 0.01 * budget["dense"]
+    assert len({unit["sparsity"] for unit in reduced.read("allocation.json")["units"]}) > 1
+
+
+def test_the_reduced_demo_is_not_worse_than_uniform(reduced: Outcome) -> None:
+    metrics = reduced.read("metrics.json")
+    dense, uniform, searched = (metrics[name] for name in ("dense", "uniform", "searched"))
+    assert abs(dense["kl_divergence"]) < 0.01
+    assert 5 < dense["perplexity"] < 60  # an English text is known to this model
+    assert math.isfinite(searched["perplexity"]) and searched["perplexity"] > dense["perplexity"]
+    assert searched["parameters"] < 0.85 * dense["parameters"]  # embeddings are not pruned
+    assert abs(searched["parameters"] - uniform["parameters"]) < 0.01 * dense["parameters"]
+    assert searched["kl_divergence"] < 1.05 * uniform["kl_divergence"]
+    for name in ("dense", "uniform", "searched"):
+        assert f"{metrics[name]['parameters']:,}" in reduced.output
+
+
+def test_the_reduced_demo_exports_a_model_that_generates(reduced: Outcome, reload: Callable[..., dict[str, Any]]) -> None:
+    found = reload(reduced.folder / "export", torch.arange(32).view(1, 32))
+    assert found["parameters"] == reduced.read("metrics.json")["searched"]["parameters"]
+    assert found["logits"].isfinite().all()
+    assert found["generated"] == 8 and found["text"].strip()
+
+
+@pytest.mark.slow
+def test_the_demo_beats_uniform(
+    smollm2: LoadedModel, tmp_path: Path, run_search: Callable[..., CompletedProcess[str]], reload: Callable[..., dict[str, Any]]
+) -> None:
+    outcome = demo(tmp_path, run_search)
+    metrics = outcome.read("metrics.json")
+    assert metrics["searched"]["kl_divergence"] < metrics["uniform"]["kl_divergence"]
+    assert metrics["searched"]["perplexity"] < metrics["uniform"]["perplexity"]
+    assert max(cost["peak_memory_bytes"] for cost in metrics["stages"].values()) < 4e9
+    assert reload(outcome.folder / "export", torch.arange(32).view(1, 32))["parameters"] == metrics["searched"]["parameters"]
