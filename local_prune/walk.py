@@ -87,7 +87,7 @@ def build(
         track: Draws progress.
         title: What the progress is called.
     """
-    with supernet.lock():
+    with supernet.building():
         supernet.refresh()
         if supernet.complete:
             return

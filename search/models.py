@@ -8,6 +8,7 @@ The configuration names one of `from_pretrained`, `from_wheel` and `random_llama
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -34,6 +35,8 @@ from transformers import (
 from search.config import cache_dir
 from search.errors import reason
 from supernet.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,7 @@ def _convert_once(gguf: Path, folder: Path) -> None:
     if missing:
         raise InputError(f"{gguf.name} cannot be read without {missing}; run `pip install {missing}`")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    log.info("converting %s, once, to %s", gguf.name, folder)
     draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         _convert(gguf, draft)

@@ -11,14 +11,16 @@ build continues after its last whole unit, and a damaged file is never taken for
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -26,6 +28,8 @@ from torch import Tensor
 from supernet.encoding import Candidate, encode
 from supernet.errors import InputError
 from supernet.space import Space
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -83,6 +87,20 @@ class Supernet:
         """Held while building, so that two runs with the same settings do not both build. The kernel frees a dead owner's."""
         _make_folder(self.path)
         return FileLock(self.path / ".lock")
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Hold the lock; where another process holds it, say so and wait."""
+        lock = self.lock()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another process is building %s; waiting for it", self.path)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def refresh(self) -> None:
         """Read what another process has built since."""

@@ -32,7 +32,7 @@ def model(tiny_llama: LoadedModel) -> PreTrainedModel:
     return tiny_llama.model
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
     """As by a signal."""
 
 
@@ -45,7 +45,7 @@ class Recorder:
 
     def candidates(self, problem: LeastSquares, dense: Tensor, kept: Sequence[int], width: int, where: str) -> list[Candidate]:
         if len(self.problems) == self.units:
-            raise Interrupted
+            raise InterruptionError
         self.problems[where] = problem
         return ObsPruner().candidates(problem, dense, kept, width, where)
 
@@ -209,7 +209,7 @@ def unit_files(supernet: Supernet) -> dict[str, bytes]:
 def test_an_interrupted_build_ends_as_an_undisturbed_one(model: PreTrainedModel, tmp_path: Path, fit: str, units: int) -> None:
     expected = unit_files(built(model, tmp_path / "undisturbed", fit=fit))
     names = [part.name for part in sub_blocks(model)]
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         built(model, tmp_path / "interrupted", pruner=Recorder(units), fit=fit)
     rest = Recorder()
     supernet = built(model, tmp_path / "interrupted", pruner=rest, fit=fit)

@@ -210,7 +210,10 @@ class TestEveryStrategy:
     def test_a_dense_start_is_accepted(self, strategy: Strategy, space_of: SpaceOf) -> None:
         space = space_of((10, (4, 2)), (10, (4, 2)))
         problem = Problem(space, Budget(space.dense_cost, space.dense_cost), (0, 0), Synthetic(space))
-        assert run(strategy, problem)[0][-1].parent == (0, 0)
+        states, rows = run(strategy, problem)
+        assert rows == []  # every other allocation is further below the budget than a step
+        assert states[-1].exhausted
+        assert states[-1].parent == (0, 0)
 
 
 class TestEvolution:
@@ -249,6 +252,17 @@ class TestEvolution:
         problem = make_problem(space, 0.5)
         found = {exchange(problem, problem.start, 1, np.random.default_rng(seed)) for seed in range(20)}
         assert found == {(1, 3), (3, 1)}
+
+    def test_what_a_large_payer_frees_goes_to_others(self, space_of: SpaceOf) -> None:
+        space = space_of((50, (4, 2, 0)), *[(10, (6, 5, 4, 3, 2, 1, 0))] * 2)  # a step of the first unit is ten of the others'
+        problem = Problem(space, Budget(150, space.dense_cost), (1, 5, 2), Synthetic(space))
+        assert problem.budget.met(space, problem.start)
+        found = {exchange(problem, problem.start, 1, np.random.default_rng(seed)) for seed in range(200)}
+        assert (1, 4, 3) in found  # the small ones trade
+        assert (2, 0, 0) not in found  # would leave 30 of the budget
+        bigger = Problem(space, Budget(120, space.dense_cost), (1, 6, 4), Synthetic(space))
+        found = {exchange(bigger, bigger.start, 1, np.random.default_rng(seed)) for seed in range(200)}
+        assert (2, 0, 0) in found  # the large one pays 100, of which the small ones spend all
 
     @pytest.mark.parametrize(("tokens", "sequences"), [(1, 1), (16, 1), (17, 2), (640, 40), (10_000, 40)])
     def test_enough_sequences_or_the_whole_pool(self, problem: Problem, tokens: int, sequences: int) -> None:
