@@ -96,24 +96,25 @@ def _remove_rows(
 
 
 def _order_of_groups(inverse: Tensor, weight: Tensor, moment: Tensor, width: int, count: int, first_order: float) -> Tensor:
-    """Groups of several rows: few and wide, so H^-1 and W are updated at each removal."""
-    groups = len(inverse) // width
-    order: list[int] = []
-    left = list(range(groups))
-    inverse, weight = inverse.clone(), weight.clone()
+    """Groups of several rows: few and wide, so H^-1 and W are updated, and shrink, at each removal."""
+    names = torch.arange(len(inverse) // width, device=inverse.device)
+    order: list[Tensor] = []
     for _ in range(count):
-        diagonal = torch.stack([inverse[g * width : (g + 1) * width, g * width : (g + 1) * width] for g in left])
-        W = weight.view(groups, width, -1)[left]
-        G = moment.view(groups, width, -1)[left]
-        score = 0.5 * (W * torch.linalg.solve(diagonal, W)).sum((1, 2)) + first_order * (W * G).sum((1, 2)).abs()
-        group = left.pop(int(score.argmin()))
-        order.append(group)
-        rows = slice(group * width, (group + 1) * width)
-        solved = torch.linalg.solve(inverse[rows, rows], torch.cat([inverse[rows], weight[rows]], dim=1))
-        update = inverse[:, rows] @ solved
-        inverse -= update[:, : len(inverse)]
-        weight -= update[:, len(inverse) :]
-    return torch.tensor(order, dtype=torch.int64, device=inverse.device)
+        left = len(names)
+        blocks = inverse.view(left, width, left, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (left, width, width)
+        W, G = weight.view(left, width, -1), moment.view(left, width, -1)
+        score = 0.5 * (W * torch.linalg.solve(blocks, W)).sum((1, 2)) + first_order * (W * G).sum((1, 2)).abs()
+        group = int(score.argmin())
+        order.append(names[group])
+        keep = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
+        keep[group * width : (group + 1) * width] = False
+        columns = inverse[keep][:, ~keep]
+        solved = torch.linalg.solve(inverse[~keep][:, ~keep], torch.cat([columns.T, weight[~keep]], dim=1))
+        kept = int(keep.sum())
+        inverse = inverse[keep][:, keep] - columns @ solved[:, :kept]
+        weight = weight[keep] - columns @ solved[:, kept:]
+        moment, names = moment[keep], names[names != names[group]]
+    return torch.stack(order) if order else names[:0]
 
 
 def refit(hessian: Tensor, moment: Tensor, order: Tensor, kept: list[int], width: int) -> list[tuple[Tensor, Tensor]]:
