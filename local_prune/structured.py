@@ -187,6 +187,11 @@ class ObsPruner:
             return []
         solved = damped(problem, dense.T, self.damping, where)
         members = dense.shape[1] // width
-        order = removal_order(solved.inverse, solved.moment, width, members - min(kept), self.first_order)
-        levels = refit(solved.hessian, solved.moment, order, list(kept), width)
+        try:
+            order = removal_order(solved.inverse, solved.moment, width, members - min(kept), self.first_order)
+            levels = refit(solved.hessian, solved.moment, order, list(kept), width)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise InputError(
+                f"{where}: the Hessian is too close to singular; raise prune.pruner.damping={self.damping}"
+            ) from error
         return [Candidate(groups, weight.T.to(dense.dtype).contiguous()) for groups, weight in levels]

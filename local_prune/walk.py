@@ -30,6 +30,7 @@ Item = TypeVar("Item")
 Track = Callable[[Sequence[Item], str], Iterable[Item]]  # draws progress over a sequence with a title
 
 FITS = ("pruned", "dense", "residual")
+METHOD = 1  # raised when the same settings would give other candidates, so that older supernets are not taken for them
 
 
 class Pruner(Protocol):
@@ -190,7 +191,7 @@ class _Streams:
         if not outputs:
             return None
         before = self.dense[index] if self.fit == "dense" else self.pruned[index]
-        target = (outputs[index].float() - before.float()).flatten(0, 1).to(self.device)
+        target = (outputs[index].to(self.device).float() - before.to(self.device).float()).flatten(0, 1)
         return target if bias is None else target - bias
 
     def advance(self, inputs: list[Tensor], outputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> None:

@@ -51,6 +51,12 @@ def _user_errors() -> Iterator[None]:
     except (InputError, HydraException, OmegaConfBaseException, OSError, YAMLError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        advice = "lower prune.batch, fitness.batch or evaluate.batch, with fresh=true"
+        print(f"error: {str(error).splitlines()[0]}; {advice}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last completed step", file=sys.stderr)
         sys.exit(130)

@@ -61,11 +61,11 @@ class GenerationEvaluator:
             rows = [int(row) for row in chosen[start : start + self.batch]]
             ids = self.pool[rows].to(self.model.device)
             hidden, contexts = entry(self.model, ids)
-            teacher = self._teacher(rows, hidden, contexts)
-            for allocation, state in zip(distinct, self._final_states(distinct, hidden, contexts), strict=True):
-                normed, head = final_norm_and_head(self.model, state)
-                loss = kl_divergence(normed.flatten(0, 1), head, teacher).double().sum()
-                totals[allocation] += float(loss)
+            teacher = self._teacher(rows).to(hidden.device)
+            normed = [final_norm_and_head(self.model, state) for state in self._final_states(distinct, hidden, contexts)]
+            losses = kl_divergence([state.flatten(0, 1) for state, _ in normed], normed[0][1], teacher).double().sum(1)
+            for allocation, loss in zip(distinct, losses.tolist(), strict=True):
+                totals[allocation] += loss
         fitness = np.array([totals[a] for a in allocations]) / (len(chosen) * self.sequence_length)
         if not np.isfinite(fitness).all():
             raise InputError(f"the fitness of an allocation is not finite ({fitness}); try dtype=float32")
@@ -99,15 +99,13 @@ class GenerationEvaluator:
         weights = sliced(part, candidate)
         return lambda hidden, context: part(hidden, context, weights)
 
-    def _teacher(self, rows: list[int], hidden: Tensor, contexts: list[dict[str, Any]]) -> Targets:
-        """Targets of the sequences, from the dense model where they are not known yet."""
-        if any(row not in self._targets for row in rows):
-            state = hidden
-            for part in self.parts:
-                state = part(state, contexts[part.block])
-            normed, head = final_norm_and_head(self.model, state)
-            for row, one in zip(rows, normed, strict=True):
-                self._targets[row] = targets(one, head).to("cpu")
-        known = [self._targets[row] for row in rows]
-        joined = Targets(torch.cat([t.expected for t in known]), torch.cat([t.constant for t in known]))
-        return joined.to(hidden.device)
+    def _teacher(self, rows: list[int]) -> Targets:
+        """Targets of the sequences, each made alone when first needed, so that no other sequence can change its rounding."""
+        for row in rows:
+            if row not in self._targets:
+                state, contexts = entry(self.model, self.pool[row : row + 1].to(self.model.device))
+                for part in self.parts:
+                    state = part(state, contexts[part.block])
+                normed, head = final_norm_and_head(self.model, state)
+                self._targets[row] = targets(normed[0], head).to("cpu")
+        return Targets.join([self._targets[row] for row in rows])

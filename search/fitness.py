@@ -1,16 +1,19 @@
-"""Losses over the vocabulary, exact and without ever holding the teacher's logits.
+"""Losses over the vocabulary, exact and without ever holding the logits of more than a few tokens.
 
-For a dense model with logits t and probabilities p, and a pruned one with logits s = E h, where E is the output embedding,
+For a dense model with hidden states t and probabilities p, and a pruned one with hidden states s, the logits differ by
+d = E (s - t), where E is the output embedding, and
 
-    KL(p || softmax(s)) = sum_v p_v log p_v - sum_v p_v s_v + logsumexp(s)
+    KL(dense || pruned) = log sum_v p_v exp(d_v) - (s - t) . sum_v p_v E_v
 
-and the middle term is `h . (sum_v p_v E_v)`: the pruned model's hidden state times the dense model's *expected embedding*. So the
-dense model's side of a token is one vector and one number, computed once, and a candidate needs its own logits only for one
-logsumexp. Hidden states are those behind the final norm.
+So the dense model's side is its hidden state, its log-normaliser and its *expected embedding*, kept for each token; its logits
+are made once for all candidates that are measured together; and only the small difference d is rounded to the model's
+dtype, not logits of 20 and more, whose rounding in bfloat16 would be larger than the divergence of a good candidate.
+Hidden states are those behind the final norm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,16 +27,27 @@ class Targets:
     """The dense model's side of the KL divergence for n tokens.
 
     Attributes:
-        expected: (n, hidden) float32, the expected output embedding. (A head's bias drops out: both sides have it.)
-        constant: (n,) float32, the sum of p log p.
+        hidden: (n, hidden), final hidden states.
+        expected: (n, hidden) float32, expected output embedding.
+        normaliser: (n,) float32, logsumexp of the logits.
     """
 
+    hidden: Tensor
     expected: Tensor
-    constant: Tensor
+    normaliser: Tensor
 
     def to(self, device: torch.device | str) -> Targets:
         """The same on another device."""
-        return Targets(self.expected.to(device), self.constant.to(device))
+        return Targets(self.hidden.to(device), self.expected.to(device), self.normaliser.to(device))
+
+    @staticmethod
+    def join(targets: Sequence[Targets]) -> Targets:
+        """Several runs of tokens as one."""
+        return Targets(
+            torch.cat([one.hidden for one in targets]),
+            torch.cat([one.expected for one in targets]),
+            torch.cat([one.normaliser for one in targets]),
+        )
 
 
 def logits_of(hidden: Tensor, head: nn.Linear) -> Tensor:
@@ -50,14 +64,30 @@ def targets(hidden: Tensor, head: nn.Linear) -> Targets:
         normaliser.append(logits.logsumexp(-1))
         p = logits.sub_(normaliser[-1].unsqueeze(1)).exp_()
         expected.append((p.to(head.weight.dtype) @ head.weight).float())
-    embedding = torch.cat(expected)
-    return Targets(embedding, (hidden.float() * embedding).sum(-1) - torch.cat(normaliser))
+    return Targets(hidden, torch.cat(expected), torch.cat(normaliser))
 
 
-def kl_divergence(hidden: Tensor, head: nn.Linear, teacher: Targets) -> Tensor:
-    """KL(dense || pruned) of each token, (n,) float32, from the pruned model's final hidden states (n, hidden)."""
-    normaliser = torch.cat([logits_of(chunk, head).logsumexp(-1) for chunk in hidden.split(CHUNK)])
-    return teacher.constant - (hidden.float() * teacher.expected).sum(-1) + normaliser
+def kl_divergence(students: Sequence[Tensor], head: nn.Linear, teacher: Targets) -> Tensor:
+    """KL(dense || pruned) of each token for several pruned models.
+
+    Args:
+        students: For each model its final hidden states (n, hidden).
+        head: The output embedding (vocabulary, hidden) and bias, which all share.
+        teacher: The dense model's side of the same n tokens.
+
+    Returns:
+        (students, n) float32.
+    """
+    count = len(teacher.normaliser)
+    divergence = torch.empty(len(students), count, device=teacher.normaliser.device)
+    for start in range(0, count, CHUNK):
+        rows = slice(start, start + CHUNK)
+        log_p = logits_of(teacher.hidden[rows], head).sub_(teacher.normaliser[rows].unsqueeze(1))
+        for student, out in zip(students, divergence, strict=True):
+            step = student[rows].float() - teacher.hidden[rows].float()
+            change = nn.functional.linear(step.to(head.weight.dtype), head.weight).float()  # a bias is the same on both sides
+            out[rows] = change.add_(log_p).logsumexp(-1) - (step * teacher.expected[rows]).sum(-1)
+    return divergence
 
 
 def negative_log_likelihood(hidden: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from local_prune.walk import Calibration, build
+from local_prune.walk import METHOD, Calibration, Pruner, build
 from search.config import cache_dir
 from search.data import TokenSet, prepare, split_record
 from search.levels import Grid, Mixture
 from search.models import LoadedModel
 from search.progress import track
 from search.run_directory import RunDirectory
+from search.strategies.base import Strategy
 from supernet.architecture import SubBlock, sub_blocks
 from supernet.errors import InputError
 from supernet.space import Space
@@ -43,9 +46,8 @@ class Job:
         loaded: LoadedModel = instantiate(self.config.model, dtype=dtype)
         return loaded
 
-    @cached_property
     def model_on_device(self) -> PreTrainedModel:
-        """The dense model moved to the run's device, where it stays for search and evaluation."""
+        """The dense model moved to the run's device, for search and evaluation."""
         model = self.loaded.model
         model.to(self.device)  # type: ignore[arg-type]
         return model
@@ -69,12 +71,28 @@ class Job:
 
     @cached_property
     def tokens(self) -> dict[str, TokenSet]:
-        """Calibration, search and evaluation tokens; how the text was split is recorded in the run."""
+        """Calibration, search and evaluation tokens."""
         data = self.config.data
         source, sequences = instantiate(data.source), dict(data.sequences)
-        tokens = prepare(source, self.loaded.tokenizer, sequences, int(data.sequence_length), int(self.config.seed))
-        self.directory.write("checkpoint/data.json", split_record(tokens))
-        return tokens
+        return prepare(source, self.loaded.tokenizer, sequences, int(data.sequence_length), int(self.config.seed))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run works on, and how the text was split."""
+        model = {"name": self.loaded.name, "fingerprint": self.loaded.fingerprint}
+        return {"model": model, "data": split_record(self.tokens)}
+
+    @cached_property
+    def strategy(self) -> Strategy:
+        """The search."""
+        strategy: Strategy = instantiate(self.config.strategy)
+        return strategy
+
+    @cached_property
+    def pruner(self) -> Pruner:
+        """The local pruner."""
+        pruner: Pruner = instantiate(self.config.prune.pruner)
+        return pruner
 
     @cached_property
     def grid(self) -> Grid:
@@ -85,13 +103,14 @@ class Job:
     def finest_space(self) -> Space:
         """Every level that the last round could reach anywhere: where the uniform baseline is taken from."""
         step = self.grid.step / 2 ** (int(self.config.rounds) - 1)
-        return Grid(int(1.0 / step) + 1, step, self.grid.multiple).first(self.parts)[0]
+        return Grid(ceil(1.0 / step - 1e-9) + 1, step, self.grid.multiple).first(self.parts)[0]
 
     def supernet(self, space: Space, mixture: Mixture, title: str, may_build: bool = True) -> Supernet:
         """The finished supernet of a space: found on disk, continued, or built."""
         prune = self.config.prune
         description = {
-            "model": {"name": self.loaded.name, "fingerprint": self.loaded.fingerprint},
+            "model": self.loaded.fingerprint,
+            "method": METHOD,
             "data": self.tokens["calibration"].fingerprint,
             "prune": OmegaConf.to_container(prune, resolve=True),
             "dtype": str(self.config.dtype),
@@ -105,6 +124,8 @@ class Job:
             raise InputError(f"{title}: there is no finished supernet in {supernet.path}; add build to stages")
         else:
             calibration = Calibration(self.tokens["calibration"].ids, int(prune.batch), str(prune.fit))
+            model = self.loaded.model
+            model.cpu()  # also where a search had it on the device: a resumed run finds it here, and must round alike
             with self.directory.stage("build"):
-                build(self.loaded.model, calibration, instantiate(prune.pruner), supernet, mixture, self.device, track, title)
+                build(model, calibration, self.pruner, supernet, mixture, self.device, track, title)
         return supernet

@@ -69,8 +69,10 @@ class Grid:
 def _expectation(counts: Sequence[int], with_dense: bool) -> tuple[float, ...]:
     """Weights in proportion to what levels keep; the dense level, which every unit has, only where the window holds it."""
     weights = [float(count) for count in counts]
-    if not with_dense and sum(weights[1:]) > 0:
+    if not with_dense:
         weights[0] = 0.0
+        if not any(weights):  # the window holds nothing but the absent sub-block
+            weights[-1] = 1.0
     return tuple(weight / sum(weights) for weight in weights)
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from transformers import PreTrainedModel
 
@@ -41,22 +41,42 @@ NOT_SETTINGS = ("stages", "dry_run", "fresh", "run_name", "device")  # may chang
 Kept = dict[str, int]  # members kept per unit
 
 
+@dataclass(frozen=True)
+class Found:
+    """Where the rounds of build and search ended."""
+
+    space: Space
+    allocation: Allocation
+    budget: Budget
+    tokens: int  # forward tokens of all rounds
+
+    @property
+    def kept(self) -> Kept:
+        """Members kept per unit."""
+        return self.space.kept(self.allocation)
+
+
 def run(config: DictConfig, path: Path) -> None:
     """One run of the chosen stages in the directory `path`."""
     check_settings(config)
-    stages = _stages(config)
-    job = Job(config, RunDirectory(path, _settings(config), bool(config.fresh)))
-    if config.dry_run:
+    stages, dry = _stages(config), bool(config.dry_run)
+    directory = RunDirectory(path, _settings(config), bool(config.fresh) and not dry)
+    job = Job(config, directory)
+    _ = job.strategy, job.pruner  # a mistake in their settings should not wait for hours of building
+    if dry:
         _describe(job)
         return
-    kept = _rounds(job, stages)
-    if kept is None:
-        return
-    if "evaluate" in stages:
-        _evaluate(job, kept)
-    if "export" in stages:
-        _export(job, kept)
-    _summarise(job)
+    with directory.lock():
+        directory.identify(job.identity)
+        found = _rounds(job, stages)
+        if found is None:
+            return
+        _write_allocation(job, found)
+        if "evaluate" in stages:
+            _evaluate(job, found)
+        if "export" in stages:
+            _export(job, found)
+        _summarise(job)
 
 
 def _stages(config: DictConfig) -> list[str]:
@@ -69,97 +89,103 @@ def _stages(config: DictConfig) -> list[str]:
 def _settings(config: DictConfig) -> dict[str, Any]:
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
+    del settings["supernet"]["root"]  # a full disk must not end a run: supernets may move
     return {str(key): value for key, value in settings.items() if key not in NOT_SETTINGS}
 
 
-def _rounds(job: Job, stages: list[str]) -> Kept | None:
-    """Build and search, coarse to fine; None where the chosen stages end before an allocation is found."""
+def _rounds(job: Job, stages: list[str]) -> Found | None:
+    """Build and search, coarse to fine; None where the chosen stages end with a build."""
     space, mixture = job.grid.first(job.parts)
     budget = Budget.from_sparsity(float(job.config.budget.sparsity), space)
     start = uniform(space, budget)
-    kept: Kept = {}
+    tokens = 0
     for index in range(int(job.config.rounds)):
-        if index:
-            space, mixture = job.grid.around(job.parts, kept, index)
-            start = closest(space, space.nearest(kept), budget)
         title = f"round {index + 1} of {job.config.rounds}"
-        state = job.directory.load_state(index)
+        state = job.directory.load_state(index, space)
         if state is None or not _finished(job, state):
+            if "search" not in stages and stages != ["build"]:
+                raise InputError(f"{title} is not searched yet; add search to stages={stages}")
             supernet = job.supernet(space, mixture, f"{title}: build", "build" in stages)
             if "search" not in stages:
                 log.info("%s: the supernet is %s", title, supernet.path)
                 return None
             state = _search(job, index, supernet, budget, start, title)
-        kept = space.kept(state.parent)
-        _write_allocation(job, space, state.parent, budget)
-    return kept
+        tokens += state.tokens
+        found = Found(space, state.parent, budget, tokens)
+        if index + 1 < int(job.config.rounds):
+            space, mixture = job.grid.around(job.parts, found.kept, index + 1)
+            start = closest(space, space.nearest(found.kept), budget)
+    return found
 
 
 def _finished(job: Job, state: State) -> bool:
-    return state.exhausted or state.generation >= int(job.config.strategy.generations)
+    return state.exhausted or state.generation >= job.strategy.generations
 
 
 def _search(job: Job, index: int, supernet: Supernet, budget: Budget, start: Allocation, title: str) -> State:
     """Generations from the last checkpoint to the end."""
-    strategy = instantiate(job.config.strategy)
-    evaluator = GenerationEvaluator(job.model_on_device, supernet, job.tokens["search"].ids, int(job.config.fitness.batch))
-    problem = Problem(supernet.space, budget, start, evaluator)
-    state = job.directory.load_state(index) or strategy.begin(problem, int(job.config.seed) + index)
-    with job.directory.stage("search"):
-        for _ in track(range(state.generation, strategy.generations), f"{title}: search"):
-            state, rows = strategy.advance(problem, state)
-            job.directory.save_state(index, state, rows)
-            if state.exhausted:
-                log.info("%s: no further allocation meets the budget; the search ends early", title)
-                break
+    pool, space = job.tokens["search"].ids, supernet.space
+    evaluator = GenerationEvaluator(job.model_on_device(), supernet, pool, int(job.config.fitness.batch))
+    problem = Problem(space, budget, start, evaluator)
+    seed = int(np.random.SeedSequence([int(job.config.seed), index]).generate_state(1)[0])
+    state = job.directory.load_state(index, space) or job.strategy.begin(problem, seed)
+    for _ in track(range(state.generation, job.strategy.generations), f"{title}: search"):
+        with job.directory.stage("search"):
+            state, rows = job.strategy.advance(problem, state)
+            job.directory.save_state(index, space, state, rows)
+        if state.exhausted:
+            log.info("%s: no further allocation meets the budget; the search ends early", title)
+            break
     return state
 
 
-def _write_allocation(job: Job, space: Space, allocation: Allocation, budget: Budget) -> None:
-    model = {"name": job.loaded.name, "fingerprint": job.loaded.fingerprint}
-    job.directory.write("allocation.json", allocation_json(space, allocation, budget, model))
+def _write_allocation(job: Job, found: Found) -> None:
+    content = allocation_json(found.space, found.allocation, found.budget, job.identity["model"])
+    job.directory.write("allocation.json", content)
 
 
-def _rebuilt(job: Job, kept: Kept, title: str) -> PreTrainedModel:
-    """The model of an allocation, its candidates built once more along it with exact error accumulation."""
-    space, mixture = exact(job.parts, kept)
-    supernet = job.supernet(space, mixture, f"{title} model: last rebuild")
-    return assemble(job.model_on_device, supernet, [len(unit.levels) - 1 for unit in space.units])
+def _rebuild(job: Job, kept: Kept, title: str) -> Supernet:
+    """The candidates of one allocation, built once more along it with exact error accumulation."""
+    return job.supernet(*exact(job.parts, kept), f"{title} model: last rebuild")
 
 
-def _evaluate(job: Job, kept: Kept) -> None:
+def _assembled(job: Job, supernet: Supernet) -> PreTrainedModel:
+    """The model of a last rebuild."""
+    return assemble(job.model_on_device(), supernet, [len(unit.levels) - 1 for unit in supernet.space.units])
+
+
+def _evaluate(job: Job, found: Found) -> None:
     """Write `metrics.json`, unless it is there."""
     if job.directory.read("metrics.json") is not None:
         return
     space = job.finest_space
-    budget = Budget.from_sparsity(float(job.config.budget.sparsity), space)
-    models = {
-        "uniform": _rebuilt(job, space.kept(uniform(space, budget)), "uniform"),
-        "searched": _rebuilt(job, kept, "searched"),
+    even = uniform(space, Budget.from_sparsity(float(job.config.budget.sparsity), space))
+    supernets = {
+        "uniform": _rebuild(job, space.kept(even), "uniform"),
+        "searched": _rebuild(job, found.kept, "searched"),
     }
     ids, batch = job.tokens["evaluation"].ids, int(job.config.evaluate.batch)
     with job.directory.stage("evaluate"):
-        held_out = HeldOut(job.model_on_device, ids, batch, track)
+        held_out = HeldOut(job.model_on_device(), ids, batch, track)
         metrics: dict[str, Any] = {"dense": asdict(held_out.dense)}
-        for name, model in models.items():
-            metrics[name] = asdict(held_out.measure(model, name))
-    states = [job.directory.load_state(index) for index in range(int(job.config.rounds))]
+        for name, supernet in supernets.items():  # one assembled model at a time
+            metrics[name] = asdict(held_out.measure(_assembled(job, supernet), name))
     metrics |= {
         "evaluation_tokens": ids.numel(),
-        "search_forward_tokens": sum(state.tokens for state in states if state),
+        "search_forward_tokens": found.tokens,
         "stages": job.directory.costs(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }
     job.directory.write("metrics.json", metrics)
 
 
-def _export(job: Job, kept: Kept) -> None:
+def _export(job: Job, found: Found) -> None:
     """Write the folder `export`, unless it is there."""
     folder = job.directory.path / "export"
     if folder.exists():
         return
     metrics, allocation = job.directory.read("metrics.json"), job.directory.read("allocation.json")
-    model = _rebuilt(job, kept, "searched")
+    model = _assembled(job, _rebuild(job, found.kept, "searched"))
     with job.directory.stage("export"):
         export(model, job.loaded.tokenizer, folder, model_card(job.loaded.name, metrics, allocation))
     if metrics is not None:
@@ -193,5 +219,5 @@ def _describe(job: Job) -> None:
     calibration = int(job.config.data.sequences.calibration * job.config.data.sequence_length)
     log.info("build: %s calibration tokens through the model in each of %d builds", f"{calibration:,}", rounds + 2)
     log.info("build: about %.2f GB of main memory for their activations", calibration * per_token / 1e9)
-    strategy = instantiate(job.config.strategy)
+    strategy = job.strategy
     log.info("search: about %s forward tokens", f"{rounds * strategy.generations * strategy.tokens_per_generation:,}")

@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from filelock import FileLock, Timeout
 
 from search.errors import reason
 from search.strategies.base import Row, State
 from supernet.errors import InputError
+from supernet.space import Space
 from supernet.store import write_atomic
 
 SETTINGS = "checkpoint/settings.json"
+IDENTITY = "checkpoint/identity.json"
 COSTS = "checkpoint/costs.json"
 HISTORY = "history.parquet"
 
@@ -38,6 +42,7 @@ class RunDirectory:
             InputError: The directory holds a run with other settings; the message lists them.
         """
         self.path = path
+        self.identity: Any = None
         self.settings = json.loads(json.dumps(settings))
         if fresh and (path / SETTINGS).exists():
             _move_aside(path)
@@ -48,6 +53,24 @@ class RunDirectory:
                 f"{path} holds a run with other settings ({changes}); "
                 "set them back to continue it, choose another hydra.run.dir, or move it aside with fresh=true"
             )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out; InputError where one is at work here. The kernel frees a dead process's lock."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise InputError(f"{self.path} is in use by another process; wait for it, or choose another hydra.run.dir") from error
+
+    def identify(self, identity: Mapping[str, Any]) -> None:
+        """Say what model and text the run works on; InputError where the run in the directory worked on others."""
+        self.identity = json.loads(json.dumps(identity))
+        before = self.read(IDENTITY)
+        if before is not None and before != self.identity:
+            changes = ", ".join(_changes(before, self.identity))
+            raise InputError(f"{self.path} holds a run on another model or text ({changes}); start over with fresh=true")
 
     def read(self, name: str) -> Any:
         """The content of a JSON file, or None where it is not there."""
@@ -63,27 +86,31 @@ class RunDirectory:
         """Write a JSON file."""
         write_atomic(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
 
-    def load_state(self, round_index: int) -> State | None:
-        """Where the search of a round stands."""
+    def load_state(self, round_index: int, space: Space) -> State | None:
+        """Where the search of a round stands; InputError where it was a search of another space."""
         content = self.read(f"checkpoint/round-{round_index}.json")
         if content is None:
             return None
+        if not isinstance(content, dict) or content.pop("space", None) != space.fingerprint:
+            file = self.path / f"checkpoint/round-{round_index}.json"
+            raise InputError(f"{file} is of a search among other levels; start over with fresh=true")
         try:
             return State(**(content | {"parent": tuple(content["parent"])}))
         except (KeyError, TypeError) as error:
             raise _damaged(self.path / f"checkpoint/round-{round_index}.json", error) from error
 
-    def save_state(self, round_index: int, state: State, rows: list[Row]) -> None:
+    def save_state(self, round_index: int, space: Space, state: State, rows: list[Row]) -> None:
         """Add a generation's rows to the history, then move the checkpoint on.
 
         In this order, so that a kill in between leaves rows of a generation that is done again: they are replaced then.
         """
-        history = self.history()
-        done_again = (history["iteration"] == round_index) & (history["generation"] >= state.generation - 1)
-        table = pd.concat([history[~done_again], _table(round_index, rows)], ignore_index=True) if rows else history[~done_again]
         self._claim()
-        write_atomic(self.path / HISTORY, table.to_parquet(index=False))
-        self.write(f"checkpoint/round-{round_index}.json", asdict(state))
+        if rows:  # none where the space was exhausted: that is no generation of its own
+            history = self.history()
+            done_again = (history["iteration"] == round_index) & (history["generation"] >= state.generation - 1)
+            table = pd.concat([history[~done_again], _table(round_index, rows)], ignore_index=True)
+            write_atomic(self.path / HISTORY, table.to_parquet(index=False))
+        self.write(f"checkpoint/round-{round_index}.json", asdict(state) | {"space": space.fingerprint})
 
     def history(self) -> pd.DataFrame:
         """All rows so far."""
@@ -98,15 +125,15 @@ class RunDirectory:
         """Add the seconds of a stage to those of earlier runs of it, and note the process's peak memory behind it."""
         start = time.perf_counter()
         yield
-        costs = self.read(COSTS) or {}
-        seconds = costs.get(name, {}).get("seconds", 0.0) + time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        costs[name] = {
-            "seconds": round(seconds, 2),
-            "peak_memory_bytes": max(peak, costs.get(name, {}).get("peak_memory_bytes", 0)),
+        before = self.costs().get(name, {})
+        cost = {
+            "seconds": round(before.get("seconds", 0.0) + time.perf_counter() - start, 2),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+        if torch.cuda.is_available():
+            cost["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
         self._claim()
-        self.write(COSTS, costs)
+        self.write(COSTS, self.costs() | {name: {key: max(value, before.get(key, 0)) for key, value in cost.items()}})
 
     def costs(self) -> dict[str, Any]:
         """Seconds and peak memory per stage."""
@@ -115,6 +142,7 @@ class RunDirectory:
     def _claim(self) -> None:
         """Note whose run this is. Not before there is something to lose: a mistaken setting must be free to be corrected."""
         if not (self.path / SETTINGS).exists():
+            self.write(IDENTITY, self.identity)
             self.write(SETTINGS, self.settings)
 
 

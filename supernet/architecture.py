@@ -121,6 +121,8 @@ class SubBlock:
 def family_of(model: PreTrainedModel) -> Family:
     """The family entry of a model; InputError for one that is not known, with how to add it."""
     model_type = str(model.config.model_type)
+    if getattr(model.config, "is_heterogeneous", False):
+        raise InputError("the model's layers differ in size already (per_layer_config); prune the dense model it was made from")
     if model_type not in FAMILIES:
         raise InputError(
             f"the model's architecture '{model_type}' is not known; known are {', '.join(FAMILIES)}; "
@@ -222,13 +224,17 @@ def final_norm_and_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor,
 
 @contextmanager
 def _forward_replaced(replacements: Mapping[nn.Module, Any]) -> Iterator[None]:
+    before = {module: module.__dict__.get("forward") for module in replacements}  # hooks of other libraries may sit there
     for module, forward in replacements.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module in replacements:
-            del module.forward  # the class's own forward shows again
+        for module, own in before.items():
+            if own is None:
+                del module.forward  # the class's own forward shows again
+            else:
+                module.forward = own
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -23,7 +23,6 @@ import xxhash
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from supernet.encoding import Candidate, encode
 from supernet.errors import InputError
@@ -56,18 +55,9 @@ class Supernet:
         identity = {"format": FORMAT, "description": dict(description), "space": space.to_json()}
         fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
         path = root / fingerprint[:16]
-        manifest_path = path / "manifest.json"
-        if not manifest_path.exists():
-            return cls(path, identity | {"fingerprint": fingerprint, "units": {}})
-        try:
-            manifest = json.loads(manifest_path.read_text())
-            matches = manifest["fingerprint"] == fingerprint and {key: manifest[key] for key in identity} == identity
-            matches = matches and isinstance(manifest["units"], dict)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _damaged(manifest_path, f"unreadable ({error})") from error
-        if not matches:
-            raise _damaged(manifest_path, "its settings do not match its fingerprint")
-        return cls(path, manifest)
+        supernet = cls(path, identity | {"fingerprint": fingerprint, "units": {}})
+        supernet.refresh()
+        return supernet
 
     @property
     def fingerprint(self) -> str:
@@ -103,10 +93,19 @@ class Supernet:
             lock.release()
 
     def refresh(self) -> None:
-        """Read what another process has built since."""
+        """Read what is on disk, built before or by another process; InputError where that is damaged."""
         manifest_path = self.path / "manifest.json"
-        if manifest_path.exists():
-            self.manifest = json.loads(manifest_path.read_text())
+        if not manifest_path.exists():
+            return
+        try:
+            manifest = json.loads(manifest_path.read_text())
+            same = all(manifest[key] == value for key, value in self.manifest.items() if key != "units")
+            whole = all({"file", "bytes", "checksum"} <= set(entry) for entry in manifest["units"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(manifest_path, f"unreadable ({error})") from error
+        if not same or not whole:
+            raise _damaged(manifest_path, "its settings do not match its fingerprint" if whole else "a unit's entry is not whole")
+        self.manifest = manifest
 
     def write(self, name: str, candidates: Sequence[Candidate], record: Mapping[str, Any]) -> None:
         """Store a unit's candidates of levels 1, 2, ... (level 0 is dense), then name them in the manifest.
@@ -139,10 +138,6 @@ class Supernet:
         """All stored candidates of a unit by level."""
         return {level: self.candidate(unit, level) for level in range(1, len(self.space.units[unit].levels))}
 
-    def bytes_on_disk(self) -> int:
-        """Bytes of all candidates."""
-        return sum(int(entry["bytes"]) for entry in self.manifest["units"].values())
-
     def _reader(self, name: str) -> Any:
         """A memory-mapped file of candidates; its checksum is verified when it is first read."""
         if name not in self._open:
@@ -159,11 +154,6 @@ class Supernet:
             except (OSError, SafetensorError) as error:
                 raise _damaged(path, f"unreadable ({error})") from error
         return self._open[name]
-
-
-def dense_candidate(weight: Tensor, members: int) -> Candidate:
-    """Level 0: the dense weight itself, bit for bit."""
-    return Candidate(torch.arange(members), weight)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -47,9 +47,10 @@ def prepare(
 ) -> dict[str, TokenSet]:
     """Make the token sets of all parts.
 
-    A split that feeds one part is used with whole documents; documents of a split that feeds several are cut
-    into pieces, and each piece goes to the part that is filled least relative to its need. So a text that is
-    too short for all is shared in proportion to the needs. No text, whole or piece, is used twice.
+    Each document goes, whole, to the part that is filled least relative to its need. Only where that leaves a
+    part short are long documents of a split that feeds several parts cut into pieces, which are dealt likewise.
+    So a text that is too short for all is shared in proportion to the needs. No text, whole or piece, is used
+    twice.
 
     Args:
         source: where the documents come from.
@@ -68,18 +69,27 @@ def prepare(
     """
     _check_request(sequences, sequence_length)
     encode = _encoder(tokenizer)
-    fillings = {part: _Filling(need=sequences[part] * sequence_length) for part in PARTS}
+    needs = {part: sequences[part] * sequence_length for part in PARTS}
+    fillings = _fill(source, needs, encode, seed, cutting=False)
+    if any(filling.share < 1 for filling in fillings.values()):
+        fillings = _fill(source, needs, encode, seed, cutting=True)
+    parts = {part: filling.pack(sequence_length) for part, filling in fillings.items()}
+    _check_length(parts, fillings, sequence_length, source)
+    return parts
+
+
+def _fill(source: TextSource, needs: Mapping[str, int], encode: _Encoder, seed: int, *, cutting: bool) -> dict[str, _Filling]:
+    """Deal the source's documents to the parts; with `cutting`, long ones of a split that feeds several parts in pieces."""
+    fillings = {part: _Filling(need=need) for part, need in needs.items()}
     generator = np.random.default_rng(seed)
     seen: set[int] = set()
     # Evaluation first: a text that two splits share is then missing from what the model is pruned with, and
     # figures on a published test set stay comparable with those of others.
     for split in dict.fromkeys(source.splits[part] for part in reversed(PARTS)):
         fed = [fillings[part] for part in PARTS if source.splits[part] == split]
-        documents = source.documents(split, seed)
-        _deal(_texts(documents, shared=len(fed) > 1, seen=seen, generator=generator), fed, encode)
-    parts = {part: filling.pack(sequence_length) for part, filling in fillings.items()}
-    _check_length(parts, fillings, sequence_length, source)
-    return parts
+        shared = cutting and len(fed) > 1
+        _deal(_texts(source.documents(split, seed), shared=shared, seen=seen, generator=generator), fed, encode)
+    return fillings
 
 
 def split_record(parts: Mapping[str, TokenSet]) -> dict[str, dict[str, int | str]]:
