@@ -91,13 +91,15 @@ class RunDirectory:
         content = self.read(f"checkpoint/round-{round_index}.json")
         if content is None:
             return None
-        if not isinstance(content, dict) or content.pop("space", None) != space.fingerprint:
-            file = self.path / f"checkpoint/round-{round_index}.json"
-            raise InputError(f"{file} is of a search among other levels; start over with fresh=true")
+        file = self.path / f"checkpoint/round-{round_index}.json"
         try:
-            return State(**(content | {"parent": tuple(content["parent"])}))
-        except (KeyError, TypeError) as error:
-            raise _damaged(self.path / f"checkpoint/round-{round_index}.json", error) from error
+            searched = content.pop("space")
+            state = State(**(content | {"parent": tuple(content["parent"])}))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise _damaged(file, error) from error
+        if searched != space.fingerprint:
+            raise InputError(f"{file} is of a search among other levels; start over with fresh=true")
+        return state
 
     def save_state(self, round_index: int, space: Space, state: State, rows: list[Row]) -> None:
         """Add a generation's rows to the history, then move the checkpoint on.

@@ -78,20 +78,6 @@ def prepare(
     return parts
 
 
-def _fill(source: TextSource, needs: Mapping[str, int], encode: _Encoder, seed: int, *, cutting: bool) -> dict[str, _Filling]:
-    """Deal the source's documents to the parts; with `cutting`, long ones of a split that feeds several parts in pieces."""
-    fillings = {part: _Filling(need=need) for part, need in needs.items()}
-    generator = np.random.default_rng(seed)
-    seen: set[int] = set()
-    # Evaluation first: a text that two splits share is then missing from what the model is pruned with, and
-    # figures on a published test set stay comparable with those of others.
-    for split in dict.fromkeys(source.splits[part] for part in reversed(PARTS)):
-        fed = [fillings[part] for part in PARTS if source.splits[part] == split]
-        shared = cutting and len(fed) > 1
-        _deal(_texts(source.documents(split, seed), shared=shared, seen=seen, generator=generator), fed, encode)
-    return fillings
-
-
 def split_record(parts: Mapping[str, TokenSet]) -> dict[str, dict[str, int | str]]:
     """What a run notes of its data, by part: documents, sequences, tokens, fingerprint."""
     return {
@@ -176,6 +162,20 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> _Encoder:
             "tokenizer_config.json"
         )
     return _Encoder(tokenizer, separator)
+
+
+def _fill(source: TextSource, needs: Mapping[str, int], encode: _Encoder, seed: int, *, cutting: bool) -> dict[str, _Filling]:
+    """Deal the source's documents to the parts; with `cutting`, long ones of a split that feeds several parts in pieces."""
+    fillings = {part: _Filling(need=need) for part, need in needs.items()}
+    generator = np.random.default_rng(seed)
+    seen: set[int] = set()
+    # Evaluation first: a text that two splits share is then missing from what the model is pruned with, and
+    # figures on a published test set stay comparable with those of others.
+    for split in dict.fromkeys(source.splits[part] for part in reversed(PARTS)):
+        fed = [fillings[part] for part in PARTS if source.splits[part] == split]
+        shared = cutting and len(fed) > 1
+        _deal(_texts(source.documents(split, seed), shared=shared, seen=seen, generator=generator), fed, encode)
+    return fillings
 
 
 def _deal(texts: Iterable[str], fillings: Sequence[_Filling], encode: _Encoder) -> None:

@@ -64,8 +64,12 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """All that a run leaves, but for the logs of Hydra."""
-    files = [path for path in folder.rglob("*") if path.is_file() and ".hydra" not in path.parts and path.name != "search.log"]
+    """All that a run leaves, but for its lock and the logs of Hydra."""
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and ".hydra" not in path.parts and path.name not in ("search.log", ".lock")
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -94,10 +98,10 @@ def refusal(process: CompletedProcess[str]) -> str:
 def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
     run = finished / RUN
     names = {"allocation.json", "history.parquet", "metrics.json", "checkpoint", "export"}
-    assert {path.name for path in run.iterdir()} - {".hydra", "search.log"} == names
+    assert {path.name for path in run.iterdir()} - {".hydra", ".lock", "search.log"} == names
     assert {path.name for path in (run / "checkpoint").iterdir()} == {
         "settings.json",
-        "data.json",
+        "identity.json",
         "costs.json",
         "round-0.json",
         "round-1.json",
@@ -162,7 +166,7 @@ def test_the_metrics_agree_with_the_allocation(finished: Path) -> None:
 
 
 def test_the_split_of_the_data_is_recorded(finished: Path) -> None:
-    record = read(finished / RUN / "checkpoint/data.json")
+    record = read(finished / RUN / "checkpoint/identity.json")["data"]
     assert {part: entry["sequences"] for part, entry in record.items()} == {"calibration": 16, "search": 16, "evaluation": 8}
     assert len({entry["fingerprint"] for entry in record.values()}) == 3
 
@@ -233,6 +237,24 @@ def test_a_mistake_does_not_claim_the_directory(call: Call, tmp_path: Path) -> N
     assert call(SMOKE, "dry_run=true", "seed=1").returncode == 0
     assert call(SMOKE, "stages=[build,search]").returncode == 0
     assert (tmp_path / RUN / "allocation.json").exists()
+
+
+def test_a_dry_run_moves_nothing_aside(copy: Path, call: Call) -> None:
+    before = results(copy / RUN)
+    assert call(SMOKE, "dry_run=true", "fresh=true").returncode == 0
+    assert results(copy / RUN) == before
+
+
+def test_stages_that_need_a_search_say_so(call: Call) -> None:
+    assert "add search to stages" in refusal(call(SMOKE, "stages=[build,evaluate,export]"))
+
+
+def test_another_text_under_the_same_name_is_refused(call: Call, tmp_path: Path) -> None:
+    text, command = tmp_path / "text.txt", (SMOKE, "data=local", "data.source.path=text.txt", "stages=[build]")
+    text.write_text("\n\n".join(f"The {n}th paragraph of a text on numbers such as {n * n}." for n in range(400)))
+    assert call(*command).returncode == 0
+    text.write_text(text.read_text().replace("paragraph", "sentence"))
+    assert "another model or text" in refusal(call(*command))
 
 
 def test_a_dry_run_describes_and_builds_nothing(call: Call, empty_cache: Path, tmp_path: Path) -> None:

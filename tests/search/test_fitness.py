@@ -34,7 +34,7 @@ def kl_by_definition(dense: Tensor, pruned: Tensor, head: nn.Linear) -> Tensor:
 def test_kl_is_that_of_the_full_softmax(tokens: int, distance: float) -> None:
     head, dense = head_of(), normal(tokens, HIDDEN, seed=3)
     pruned = dense + normal(tokens, HIDDEN, seed=4, scale=distance)
-    found = kl_divergence(pruned, head, targets(dense, head))
+    found = kl_divergence([pruned], head, targets(dense, head))[0]
     assert found.shape == (tokens,)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), kl_by_definition(dense, pruned, head), rtol=1e-3, atol=2e-5)
@@ -43,7 +43,7 @@ def test_kl_is_that_of_the_full_softmax(tokens: int, distance: float) -> None:
 def test_a_bias_of_the_head_counts() -> None:
     head, dense = head_of(bias=True), normal(40, HIDDEN, seed=3)
     pruned = dense + normal(40, HIDDEN, seed=4)
-    found = kl_divergence(pruned, head, targets(dense, head))
+    found = kl_divergence([pruned], head, targets(dense, head))[0]
     torch.testing.assert_close(found.double(), kl_by_definition(dense, pruned, head), rtol=1e-3, atol=2e-5)
 
 
@@ -51,19 +51,37 @@ def test_a_bias_of_the_head_counts() -> None:
 @pytest.mark.parametrize("scale", [1.0, 8.0], ids=["flat", "peaked"])
 def test_the_dense_model_is_at_no_distance_from_itself(dtype: torch.dtype, scale: float) -> None:
     head, dense = head_of(dtype), normal(TOKENS, HIDDEN, seed=3, scale=scale).to(dtype)
-    assert kl_divergence(dense, head, targets(dense, head)).abs().max() <= 1e-5
+    assert kl_divergence([dense], head, targets(dense, head)).abs().max() <= 1e-5
 
 
 def test_bfloat16_finds_the_mean_of_float64() -> None:
     head, dense = head_of(torch.bfloat16), normal(2_000, HIDDEN, seed=3).bfloat16()
     pruned = (dense + normal(2_000, HIDDEN, seed=4, scale=0.3)).bfloat16()
-    found = kl_divergence(pruned, head, targets(dense, head)).double().mean()
+    found = kl_divergence([pruned], head, targets(dense, head))[0].double().mean()
     assert float(found) == pytest.approx(float(kl_by_definition(dense, pruned, head).mean()), rel=0.02)
+
+
+def test_bfloat16_is_right_token_by_token_where_logits_are_large() -> None:
+    """Logits of 50 are rounded to quarters in bfloat16: more than the divergence of a good candidate."""
+    head, dense = head_of(torch.bfloat16), normal(TOKENS, HIDDEN, seed=3, scale=4.0).bfloat16()
+    pruned = (dense + normal(TOKENS, HIDDEN, seed=4, scale=0.05)).bfloat16()
+    found = kl_divergence([pruned], head, targets(dense, head))[0].double()
+    error = (found - kl_by_definition(dense, pruned, head)).square().mean().sqrt()
+    assert float(error) < 0.01
+    assert float(found.min()) > -0.01
+
+
+def test_models_measured_together_come_out_as_alone() -> None:
+    head, dense = head_of(), normal(TOKENS, HIDDEN, seed=3)
+    students = [dense + normal(TOKENS, HIDDEN, seed=seed) for seed in (4, 5)]
+    together = kl_divergence(students, head, targets(dense, head))
+    alone = [kl_divergence([student], head, targets(dense, head))[0] for student in students]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=0)
 
 
 def test_large_logits_do_not_overflow() -> None:
     head, dense = head_of(), normal(5, HIDDEN, seed=3, scale=1e3)
-    found = kl_divergence(-dense, head, targets(dense, head))
+    found = kl_divergence([-dense], head, targets(dense, head))[0]
     assert found.isfinite().all()
     torch.testing.assert_close(found.double(), kl_by_definition(dense, -dense, head), rtol=1e-4, atol=1e-2)
 
@@ -73,10 +91,10 @@ def test_targets_of_parts_are_parts_of_targets() -> None:
     whole = targets(dense, head)
     first, rest = targets(dense[:100], head), targets(dense[100:], head)
     torch.testing.assert_close(torch.cat([first.expected, rest.expected]), whole.expected)
-    torch.testing.assert_close(torch.cat([first.constant, rest.constant]), whole.constant, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Targets.join([first, rest]).normaliser, whole.normaliser, rtol=1e-4, atol=1e-4)
     moved = whole.to("cpu")
     assert isinstance(moved, Targets)
-    assert torch.equal(moved.expected, whole.expected) and torch.equal(moved.constant, whole.constant)
+    assert torch.equal(moved.expected, whole.expected) and torch.equal(moved.normaliser, whole.normaliser)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 2), (3, 7), (4, CHUNK)])

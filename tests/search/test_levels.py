@@ -70,7 +70,7 @@ def test_a_window_at_the_other_end_holds_nothing_but_sparse_levels(parts: tuple[
     assert weights_of(mixture, space, MLP) == pytest.approx([0.0, 2 / 3, 1 / 3, 0.0])
     narrow, mixture = Grid(2, 0.125, 32).around(parts, all_kept(parts, 0, 0), 3)
     assert counts(narrow, MLP) == [256, 0]
-    assert weights_of(mixture, narrow, MLP) == (1.0, 0.0)  # with nothing else to see, the next sub-block sees the dense one
+    assert weights_of(mixture, narrow, MLP) == (0.0, 1.0)  # the next sub-block sees that this one is gone
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

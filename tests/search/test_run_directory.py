@@ -10,7 +10,9 @@ import pytest
 from search.run_directory import RunDirectory
 from search.strategies.base import Row, State
 from supernet.errors import InputError
+from supernet.space import Level, Space, Unit
 
+SPACE = Space((Unit("unit", "mlp", 4, (Level(4, 8), Level(2, 4))),))
 SETTINGS = {"seed": 0, "budget": {"sparsity": 0.5}, "strategy": {"tokens": [64, 256]}}
 
 
@@ -28,7 +30,7 @@ def row(generation: int, fitness: float, step: int = 0) -> Row:
 
 def advance(directory: RunDirectory, generation: int, fitness: float, iteration: int = 0) -> None:
     """A generation whose one row has this fitness."""
-    directory.save_state(iteration, state(generation + 1), [row(generation, fitness)])
+    directory.save_state(iteration, SPACE, state(generation + 1), [row(generation, fitness)])
 
 
 @pytest.fixture
@@ -39,8 +41,8 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_equal_settings_go_on(run: Path) -> None:
-    assert opened(run).load_state(0) == state(1)
-    assert opened(run, strategy={"tokens": (64, 256)}).load_state(0) == state(1)  # JSON knows no tuples
+    assert opened(run).load_state(0, SPACE) == state(1)
+    assert opened(run, strategy={"tokens": (64, 256)}).load_state(0, SPACE) == state(1)  # JSON knows no tuples
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_other_settings_are_refused(run: Path, changed: dict[str, Any], told: st
 
 
 def test_a_directory_without_results_takes_any_settings(tmp_path: Path) -> None:
-    opened(tmp_path).write("checkpoint/data.json", {})
+    opened(tmp_path).write("checkpoint/identity.json", {})
     with pytest.raises(InterruptedError), opened(tmp_path).stage("build"):
         raise InterruptedError
     advance(opened(tmp_path, seed=1), 0, 1.0)
@@ -81,7 +83,7 @@ def test_fresh_moves_each_run_aside(run: Path) -> None:
     advance(opened(run, fresh=True, seed=2), 0, 3.0)
     found = {path.name: pd.read_parquet(path / "history.parquet").fitness.tolist() for path in run.parent.iterdir()}
     assert found == {"run": [3.0], "run.old-1": [1.0], "run.old-2": [2.0]}
-    assert opened(run.with_name("run.old-1")).load_state(0) == state(1)
+    assert opened(run.with_name("run.old-1")).load_state(0, SPACE) == state(1)
 
 
 def test_fresh_moves_all_results_and_leaves_the_rest(run: Path) -> None:
@@ -101,9 +103,9 @@ def test_fresh_has_nothing_to_move_in_a_new_directory(tmp_path: Path) -> None:
 
 
 def test_a_state_comes_back_as_it_was(run: Path) -> None:
-    found = opened(run).load_state(0)
+    found = opened(run).load_state(0, SPACE)
     assert found == state(1) and isinstance(found.parent, tuple)
-    assert opened(run).load_state(1) is None
+    assert opened(run).load_state(1, SPACE) is None
 
 
 def test_the_history_grows_by_generation_and_round(run: Path) -> None:
@@ -129,8 +131,8 @@ def test_a_generation_done_again_replaces_its_rows(run: Path) -> None:
 
 def test_an_exhausted_search_adds_no_rows(run: Path) -> None:
     directory = opened(run)
-    directory.save_state(0, state(1), [])
-    assert directory.history().empty or directory.history().fitness.tolist() == [1.0]
+    directory.save_state(0, SPACE, state(1), [])
+    assert directory.history().fitness.tolist() == [1.0]  # nor does it take those of the last generation
 
 
 def test_a_failed_write_leaves_what_was_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,10 +165,30 @@ def test_the_costs_of_a_stage_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_damaged_checkpoint_is_refused(run: Path, content: str) -> None:
     (run / "checkpoint/round-0.json").write_text(content)
     with pytest.raises(InputError, match=r"round-0\.json is damaged .*; delete it, or start over with fresh=true"):
-        opened(run).load_state(0)
+        opened(run).load_state(0, SPACE)
 
 
 def test_a_damaged_history_is_refused(run: Path) -> None:
     (run / "history.parquet").write_bytes(b"not parquet")
     with pytest.raises(InputError, match=r"history\.parquet is damaged"):
         opened(run).history()
+
+
+def test_a_search_among_other_levels_is_refused(run: Path) -> None:
+    other = Space((Unit("unit", "mlp", 4, (Level(4, 8), Level(1, 2))),))
+    with pytest.raises(InputError, match=r"round-0\.json is of a search among other levels"):
+        opened(run).load_state(0, other)
+
+
+def test_another_model_or_text_is_refused(tmp_path: Path) -> None:
+    directory = opened(tmp_path)
+    directory.identify({"model": "a", "data": {"search": "x"}})
+    advance(directory, 0, 1.0)
+    opened(tmp_path).identify({"model": "a", "data": {"search": "x"}})
+    with pytest.raises(InputError, match=r'data\.search: "x" there, "y" now'):
+        opened(tmp_path).identify({"model": "a", "data": {"search": "y"}})
+
+
+def test_a_directory_serves_one_process_at_a_time(tmp_path: Path) -> None:
+    with opened(tmp_path).lock(), pytest.raises(InputError, match="in use by another process"), opened(tmp_path).lock():
+        pass

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
 
 from supernet.architecture import (
     ATTENTION,
@@ -20,6 +20,7 @@ from supernet.architecture import (
     sub_blocks,
 )
 from supernet.errors import InputError
+from supernet.modeling_pruned import PRUNED_CLASSES
 
 
 @contextmanager
@@ -114,4 +115,20 @@ def test_heads(family_model: PreTrainedModel) -> None:
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
     model: Any = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11))
     with pytest.raises(InputError, match=r"'gpt2' is not known; known are llama, mistral, qwen2, qwen3;.*one entry"):
+        sub_blocks(model)
+
+
+def test_a_model_that_is_pruned_already_is_refused() -> None:
+    config = LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        head_dim=8,
+        vocab_size=11,
+        per_layer_config={1: {"intermediate_size": 16}},
+        allow_global_per_layer_attribute_access=True,
+    )
+    model: Any = PRUNED_CLASSES["llama"](config)
+    with pytest.raises(InputError, match="differ in size already"):
         sub_blocks(model)
