@@ -39,6 +39,8 @@ def _check_additions(arguments: list[str], groups: list[str]) -> None:
     """InputError for `+experment=demo`: Hydra takes it for a new setting, and the default job would run instead."""
     for argument in arguments:
         key = argument.partition("=")[0]
+        if key == "experiment":
+            raise InputError(f"'{argument}' needs a plus, as it adds to the defaults: +{argument}")
         if key.startswith("+") and key.strip("+").isidentifier() and key.strip("+") not in groups:
             raise InputError(
                 f"there is nothing called {key.strip('+')} to choose; did you mean +{nearest(key.strip('+'), groups)}?"

@@ -71,6 +71,7 @@ def from_pretrained(
         InputError: there is no such model, or it is not complete, or not one that transformers can load.
     """
     source = _local_folder(path)
+    _refuse_pruned(source)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -180,6 +181,13 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 def _loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LoadedModel:
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, name, fingerprint(model, tokenizer))
+
+
+def _refuse_pruned(source: str) -> None:
+    """InputError for a local folder whose layers differ in size: what this project exports."""
+    config = Path(source) / "config.json"
+    if config.is_file() and '"per_layer_config"' in config.read_text(errors="replace"):
+        raise InputError(f"{source} is pruned already: its layers differ in size; prune the dense model it was made from")
 
 
 def _local_folder(path: str) -> str:

@@ -110,6 +110,8 @@ def _rounds(job: Job, stages: list[str]) -> Found | None:
                 log.info("%s: the supernet is %s", title, supernet.path)
                 return None
             state = _search(job, index, supernet, budget, start, title)
+        else:
+            log.info("%s: searched before", title)
         tokens += state.tokens
         found = Found(space, state.parent, budget, tokens)
         if index + 1 < int(job.config.rounds):
@@ -157,6 +159,7 @@ def _assembled(job: Job, supernet: Supernet) -> PreTrainedModel:
 def _evaluate(job: Job, found: Found) -> None:
     """Write `metrics.json`, unless it is there."""
     if job.directory.read("metrics.json") is not None:
+        log.info("measured before: metrics.json is kept")
         return
     space = job.finest_space
     even = uniform(space, Budget.from_sparsity(float(job.config.budget.sparsity), space))
@@ -183,6 +186,7 @@ def _export(job: Job, found: Found) -> None:
     """Write the folder `export`, unless it is there."""
     folder = job.directory.path / "export"
     if folder.exists():
+        log.info("exported before: %s is kept", folder)
         return
     metrics, allocation = job.directory.read("metrics.json"), job.directory.read("allocation.json")
     model = _assembled(job, _rebuild(job, found.kept, "searched"))

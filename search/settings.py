@@ -30,6 +30,8 @@ SWITCHES = ("dry_run", "fresh")
 
 def check_settings(config: DictConfig) -> None:
     """InputError for the first setting of a wrong type, or below what makes sense."""
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise InputError(f"{key} is not given; add {key}=VALUE to the command")
     for key, least in LEAST.items():
         value = _value(config, key)
         if type(value) is not int or value < least:
@@ -38,6 +40,9 @@ def check_settings(config: DictConfig) -> None:
         value = _value(config, key)
         if type(value) not in (int, float):
             raise InputError(f"{key}={value} must be a number, such as {example}")
+    sparsity = config.budget.sparsity
+    if not 0.0 < sparsity < 1.0:
+        raise InputError(f"budget.sparsity={sparsity:g} must lie between 0 and 1; 0.5 removes half of the prunable parameters")
     for key in SWITCHES:
         value = _value(config, key)
         if type(value) is not bool:

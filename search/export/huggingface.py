@@ -37,6 +37,8 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
             }
             shutil.copy(modeling_pruned.__file__, temporary / "modeling_pruned.py")
         model.save_pretrained(temporary)
+        for weights in temporary.glob("*.safetensors"):  # written for its owner only, unlike all else
+            shutil.copymode(temporary / "config.json", weights)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card)
         shutil.rmtree(folder, ignore_errors=True)

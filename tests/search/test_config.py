@@ -53,6 +53,10 @@ def test_an_experiment_composes_and_its_parts_accept_its_settings(name: str) -> 
     config = composed(f"+experiment={name}")
     config.hydra.runtime.choices = {"experiment": name}  # what Hydra notes in a real run
     assert config.run_name == name
+    OmegaConf.set_readonly(config, False)
+    OmegaConf.set_struct(config, False)
+    config.run_name = name  # as in a run, where Hydra's own part is resolved and taken away
+    del config["hydra"]
     check_settings(config)
     for part in (config.strategy, config.prune.pruner, config.data.source):
         instantiate(part)
