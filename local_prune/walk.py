@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -164,8 +165,16 @@ class _Streams:
         # Sequences are equally long and unpadded, so masks and positions of a whole batch serve every batch but a short last one.
         self.contexts = [_moved(contexts, self.device) for _, contexts in (batches[0], batches[-1])]
 
-    def on_device(self, part: SubBlock) -> Any:
-        return _OnDevice(self.blocks[part.block], self.device)
+    @contextmanager
+    def on_device(self, part: SubBlock) -> Iterator[None]:
+        """Lend the sub-block's block to the device, and put it back where it was."""
+        block = self.blocks[part.block]
+        home = next(block.parameters()).device
+        block.to(self.device)
+        try:
+            yield
+        finally:
+            block.to(home)
 
     def context(self, part: SubBlock, hidden: Tensor) -> dict[str, Any]:
         return self.contexts[0 if len(hidden) == len(self.pruned[0]) else 1][part.block]
@@ -195,26 +204,13 @@ class _Streams:
         return target if bias is None else target - bias
 
     def advance(self, inputs: list[Tensor], outputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> None:
+        weight = weight.to(inputs[0].dtype)
         for index, X in enumerate(inputs):
             hidden = self.pruned[index]
-            output = torch.nn.functional.linear(X.to(self.device), weight.to(X.dtype), bias)
+            output = torch.nn.functional.linear(X.to(self.device), weight, bias)
             self.pruned[index] = hidden + output.view(hidden.shape).cpu()
         if outputs:
             self.dense = outputs
-
-
-class _OnDevice:
-    """Lends a block to the device for the length of a `with`, and puts it back where it was."""
-
-    def __init__(self, block: torch.nn.Module, device: torch.device) -> None:
-        self.block, self.device = block, device
-        self.home = next(block.parameters()).device
-
-    def __enter__(self) -> None:
-        self.block.to(self.device)
-
-    def __exit__(self, *error: object) -> None:
-        self.block.to(self.home)
 
 
 def _moved(contexts: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:

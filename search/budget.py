@@ -29,10 +29,7 @@ class Budget:
     @classmethod
     def from_sparsity(cls, sparsity: float, space: Space) -> Budget:
         """Remove the fraction `sparsity` of the prunable parameters; InputError where that is impossible in this space."""
-        if not 0.0 < sparsity < 1.0:
-            raise InputError(
-                f"budget.sparsity={sparsity:g} must lie between 0 and 1; 0.5 removes half of the prunable parameters"
-            )
+        check_sparsity(sparsity)
         target = int(space.dense_cost * (1.0 - sparsity))
         if target < space.lowest_cost:
             highest = 1.0 - space.lowest_cost / space.dense_cost
@@ -45,6 +42,12 @@ class Budget:
     def met(self, space: Space, allocation: Allocation) -> bool:
         """Not above the budget, and less than one smallest step below it."""
         return 0 <= self.target - space.cost(allocation) < max(1, space.smallest_step)
+
+
+def check_sparsity(sparsity: float) -> None:
+    """InputError for a sparsity that no space could have."""
+    if not 0.0 < sparsity < 1.0:
+        raise InputError(f"budget.sparsity={sparsity:g} must lie between 0 and 1; 0.5 removes half of the prunable parameters")
 
 
 def uniform(space: Space, budget: Budget) -> Allocation:

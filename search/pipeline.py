@@ -26,7 +26,7 @@ from search.job import Job
 from search.levels import exact
 from search.progress import clock, track
 from search.report import allocation_json, metrics_table, model_card
-from search.run_directory import RunDirectory
+from search.run_directory import RunDirectory, locked
 from search.settings import check_settings
 from search.strategies.base import Problem, State
 from supernet.assemble import assemble
@@ -60,14 +60,13 @@ def run(config: DictConfig, path: Path) -> None:
     """One run of the chosen stages in the directory `path`."""
     check_settings(config)
     stages, dry = _stages(config), bool(config.dry_run)
-    directory = RunDirectory(path, _settings(config), bool(config.fresh) and not dry)
-    job = Job(config, directory)
-    _ = job.strategy, job.pruner  # a mistake in their settings should not wait for hours of building
     if dry:
-        _describe(job)
+        _describe(Job(config, RunDirectory(path, _settings(config), fresh=False)))
         return
-    with directory.lock():
-        directory.identify(job.identity)
+    with locked(path):  # first: fresh=true must not move a run that is at work
+        job = Job(config, RunDirectory(path, _settings(config), bool(config.fresh)))
+        _ = job.strategy, job.pruner  # a mistake in their settings should not wait for hours of building
+        job.directory.identify(job.identity)
         found = _rounds(job, stages)
         if found is None:
             return
@@ -109,7 +108,7 @@ def _rounds(job: Job, stages: list[str]) -> Found | None:
             if "search" not in stages:
                 log.info("%s: the supernet is %s", title, supernet.path)
                 return None
-            state = _search(job, index, supernet, budget, start, title)
+            state = _search(job, index, supernet, budget, start, state, title)
         else:
             log.info("%s: searched before", title)
         tokens += state.tokens
@@ -124,13 +123,15 @@ def _finished(job: Job, state: State) -> bool:
     return state.exhausted or state.generation >= job.strategy.generations
 
 
-def _search(job: Job, index: int, supernet: Supernet, budget: Budget, start: Allocation, title: str) -> State:
-    """Generations from the last checkpoint to the end."""
+def _search(
+    job: Job, index: int, supernet: Supernet, budget: Budget, start: Allocation, state: State | None, title: str
+) -> State:
+    """Generations from the last checkpoint, if there is one, to the end."""
     pool, space = job.tokens["search"].ids, supernet.space
     evaluator = GenerationEvaluator(job.model_on_device(), supernet, pool, int(job.config.fitness.batch))
     problem = Problem(space, budget, start, evaluator)
     seed = int(np.random.SeedSequence([int(job.config.seed), index]).generate_state(1)[0])
-    state = job.directory.load_state(index, space) or job.strategy.begin(problem, seed)
+    state = state or job.strategy.begin(problem, seed)
     for _ in track(range(state.generation, job.strategy.generations), f"{title}: search"):
         with job.directory.stage("search"):
             state, rows = job.strategy.advance(problem, state)

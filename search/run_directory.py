@@ -27,6 +27,17 @@ COSTS = "checkpoint/costs.json"
 HISTORY = "history.parquet"
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes out of a run's directory; InputError where one is at work. The kernel frees a dead one's lock."""
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise InputError(f"{path} is in use by another process; wait for it, or choose another hydra.run.dir") from error
+
+
 class RunDirectory:
     """Files of one run. Every write is atomic."""
 
@@ -53,16 +64,6 @@ class RunDirectory:
                 f"{path} holds a run with other settings ({changes}); "
                 "set them back to continue it, choose another hydra.run.dir, or move it aside with fresh=true"
             )
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other processes out; InputError where one is at work here. The kernel frees a dead process's lock."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.path / ".lock", timeout=0):
-                yield
-        except Timeout as error:
-            raise InputError(f"{self.path} is in use by another process; wait for it, or choose another hydra.run.dir") from error
 
     def identify(self, identity: Mapping[str, Any]) -> None:
         """Say what model and text the run works on; InputError where the run in the directory worked on others."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from search.budget import check_sparsity
 from supernet.errors import InputError
 
 LEAST = {  # whole numbers
@@ -40,9 +41,7 @@ def check_settings(config: DictConfig) -> None:
         value = _value(config, key)
         if type(value) not in (int, float):
             raise InputError(f"{key}={value} must be a number, such as {example}")
-    sparsity = config.budget.sparsity
-    if not 0.0 < sparsity < 1.0:
-        raise InputError(f"budget.sparsity={sparsity:g} must lie between 0 and 1; 0.5 removes half of the prunable parameters")
+    check_sparsity(config.budget.sparsity)
     for key in SWITCHES:
         value = _value(config, key)
         if type(value) is not bool:

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from search.config import CACHE_VARIABLE
 from search.models import random_llama
+from search.run_directory import locked
 
 Call = Callable[..., CompletedProcess[str]]
 
@@ -242,6 +243,13 @@ def test_a_mistake_does_not_claim_the_directory(call: Call, tmp_path: Path) -> N
 def test_a_dry_run_moves_nothing_aside(copy: Path, call: Call) -> None:
     before = results(copy / RUN)
     assert call(SMOKE, "dry_run=true", "fresh=true").returncode == 0
+    assert results(copy / RUN) == before
+
+
+def test_a_run_at_work_is_not_moved_aside(copy: Path, call: Call) -> None:
+    before = results(copy / RUN)
+    with locked(copy / RUN):
+        assert "in use by another process" in refusal(call(SMOKE, "fresh=true"))
     assert results(copy / RUN) == before
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from search.run_directory import RunDirectory
+from search.run_directory import RunDirectory, locked
 from search.strategies.base import Row, State
 from supernet.errors import InputError
 from supernet.space import Level, Space, Unit
@@ -190,5 +190,5 @@ def test_another_model_or_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_directory_serves_one_process_at_a_time(tmp_path: Path) -> None:
-    with opened(tmp_path).lock(), pytest.raises(InputError, match="in use by another process"), opened(tmp_path).lock():
+    with locked(tmp_path), pytest.raises(InputError, match="in use by another process"), locked(tmp_path):
         pass
