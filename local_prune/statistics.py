@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,25 +31,74 @@ def symmetric(gram: Tensor) -> Tensor:
 
 
 @dataclass
+class Moments:
+    """Sums over the calibration tokens of each input alone, for methods that only score.
+
+    Attributes:
+        total: Sum of x, (d_in,) float64.
+        squares: Sum of x^2, (d_in,) float64.
+        absolute: Sum of |x|, (d_in,) float64.
+        tokens: Rows of X so far.
+    """
+
+    total: Tensor
+    squares: Tensor
+    absolute: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, d_in: int, device: torch.device | str = "cpu") -> Moments:
+        """Before any batch."""
+        total, squares, absolute = torch.zeros(3, d_in, dtype=torch.float64, device=device)
+        return cls(total, squares, absolute)
+
+    def add(self, inputs: Tensor) -> None:
+        """Add a batch: X (tokens, d_in), of any float dtype."""
+        X = inputs.float()
+        self.total += X.sum(0)
+        self.squares += X.square().sum(0)
+        self.absolute += X.abs().sum(0)
+        self.tokens += len(X)
+
+    @property
+    def norms(self) -> Tensor:
+        """||X_j||_2, (d_in,) float32."""
+        return self.squares.sqrt().float()
+
+    @property
+    def mean(self) -> Tensor:
+        """(d_in,) float32."""
+        return (self.total / max(1, self.tokens)).float()
+
+    @property
+    def variance(self) -> Tensor:
+        """Of x over the tokens, (d_in,) float32."""
+        mean = self.total / max(1, self.tokens)
+        return (self.squares / max(1, self.tokens) - mean.square()).clamp_min(0.0).float()
+
+
+@dataclass
 class LeastSquares:
     """The least-squares problem `min_W ||X W - T||^2` of one projection, summed over batches in float32.
 
     Attributes:
         upper: H = X^T X, (d_in, d_in); only its upper triangle, see `hessian`.
         moment: G = X^T T, (d_in, d_out).
-        energy: ||T||^2, what errors are relative to.
+        energies: ||T_o||^2 of each output, (d_out,) float64: what errors are relative to.
         tokens: Rows of X so far.
     """
 
     upper: Tensor
     moment: Tensor
-    energy: float = 0.0
+    energies: Tensor
     tokens: int = 0
+    _factors: dict[float, Factor] = field(default_factory=dict)  # by damping; layers with the same inputs share them
 
     @classmethod
     def zeros(cls, d_in: int, d_out: int, device: torch.device | str = "cpu") -> LeastSquares:
         """Before any batch."""
-        return cls(torch.zeros(d_in, d_in, device=device), torch.zeros(d_in, d_out, device=device))
+        energies = torch.zeros(d_out, dtype=torch.float64, device=device)
+        return cls(torch.zeros(d_in, d_in, device=device), torch.zeros(d_in, d_out, device=device), energies)
 
     def add(self, inputs: Tensor, target: Tensor | None = None) -> None:
         """Add a batch: X (tokens, d_in) and T (tokens, d_out), of any float dtype; without T see `target_own_output`."""
@@ -57,7 +108,12 @@ class LeastSquares:
         if target is not None:
             T = target.float()
             self.moment.addmm_(X.T, T)
-            self.energy += float(T.square().sum())
+            self.energies += T.square().sum(0)
+
+    @property
+    def energy(self) -> float:
+        """||T||^2."""
+        return float(self.energies.sum())
 
     @property
     def hessian(self) -> Tensor:
@@ -67,13 +123,17 @@ class LeastSquares:
     def target_own_output(self, dense: Tensor) -> None:
         """Set T = X W for the dense W (d_in, d_out), after all batches: G = H W needs no pass over the tokens."""
         self.moment = self.hessian @ dense.float()
-        self.energy = float((dense.float() * self.moment).double().sum())
+        self.energies = (dense.float() * self.moment).double().sum(0)
 
-    def errors(self, levels: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
+    def outputs(self, chosen: slice) -> LeastSquares:
+        """The problem of some of the outputs alone: one layer of several that share their inputs."""
+        return LeastSquares(self.upper, self.moment[:, chosen], self.energies[chosen], self.tokens, self._factors)
+
+    def errors(self, levels: Iterable[tuple[Tensor | slice, Tensor]]) -> list[float]:
         """Relative squared output errors ||X_k W_k - T||^2 / ||T||^2.
 
         Args:
-            levels: For each level the columns it keeps (k,), and its weight (k, d_out).
+            levels: For each level the columns it keeps, (k,) or a slice, and its weight (k, d_out).
         """
         hessian, errors = self.hessian, []
         for kept, weight in levels:
@@ -82,21 +142,104 @@ class LeastSquares:
             errors.append(max(0.0, residual / self.energy) if self.energy else 0.0)
         return errors
 
+    def factor(self, damping: float, where: str) -> Factor:
+        """The damped Hessian's factorisation; `damping` times the mean diagonal, tenfold again with a warning while it fails.
+
+        Args:
+            damping: Fraction of the mean diagonal of H.
+            where: Unit name, for messages.
+        """
+        if damping not in self._factors:
+            self._factors[damping] = _factor(self.hessian, damping, where)
+        return self._factors[damping]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A damped Hessian `H + ridge I`, (d_in, d_in), with what methods need of its inverse."""
+
+    hessian: Tensor
+    ridge: float
+    lower: Tensor  # L with L L^T = hessian
+    _uppers: list[Any] = field(default_factory=list)
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """(d_in, d_in)."""
+        return torch.cholesky_inverse(self.lower)
+
+    def upper_of_inverse(self, order: Tensor | None = None) -> Tensor:
+        """U, upper triangular, with U^T U = the inverse, its inputs sorted by `order` (d_in,) if that is given.
+
+        U is what SparseGPT and GPTQ need: U[i:, i:]^T U[i:, i:] is the inverse of the Hessian of the inputs from i on. The last
+        one is kept: layers with the same inputs ask for the same.
+        """
+        if self._uppers and _same(order, self._uppers[0]):
+            known: Tensor = self._uppers[1]
+            return known
+        hessian = self.hessian if order is None else self.hessian[order][:, order]
+        reverse = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)  # upper R with R R^T = hessian
+        identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+        upper: Tensor = torch.linalg.solve_triangular(reverse, identity, upper=True)
+        self._uppers[:] = [order, upper]
+        return upper
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _factor(hessian: Tensor, damping: float, where: str) -> Factor:
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise _not_finite(where)
+    mean = float(diagonal.mean()) or 1.0
+    for attempt in range(6):
+        ridge = damping * 10.0**attempt * mean
+        raised = hessian.clone()
+        raised.diagonal().add_(ridge)
+        lower, info = torch.linalg.cholesky_ex(raised)
+        if int(info) == 0:
+            if attempt:
+                log.warning("%s: Cholesky failed; damping raised from %g to %g", where, damping, damping * 10.0**attempt)
+            return Factor(raised, ridge, lower)
+    raise InputError(
+        f"{where}: the Hessian is not positive definite even with damping {damping * 1e5:g}; use more calibration text"
+    )
+
+
+def _not_finite(where: str) -> InputError:
+    return InputError(f"{where}: activations are not finite; check the model's weights, or use dtype=float32")
+
 
 @dataclass(frozen=True)
 class Damped:
     """The problem with a ridge towards the dense weight, which makes it positive definite.
 
-    `min ||X W - T||^2 + damping ||W - W_dense||^2` has the normal equations `hessian W = moment`.
+    `min ||X W - T||^2 + ridge ||W - W_dense||^2` has the normal equations `hessian W = moment`.
     """
 
-    hessian: Tensor  # (d_in, d_in)
+    factor: Factor
     moment: Tensor  # (d_in, d_out)
-    inverse: Tensor  # (d_in, d_in)
+
+    @property
+    def hessian(self) -> Tensor:
+        """(d_in, d_in)."""
+        return self.factor.hessian
+
+    @property
+    def inverse(self) -> Tensor:
+        """(d_in, d_in)."""
+        return self.factor.inverse
+
+    @property
+    def solution(self) -> Tensor:
+        """The unpruned optimum W, (d_in, d_out)."""
+        return torch.cholesky_solve(self.moment, self.factor.lower)
 
 
 def damped(problem: LeastSquares, dense: Tensor, damping: float, where: str) -> Damped:
-    """Add `damping` times the mean diagonal, tenfold again with a warning while Cholesky fails.
+    """Add a ridge of `damping` times the mean diagonal; see `LeastSquares.factor`.
 
     Args:
         problem: The sums over all calibration tokens.
@@ -104,21 +247,8 @@ def damped(problem: LeastSquares, dense: Tensor, damping: float, where: str) -> 
         damping: Fraction of the mean diagonal of H.
         where: Unit name, for messages.
     """
-    problem_hessian = problem.hessian
-    diagonal = problem_hessian.diagonal()
-    if not bool(torch.isfinite(diagonal).all() and torch.isfinite(problem.moment).all()):
-        raise InputError(f"{where}: activations are not finite; check the model's weights, or use dtype=float32")
-    mean = float(diagonal.mean()) or 1.0
-    anchor = dense.float() * (diagonal > 0).unsqueeze(1)
-    for attempt in range(6):
-        ridge = damping * 10.0**attempt * mean
-        hessian = problem_hessian.clone()
-        hessian.diagonal().add_(ridge)
-        factor, info = torch.linalg.cholesky_ex(hessian)
-        if int(info) == 0:
-            if attempt:
-                log.warning("%s: Cholesky failed; damping raised from %g to %g", where, damping, damping * 10.0**attempt)
-            return Damped(hessian, problem.moment + ridge * anchor, torch.cholesky_inverse(factor))
-    raise InputError(
-        f"{where}: the Hessian is not positive definite even with damping {damping * 1e5:g}; use more calibration text"
-    )
+    factor = problem.factor(damping, where)
+    if not bool(torch.isfinite(problem.moment).all()):
+        raise _not_finite(where)
+    alive = (problem.upper.diagonal() > 0).unsqueeze(1)
+    return Damped(factor, problem.moment + factor.ridge * (dense.float() * alive))

@@ -21,9 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from local_prune.pruner import NoSurvey, Task
 from local_prune.statistics import LeastSquares, damped
-from supernet.encoding import Candidate, member_columns
+from supernet.architecture import SubBlock
+from supernet.encoding import Candidate, Members, member_columns
 from supernet.errors import InputError
+from supernet.prunables import Prunable, member_prunables
 
 BLOCK = 32  # removals between two updates of the whole inverse: their corrections are applied as one matrix product
 
@@ -152,16 +155,20 @@ def refit(hessian: Tensor, moment: Tensor, order: Tensor, kept: list[int], width
 
 
 @dataclass(frozen=True)
-class ObsPruner:
+class ObsPruner(NoSurvey):
     """Optimal Brain Surgeon for groups of columns, with exact refit: `prune=obs`.
 
     Attributes:
         damping: Ridge towards the dense weight, as a fraction of the Hessian's mean diagonal.
         first_order: Weight of the first-order term in the score (0 is pure second order, 1 is Týr's rule).
+        multiple: Kept neurons are multiples of this.
+        query_heads: Take single query heads (Týr-the-Pruner) instead of KV groups.
     """
 
     damping: float = 0.01
     first_order: float = 0.0
+    multiple: int = 32
+    query_heads: bool = False
 
     def __post_init__(self) -> None:
         if self.damping <= 0 or self.first_order < 0:
@@ -170,28 +177,26 @@ class ObsPruner:
                 "0.01 and 0 are the usual choice"
             )
 
-    def candidates(self, problem: LeastSquares, dense: Tensor, kept: Sequence[int], width: int, where: str) -> list[Candidate]:
-        """The candidates of one unit.
+    def prunables(self, parts: Sequence[SubBlock]) -> tuple[Prunable, ...]:
+        """See `Pruner`."""
+        return member_prunables(parts, self.multiple, self.query_heads)
 
-        Args:
-            problem: Sums over the calibration tokens, with their target.
-            dense: (d_out, d_in) weight of the projection.
-            kept: Members to keep at each level, falling.
-            width: Columns per member.
-            where: Unit name, for messages.
+    def statistics(self, dense: Tensor, width: int) -> LeastSquares:
+        """See `Pruner`."""
+        return LeastSquares.zeros(dense.shape[1], dense.shape[0], dense.device)
 
-        Returns:
-            One candidate a level; weights (d_out, k * width) in the dtype of `dense`.
-        """
+    def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
+        """See `Pruner`: weights (d_out, k * width) in the dtype of the dense one."""
         if not kept:
             return []
-        solved = damped(problem, dense.T, self.damping, where)
-        members = dense.shape[1] // width
+        assert isinstance(task.statistics, LeastSquares)
+        solved = damped(task.statistics, task.dense.T, self.damping, task.where)
+        members = task.dense.shape[1] // task.width
         try:
-            order = removal_order(solved.inverse, solved.moment, width, members - min(kept), self.first_order)
-            levels = refit(solved.hessian, solved.moment, order, list(kept), width)
+            order = removal_order(solved.inverse, solved.moment, task.width, members - min(kept), self.first_order)
+            levels = refit(solved.hessian, solved.moment, order, list(kept), task.width)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise InputError(
-                f"{where}: the Hessian is too close to singular; raise prune.pruner.damping={self.damping}"
+                f"{task.where}: the Hessian is too close to singular; raise prune.pruner.damping={self.damping}"
             ) from error
-        return [Candidate(groups, weight.T.to(dense.dtype).contiguous()) for groups, weight in levels]
+        return [Members(groups, weight.T.to(task.dense.dtype).contiguous()) for groups, weight in levels]

@@ -1,68 +1,38 @@
 """Through the model, sub-block by sub-block: statistics, candidates, and what the next sub-block will see.
 
-One block lies on the device at a time; the residual stream of the calibration text waits in main memory. A unit that the
-supernet holds already is not built again: its stored candidates are propagated, which gives the same stream bit for bit, so
-an interrupted build goes on as if nothing had happened.
+One block lies on the device at a time; the residual stream of the calibration text waits in main memory or on disk, and what a
+layer gets as inputs is computed batch by batch and never kept. A unit that the supernet holds already is not built again: its
+stored candidates are propagated, which gives the same stream bit for bit, so an interrupted build goes on as if nothing had
+happened.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from local_prune.activations import SHARE, Activations, free_memory
+from local_prune.pruner import Calibration, Pruner, Statistics, Task, Track
 from local_prune.statistics import LeastSquares
 from supernet.architecture import SubBlock, blocks, entry, sub_blocks
-from supernet.encoding import Candidate, member_columns
-from supernet.errors import InputError
+from supernet.encoding import Candidate, Dropped, Members, Weights, member_columns
+from supernet.placement import Place, full_weight, is_absent, places
 from supernet.space import Unit
 from supernet.store import Supernet
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
-Track = Callable[[Sequence[Item], str], Iterable[Item]]  # draws progress over a sequence with a title
-
-FITS = ("pruned", "dense", "residual")
-METHOD = 1  # raised when the same settings would give other candidates, so that older supernets are not taken for them
-
-
-class Pruner(Protocol):
-    """Makes one unit's candidates out of its calibration statistics."""
-
-    def candidates(self, problem: LeastSquares, dense: Tensor, kept: Sequence[int], width: int, where: str) -> list[Candidate]:
-        """One candidate for each number of members in `kept` (falling, without the dense level); see `ObsPruner`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """How the calibration text is used.
-
-    Attributes:
-        ids: (sequences, tokens) int64.
-        batch: Sequences in one forward pass.
-        fit: What the kept weights are fitted to: `pruned`, the dense layer's output on the inputs of the pruned model;
-            `dense`, its output on the inputs of the dense model; `residual`, the dense model's whole residual stream behind
-            the sub-block, so that each fit also makes up for the error that came before it.
-    """
-
-    ids: Tensor
-    batch: int = 4
-    fit: str = "pruned"
-
-    def __post_init__(self) -> None:
-        if self.fit not in FITS:
-            raise InputError(f"prune.fit={self.fit} is not known; choose one of {', '.join(FITS)}")
-        if self.batch < 1:
-            raise InputError(f"prune.batch={self.batch} must be at least 1 sequence")
+METHOD = 2  # raised when the same settings would give other candidates, so that older supernets are not taken for them
+Mixture = Mapping[str, Sequence[float]]
+Stage = list[tuple[int, str]]  # units whose layers share their inputs: (index of the unit in the space, its layer)
 
 
 @torch.no_grad()
@@ -71,9 +41,9 @@ def build(
     calibration: Calibration,
     pruner: Pruner,
     supernet: Supernet,
-    mixture: Mapping[str, Sequence[float]],
+    mixture: Mixture,
     device: torch.device | str,
-    track: Track[SubBlock],
+    track: Track,
     title: str,
 ) -> None:
     """Fill the supernet with the candidates of every unit.
@@ -83,8 +53,9 @@ def build(
         calibration: Text and how to use it.
         pruner: Makes candidates.
         supernet: Written unit by unit; units that it holds are kept.
-        mixture: Unit -> weight of each of its levels in the output that the next sub-block sees; they sum to 1. All on one
-            level is exact error accumulation along an allocation, a spread is its expectation (Týr-the-Pruner, section 3.2).
+        mixture: Unit -> weight of each of its levels in what the next sub-block sees; they sum to 1. All on the dense level is no
+            error accumulation, all on another one is exact accumulation along an allocation, a spread is the expectation over
+            levels (Týr-the-Pruner, section 3.2).
         device: Where the block at work lies.
         track: Draws progress.
         title: What the progress is called.
@@ -93,127 +64,248 @@ def build(
         supernet.refresh()
         if supernet.complete:
             return
-        streams = _Streams(model, calibration, device)
-        units = {unit.name: unit for unit in supernet.space.units}
-        for part in track(sub_blocks(model), title):
-            _prune_one(part, units[part.name], streams, pruner, supernet, mixture[part.name])
+        walk = Walk(model, calibration, pruner, supernet, mixture, torch.device(device))
+        walk.survey(track)
+        for place in track(places(model, supernet.space), title):
+            walk.step(place)
 
 
-def _prune_one(
-    part: SubBlock, unit: Unit, streams: _Streams, pruner: Pruner, supernet: Supernet, weights: Sequence[float]
-) -> None:
-    with streams.on_device(part):
-        inputs = streams.inputs(part, streams.pruned)
-        outputs = streams.dense_outputs(part)
-        if not supernet.has(unit.name):
-            start = time.perf_counter()
-            problem = streams.problem(part, inputs, outputs)
-            dense = part.projection.weight
-            candidates = pruner.candidates(problem, dense, [v.kept for v in unit.levels[1:]], part.width, unit.name)
-            errors = problem.errors((member_columns(c.kept, part.width), c.weight.T) for c in candidates)
-            seconds = round(time.perf_counter() - start, 3)
-            supernet.write(unit.name, candidates, {"errors": [round(e, 6) for e in errors], "seconds": seconds})
-            log.debug("%s: %.1f s, relative output errors %s", unit.name, seconds, errors)
-        index = supernet.space.units.index(unit)
-        mean, bias = mean_projection(part, supernet.weights(index), weights)
-        streams.advance(inputs, outputs, mean, bias)
+class Walk:
+    """A build under way; `step` takes one sub-block after the other."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: Calibration,
+        pruner: Pruner,
+        supernet: Supernet,
+        mixture: Mixture,
+        device: torch.device,
+    ) -> None:
+        self.model, self.calibration, self.pruner, self.supernet = model, calibration, pruner, supernet
+        self.mixture, self.device = mixture, device
+        self.scores: Mapping[str, Tensor] = {}
+        self.pruning = 0.0  # seconds spent on candidates rather than on passes over the text
+        part = places(model, supernet.space)[0].part
+        self.streams: Streams | None = None  # not made for methods that look at no inputs
+        if (statistics := pruner.statistics(part.weight(part.column), 1)) is not None:
+            accumulates = any(weights[0] < 1.0 for weights in mixture.values())
+            fit = calibration.fit if accumulates and isinstance(statistics, LeastSquares) else "pruned"
+            self.streams = Streams(model, calibration, fit, device, supernet.path)
+
+    def survey(self, track: Track) -> None:
+        """Scores that are taken from the dense model as a whole."""
+        self.scores = self.pruner.survey(self.model, self.calibration, self.device, track)
+
+    def step(self, place: Place) -> None:
+        """Build what is missing of a sub-block's units, and move on."""
+        part, present = place.part, 1.0
+        replaced: dict[str, Tensor] = {}
+        with on_device(blocks(self.model)[part.block], self.device):
+            for stage in _stages(place):
+                if not all(self.supernet.has(self._unit(index).name) for index, _ in stage):
+                    self._build(part, stage, replaced)
+                if self.streams is None:
+                    continue
+                for index, layer in stage:
+                    weights = self.mixture[self._unit(index).name]
+                    candidates = {level: self.supernet.candidate(index, level) for level, w in enumerate(weights) if level and w}
+                    parameters, share = mean_parameters(part, layer, candidates, weights)
+                    replaced |= parameters
+                    present *= share
+            if self.streams is not None:
+                self.streams.advance(part, replaced, present)
+
+    def _unit(self, index: int) -> Unit:
+        return self.supernet.space.units[index]
+
+    def _build(self, part: SubBlock, stage: Stage, replaced: Mapping[str, Tensor]) -> None:
+        """Write the candidates of a stage's units that the supernet does not hold."""
+        layers = [layer for _, layer in stage]
+        statistics = self._statistics(part, layers, replaced)
+        start = 0
+        for index, layer in stage:
+            unit, dense = self._unit(index), part.weight(layer)
+            rows = slice(start, start + len(dense))
+            start = rows.stop
+            if self.supernet.has(unit.name):
+                continue
+            own = statistics.outputs(rows) if isinstance(statistics, LeastSquares) else statistics
+            width = part.groups.width if part.groups and unit.name == part.name else 1
+            task = Task(unit.name, dense, own, self.scores.get(unit.name), width, part.bias(layer))
+            begun = time.perf_counter()
+            candidates = self.pruner.candidates(task, [level.kept for level in unit.levels[1:]])
+            record: dict[str, Any] = {"seconds": round(time.perf_counter() - begun, 3)}
+            if isinstance(own, LeastSquares):
+                record["errors"] = [round(error, 6) for error in own.errors(_kept_and_weight(task, one) for one in candidates)]
+            self.supernet.write(unit.name, candidates, record)
+            self.pruning += time.perf_counter() - begun
+            log.debug("%s: %s", unit.name, record)
+
+    def _statistics(self, part: SubBlock, layers: Sequence[str], replaced: Mapping[str, Tensor]) -> Statistics | None:
+        """Sums over the calibration tokens of the inputs that a stage's layers share."""
+        dense = torch.cat([part.weight(layer) for layer in layers])
+        statistics = self.pruner.statistics(dense, part.groups.width if part.groups else 1)
+        if statistics is None or self.streams is None:
+            return None
+        aimed = False
+        for X, target in self.streams.inputs_and_targets(part, layers, dense, replaced):
+            if isinstance(statistics, LeastSquares):
+                aimed = target is not None
+                statistics.add(X, target)
+            else:
+                statistics.add(X)
+        if isinstance(statistics, LeastSquares) and not aimed:
+            statistics.target_own_output(dense.T)
+        return statistics
 
 
-def mean_projection(
-    part: SubBlock, candidates: Mapping[int, Candidate], weights: Sequence[float]
-) -> tuple[Tensor, Tensor | None]:
-    """The projection whose output is the mixture of all levels' outputs.
+def _stages(place: Place) -> list[Stage]:
+    """The units of a sub-block, those together whose layers share their inputs, in the order of computation."""
+    part = place.part
+    whole: list[Stage] = [[(index, part.column)] for index, layer in place.units if layer is None]
+    linear = {layer: index for index, layer in place.units if layer is not None}
+    shared: list[Stage] = [[(linear[layer], layer) for layer in stage if layer in linear] for stage in part.stages]
+    return whole + [stage for stage in shared if stage]
 
-    Levels differ in the projection alone (removed members do not change what the others put in), and it is linear, so the
-    mean output is that of the mean weight: one product instead of one a level.
 
-    Returns:
-        Weight (d_out, d_in) in float32, and the bias, without the share of levels that drop the whole sub-block.
+def _kept_and_weight(task: Task, candidate: Candidate) -> tuple[Tensor | slice, Tensor]:
+    """The input columns that a candidate keeps, and their weights (k, d_out)."""
+    if isinstance(candidate, Members):
+        columns = member_columns(candidate.kept, task.width)
+        return columns, task.dense.T[columns] if candidate.weight is None else candidate.weight.T
+    assert not isinstance(candidate, Dropped)
+    weight = candidate.weight
+    return slice(None), (task.dense * candidate.mask if isinstance(candidate, Weights) and weight is None else weight).T  # type: ignore[union-attr]
+
+
+def mean_parameters(
+    part: SubBlock, layer: str, candidates: Mapping[int, Candidate], weights: Sequence[float]
+) -> tuple[dict[str, Tensor], float]:
+    """The layer whose output is the mean over a unit's levels, and its share: without levels that drop the sub-block.
+
+    Removed members do not change what the others put in, and the layer is linear, so the mean output is that of the mean weight:
+    one product instead of one a level. Between the layers of a sub-block it is the expectation's first order.
+
+    Args:
+        part: The sub-block.
+        layer: The linear layer that differs from level to level.
+        candidates: Level -> candidate, of all levels but the dense that have a weight.
+        weights: Of each level, summing to 1.
     """
-    dense = part.projection.weight
-    mean = weights[0] * dense.float()
+    gone = sum(weights[level] for level, candidate in candidates.items() if is_absent(candidate))
+    share = 1.0 - gone
+    if share <= 1e-9 or weights[0] >= share - 1e-9:
+        return {}, share if share > 1e-9 else 0.0
+    dense, bias = part.weight(layer), part.bias(layer)
+    mean = weights[0] / share * dense.float()
+    shift = torch.zeros(len(dense), device=dense.device) if bias is None else weights[0] / share * bias.float()
+    shifted = bias is not None
     for level, candidate in candidates.items():
-        columns = member_columns(candidate.kept.to(dense.device), part.width)
-        mean.index_add_(1, columns, candidate.weight.to(dense.device, torch.float32), alpha=weights[level])
-    bias = part.projection.bias
-    if bias is None:
-        return mean, None
-    present = weights[0] + sum(weights[level] for level, candidate in candidates.items() if len(candidate.kept))
-    return mean, bias * present
+        if is_absent(candidate):
+            continue
+        mean += weights[level] / share * full_weight(part, layer, candidate).float()
+        own = candidate.bias if isinstance(candidate, Members) and candidate.bias is not None else bias
+        if own is not None:
+            shift += weights[level] / share * own.to(shift)
+            shifted = True
+    return part.replaced(layer, mean.to(dense.dtype), shift.to(dense.dtype) if shifted else None), share
 
 
-def activation_bytes(parts: Sequence[SubBlock], fit: str) -> int:
-    """Main memory that a calibration token takes while a build runs.
+@contextmanager
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Lend a module to the device, and put it back where it was."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
 
-    The residual stream of the pruned model, the widest projection's inputs and, where the fit needs it, the stream of the dense
-    model before and behind the sub-block at work.
-    """
-    hidden, widest = parts[0].projection.out_features, max(part.projection.in_features for part in parts)
-    return (hidden * (1 if fit == "pruned" else 3) + widest) * parts[0].projection.weight.element_size()
+
+def stream_bytes(model: PreTrainedModel, calibration: Calibration, fit: str) -> int:
+    """What the residual streams of the calibration text take: the pruned model's and, where the fit needs it, the dense one's."""
+    token = int(model.config.hidden_size) * _stream_dtype(model).itemsize
+    return calibration.ids.numel() * token * (1 if fit == "pruned" else 2)
 
 
-class _Streams:
+def _stream_dtype(model: PreTrainedModel) -> torch.dtype:
+    return torch.float32 if sub_blocks(model)[0].wide_residual else model.dtype
+
+
+class Streams:
     """The residual stream of the calibration text in the pruned model and, where the fit needs it, in the dense one."""
 
-    def __init__(self, model: PreTrainedModel, calibration: Calibration, device: torch.device | str) -> None:
-        self.device = torch.device(device)
-        self.fit = calibration.fit
-        self.blocks = blocks(model)
-        batches = [entry(model, ids.to(model.device)) for ids in calibration.ids.split(calibration.batch)]
-        self.pruned = [hidden.cpu() for hidden, _ in batches]
-        self.dense = list(self.pruned) if self.fit != "pruned" else []
+    def __init__(self, model: PreTrainedModel, calibration: Calibration, fit: str, device: torch.device, folder: Path) -> None:
+        self.device, self.fit = device, fit
+        batches = calibration.ids.split(calibration.batch)
+        shapes, dtype = [(*ids.shape, int(model.config.hidden_size)) for ids in batches], _stream_dtype(model)
+        in_memory = stream_bytes(model, calibration, fit) <= SHARE * free_memory()
+        self.pruned = Activations(shapes, dtype, in_memory, folder)
+        self.dense = Activations(shapes, dtype, in_memory, folder) if fit != "pruned" else None
+        self._ahead = False  # whether the dense stream is behind the sub-block at work already
         # Sequences are equally long and unpadded, so masks and positions of a whole batch serve every batch but a short last one.
-        self.contexts = [_moved(contexts, self.device) for _, contexts in (batches[0], batches[-1])]
+        self._contexts: list[list[dict[str, Any]]] = []
+        for index, ids in enumerate(batches):
+            hidden, contexts = entry(model, ids.to(model.device))
+            self.pruned[index] = hidden
+            if self.dense is not None:
+                self.dense[index] = hidden
+            if index in (0, len(batches) - 1):
+                self._contexts.append(moved(contexts, device))
 
-    @contextmanager
-    def on_device(self, part: SubBlock) -> Iterator[None]:
-        """Lend the sub-block's block to the device, and put it back where it was."""
-        block = self.blocks[part.block]
-        home = next(block.parameters()).device
-        block.to(self.device)
-        try:
-            yield
-        finally:
-            block.to(home)
+    def _context(self, part: SubBlock, hidden: Tensor) -> dict[str, Any]:
+        return self._contexts[0 if len(hidden) == len(self.pruned[0]) else 1][part.block]
 
-    def context(self, part: SubBlock, hidden: Tensor) -> dict[str, Any]:
-        return self.contexts[0 if len(hidden) == len(self.pruned[0]) else 1][part.block]
+    def inputs_and_targets(
+        self, part: SubBlock, layers: Sequence[str], dense: Tensor, replaced: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """For each batch the inputs X (tokens, d_in) of the layers, and what the fit aims at, (tokens, d_out).
 
-    def inputs(self, part: SubBlock, stream: list[Tensor]) -> list[Tensor]:
-        """The projection's inputs, (batch * tokens, d_in) a batch, in main memory."""
-        return [part.projection_inputs(hidden.to(self.device), self.context(part, hidden)).cpu() for hidden in stream]
+        The target is None where it is the output of the dense layers, stacked weight `dense` (d_out, d_in), on X itself.
+        """
+        for index in range(len(self.pruned)):
+            hidden = self.pruned[index].to(self.device)
+            X = part.inputs(layers[0], hidden, self._context(part, hidden), replaced)
+            yield X, self._target(part, layers, dense, index)
+        self._ahead = self._ahead or self._at_residual(part, layers)
 
-    def dense_outputs(self, part: SubBlock) -> list[Tensor]:
-        """The dense model's stream behind the sub-block, (batch, tokens, hidden); empty where the fit does not need it."""
-        return [part(hidden.to(self.device), self.context(part, hidden)).cpu() for hidden in self.dense]
+    def _at_residual(self, part: SubBlock, layers: Sequence[str]) -> bool:
+        """Whether the fit is to the stream behind the sub-block: a norm between the layer and the stream stands in the way."""
+        return self.fit == "residual" and layers[0] == part.column and part.post_norm is None
 
-    def problem(self, part: SubBlock, inputs: list[Tensor], outputs: list[Tensor]) -> LeastSquares:
-        layer = part.projection
-        problem = LeastSquares.zeros(layer.in_features, layer.out_features, self.device)
-        for index, X in enumerate(inputs):
-            problem.add(X.to(self.device), self._target(layer.bias, index, outputs))
-        if not outputs:
-            problem.target_own_output(layer.weight.T)
-        return problem
-
-    def _target(self, bias: Tensor | None, index: int, outputs: list[Tensor]) -> Tensor | None:
-        if not outputs:
+    def _target(self, part: SubBlock, layers: Sequence[str], dense: Tensor, index: int) -> Tensor | None:
+        if self.dense is None or self._ahead:
             return None
-        before = self.dense[index] if self.fit == "dense" else self.pruned[index]
-        target = (outputs[index].to(self.device).float() - before.to(self.device).float()).flatten(0, 1)
+        hidden = self.dense[index].to(self.device)
+        context = self._context(part, hidden)
+        if self.fit == "dense":
+            return part.inputs(layers[0], hidden, context) @ dense.T
+        if not self._at_residual(part, layers):
+            return None
+        behind = part(hidden, context)
+        self.dense[index] = behind  # nothing behind this layer will ask for what was before
+        target = (behind.float() - self.pruned[index].to(self.device).float()).flatten(0, 1)
+        bias = part.bias(part.column)
         return target if bias is None else target - bias
 
-    def advance(self, inputs: list[Tensor], outputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> None:
-        weight = weight.to(inputs[0].dtype)
-        for index, X in enumerate(inputs):
-            hidden = self.pruned[index]
-            output = torch.nn.functional.linear(X.to(self.device), weight, bias)
-            self.pruned[index] = hidden + output.view(hidden.shape).cpu()
-        if outputs:
-            self.dense = outputs
+    def advance(self, part: SubBlock, replaced: Mapping[str, Tensor], present: float) -> None:
+        """Move behind the sub-block with these parameters, what it adds taken `present` times."""
+        for index in range(len(self.pruned)):
+            hidden = self.pruned[index].to(self.device)
+            context = self._context(part, hidden)
+            if present == 1.0:
+                self.pruned[index] = part(hidden, context, replaced)
+            elif present > 0.0:
+                self.pruned[index] = hidden + present * part.change(hidden, context, replaced)
+            if self.dense is not None and not self._ahead:
+                self.dense[index] = part(self.dense[index].to(self.device), context)
+        self._ahead = False
 
 
-def _moved(contexts: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+def moved(contexts: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """What `entry` says of the blocks, on another device."""
+
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device)

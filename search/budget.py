@@ -20,28 +20,39 @@ CELLS = 200_000  # of the knapsack's table; costs whose common divisor is too sm
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `target` of `dense` parameters."""
+    """At most `target` of `dense` parameters, or bits, as `kind` says."""
 
     target: int
     dense: int
     kind: str = "parameters"
 
     @classmethod
-    def from_sparsity(cls, sparsity: float, space: Space) -> Budget:
-        """Remove the fraction `sparsity` of the prunable parameters; InputError where that is impossible in this space."""
+    def from_sparsity(cls, sparsity: float, space: Space, kind: str = "parameters") -> Budget:
+        """Remove the fraction `sparsity` of the prunable parameters (or bits); InputError where that is impossible in this space."""
         check_sparsity(sparsity)
         target = int(space.dense_cost * (1.0 - sparsity))
         if target < space.lowest_cost:
-            highest = 1.0 - space.lowest_cost / space.dense_cost
-            raise InputError(
-                f"budget.sparsity={sparsity:g} cannot be met: all units at their highest level remove {highest:.4g}; "
-                "lower it, or raise supernet.levels or supernet.step"
-            )
-        return cls(target, space.dense_cost)
+            raise InputError(_unreachable(sparsity, space, kind))
+        return cls(target, space.dense_cost, kind)
 
     def met(self, space: Space, allocation: Allocation) -> bool:
         """Not above the budget, and less than one smallest step below it."""
         return 0 <= self.target - space.cost(allocation) < max(1, space.smallest_step)
+
+
+def _unreachable(sparsity: float, space: Space, kind: str) -> str:
+    """Why the space has nothing as sparse, and what to do."""
+    least = space.lowest_cost / space.dense_cost
+    if kind == "bits":
+        dense = space.units[0].total
+        return (
+            f"budget.bits={(1.0 - sparsity) * dense:g} (budget.sparsity={sparsity:g}) cannot be met: all units at their narrowest "
+            f"take {least * dense:.4g} bits a weight, scales and zeros included; raise it, or add widths to prune.pruner.bits"
+        )
+    return (
+        f"budget.sparsity={sparsity:g} cannot be met: all units at their highest level remove {1.0 - least:.4g}; "
+        "lower it, or raise supernet.levels or supernet.step (with prune.pruner.pattern, add a sparser one)"
+    )
 
 
 def check_sparsity(sparsity: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from search.fitness import Targets, kl_divergence, negative_log_likelihood, targets
-from supernet.architecture import parameter_count
+from supernet.architecture import head_of, parameter_count
 
 Track = Callable[[Sequence[Tensor], str], Iterable[Tensor]]
 
@@ -53,8 +53,7 @@ class HeldOut:
     @torch.no_grad()
     def measure(self, model: PreTrainedModel, title: str) -> Metrics:
         """Metrics of a model. The first one measured is the dense one, which the others are compared with."""
-        head = model.get_output_embeddings()
-        assert isinstance(head, torch.nn.Linear)
+        head = head_of(model)
         loss = divergence = 0.0
         for index, ids in enumerate(self.track(self.batches, f"{title} model on held-out text")):
             hidden = _hidden(model, ids)
@@ -62,7 +61,7 @@ class HeldOut:
                 self.targets.append(targets(hidden.flatten(0, 1), head))
             loss += float(negative_log_likelihood(hidden, head, ids.to(hidden.device)).double().sum())
             divergence += float(kl_divergence([hidden.flatten(0, 1)], head, self.targets[index]).double().sum())
-        return Metrics(parameter_count(model), math.exp(loss / self.predicted), divergence / self.tokens)
+        return Metrics(parameter_count(model), math.exp(loss / self.predicted), max(0.0, divergence / self.tokens))
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:

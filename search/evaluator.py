@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from search.fitness import Targets, kl_divergence, targets
-from supernet.architecture import SubBlock, entry, final_norm_and_head, sub_blocks
-from supernet.encoding import sliced
+from supernet.architecture import entry, final_norm_and_head, sub_blocks
+from supernet.encoding import Candidate
 from supernet.errors import InputError
+from supernet.placement import Place, places
 from supernet.space import Allocation
 from supernet.store import Supernet
 
@@ -48,7 +49,7 @@ class GenerationEvaluator:
             batch: Sequences that move through the model together.
         """
         self.model, self.supernet, self.pool, self.batch = model, supernet, pool, batch
-        self.parts = sub_blocks(model)
+        self.places = places(model, supernet.space)
         self.sequences, self.sequence_length = pool.shape
         self._targets: dict[int, Targets] = {}
 
@@ -75,37 +76,41 @@ class GenerationEvaluator:
         """The residual stream of each (distinct) allocation behind the last block."""
         states = [hidden]
         at = [0] * len(allocations)  # which state each allocation is in
-        for index, part in enumerate(self.parts):
-            wanted: dict[int, dict[int, int]] = defaultdict(dict)  # level -> state before -> state behind
+        for place in self.places:
+            chosen = [tuple(allocation[unit] for unit, _ in place.units) for allocation in allocations]
+            wanted: dict[tuple[int, ...], dict[int, int]] = defaultdict(dict)  # levels -> state before -> state behind
             behind: list[Tensor] = []
-            for before, allocation in zip(at, allocations, strict=True):
-                wanted[allocation[index]].setdefault(before, -1)
-            for level, moves in sorted(wanted.items()):
-                advance = self._level(index, part, level)
+            for before, levels in zip(at, chosen, strict=True):
+                wanted[levels].setdefault(before, -1)
+            candidates: dict[tuple[int, int], Candidate] = {}  # of this sub-block: several levels of it may share a layer's
+            for levels, moves in sorted(wanted.items()):
+                weights = place.weights(
+                    [self._candidate(u, v, candidates) for (u, _), v in zip(place.units, levels, strict=True)]
+                )
                 for before in moves:
                     moves[before] = len(behind)
-                    behind.append(advance(states[before], contexts[part.block]))
-            at = [wanted[allocation[index]][before] for before, allocation in zip(at, allocations, strict=True)]
+                    behind.append(_advanced(place, states[before], contexts, weights))
+            at = [wanted[levels][before] for before, levels in zip(at, chosen, strict=True)]
             states = behind
         return [states[i] for i in at]
 
-    def _level(self, index: int, part: SubBlock, level: int) -> Any:
-        """A function (hidden, context) -> hidden that runs the sub-block at a level."""
-        if level == 0:
-            return part
-        candidate = self.supernet.candidate(index, level, self.model.device)
-        if not len(candidate.kept):
-            return lambda hidden, context: hidden
-        weights = sliced(part, candidate)
-        return lambda hidden, context: part(hidden, context, weights)
+    def _candidate(self, unit: int, level: int, known: dict[tuple[int, int], Candidate]) -> Candidate | None:
+        if level and (unit, level) not in known:
+            known[unit, level] = self.supernet.candidate(unit, level, self.model.device)
+        return known[unit, level] if level else None
 
     def _teacher(self, rows: list[int]) -> Targets:
         """Targets of the sequences, each made alone when first needed, so that no other sequence can change its rounding."""
         for row in rows:
             if row not in self._targets:
                 state, contexts = entry(self.model, self.pool[row : row + 1].to(self.model.device))
-                for part in self.parts:
+                for part in sub_blocks(self.model):
                     state = part(state, contexts[part.block])
                 normed, head = final_norm_and_head(self.model, state)
                 self._targets[row] = targets(normed[0], head).to("cpu")
         return Targets.join([self._targets[row] for row in rows])
+
+
+def _advanced(place: Place, hidden: Tensor, contexts: list[dict[str, Any]], weights: dict[str, Tensor] | None) -> Tensor:
+    """The residual stream behind a sub-block with these parameters; None where it is absent."""
+    return hidden if weights is None else place.part(hidden, contexts[place.part.block], weights)

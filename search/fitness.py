@@ -8,7 +8,7 @@ d = E (s - t), where E is the output embedding, and
 So the dense model's side is its hidden state, its log-normaliser and its *expected embedding*, kept for each token; its logits
 are made once for all candidates that are measured together; and only the small difference d is rounded to the model's
 dtype, not logits of 20 and more, whose rounding in bfloat16 would be larger than the divergence of a good candidate.
-Hidden states are those behind the final norm.
+Hidden states are those behind the final norm. Capped logits (Gemma 2) are not linear: both sides are then computed in full.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from supernet.architecture import Head
 
 CHUNK = 128  # tokens whose logits exist at a time
 
@@ -50,29 +52,29 @@ class Targets:
         )
 
 
-def logits_of(hidden: Tensor, head: nn.Linear) -> Tensor:
+def logits_of(hidden: Tensor, head: Head) -> Tensor:
     """(n, hidden) -> (n, vocabulary) float32, multiplied in the head's dtype."""
-    logits: Tensor = head(hidden.to(head.weight.dtype))
-    return logits.float()
+    logits: Tensor = head.linear(hidden.to(head.linear.weight.dtype)).float()
+    return logits if head.cap is None else logits.div_(head.cap).tanh_().mul_(head.cap)
 
 
-def targets(hidden: Tensor, head: nn.Linear) -> Targets:
+def targets(hidden: Tensor, head: Head) -> Targets:
     """The teacher's side from the dense model's final hidden states (n, hidden)."""
     expected, normaliser = [], []
     for chunk in hidden.split(CHUNK):
         logits = logits_of(chunk, head)
         normaliser.append(logits.logsumexp(-1))
         p = logits.sub_(normaliser[-1].unsqueeze(1)).exp_()
-        expected.append((p.to(head.weight.dtype) @ head.weight).float())
+        expected.append((p.to(head.linear.weight.dtype) @ head.linear.weight).float())
     return Targets(hidden, torch.cat(expected), torch.cat(normaliser))
 
 
-def kl_divergence(students: Sequence[Tensor], head: nn.Linear, teacher: Targets) -> Tensor:
+def kl_divergence(students: Sequence[Tensor], head: Head, teacher: Targets) -> Tensor:
     """KL(dense || pruned) of each token for several pruned models.
 
     Args:
         students: For each model its final hidden states (n, hidden).
-        head: The output embedding (vocabulary, hidden) and bias, which all share.
+        head: The output embedding (vocabulary, hidden) and bias, which all share, and the logits' cap.
         teacher: The dense model's side of the same n tokens.
 
     Returns:
@@ -84,13 +86,18 @@ def kl_divergence(students: Sequence[Tensor], head: nn.Linear, teacher: Targets)
         rows = slice(start, start + CHUNK)
         log_p = logits_of(teacher.hidden[rows], head).sub_(teacher.normaliser[rows].unsqueeze(1))
         for student, out in zip(students, divergence, strict=True):
-            step = student[rows].float() - teacher.hidden[rows].float()
-            change = nn.functional.linear(step.to(head.weight.dtype), head.weight).float()  # a bias is the same on both sides
-            out[rows] = change.add_(log_p).logsumexp(-1) - (step * teacher.expected[rows]).sum(-1)
+            if head.cap is None:
+                step = student[rows].float() - teacher.hidden[rows].float()
+                weight = head.linear.weight
+                change = nn.functional.linear(step.to(weight.dtype), weight).float()  # a bias is the same on both sides
+                out[rows] = change.add_(log_p).logsumexp(-1) - (step * teacher.expected[rows]).sum(-1)
+            else:
+                log_q = logits_of(student[rows], head).log_softmax(-1)
+                out[rows] = (log_p.exp() * (log_p - log_q)).sum(-1)
     return divergence
 
 
-def negative_log_likelihood(hidden: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+def negative_log_likelihood(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
     """-log p of each following token, (batch, tokens - 1), from hidden (batch, tokens, hidden) and ids (batch, tokens)."""
     losses = [
         nn.functional.cross_entropy(logits_of(chunk, head), wanted, reduction="none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -14,17 +15,22 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from local_prune.walk import METHOD, Calibration, Pruner, build
+from local_prune.estimate import estimate
+from local_prune.pruner import Calibration, Pruner
+from local_prune.walk import METHOD, build
+from search.budget import Budget
 from search.config import cache_dir
 from search.data import TokenSet, prepare, split_record
-from search.levels import Grid, Mixture
+from search.levels import Grid, Mixture, Window, check_accumulation, exact, mixture
 from search.models import LoadedModel
 from search.progress import track
 from search.run_directory import RunDirectory
+from search.settings import check_types
 from search.strategies.base import Strategy
-from supernet.architecture import SubBlock, sub_blocks
+from supernet.architecture import sub_blocks
 from supernet.errors import InputError
-from supernet.space import Space
+from supernet.prunables import BITS, Prunable
+from supernet.space import Allocation, Space
 from supernet.store import Supernet
 
 log = logging.getLogger(__name__)
@@ -65,9 +71,26 @@ class Job:
         return torch.device(name)
 
     @cached_property
-    def parts(self) -> tuple[SubBlock, ...]:
-        """The model's sub-blocks."""
-        return sub_blocks(self.loaded.model)
+    def prunables(self) -> tuple[Prunable, ...]:
+        """What the pruner prunes of the model."""
+        return self.pruner.prunables(sub_blocks(self.loaded.model))
+
+    @cached_property
+    def budget_sparsity(self) -> float:
+        """The fraction of the dense cost to remove: given as it is, or as an average bit width."""
+        bits = OmegaConf.select(self.config, "budget.bits")
+        if bits is None:
+            return float(self.config.budget.sparsity)
+        if self.prunables[0].kind != BITS:
+            raise InputError(f"budget.bits={bits} is for bit widths; use budget=parameters, or prune=gptq or prune=rtn")
+        dense = self.prunables[0].total
+        if not 0 < bits < dense:
+            raise InputError(f"budget.bits={bits} must lie between 0 and the {dense} bits of a dense weight")
+        return 1.0 - float(bits) / dense
+
+    def budget(self, space: Space) -> Budget:
+        """What an allocation of this space may cost."""
+        return Budget.from_sparsity(self.budget_sparsity, space, "bits" if self.prunables[0].kind == BITS else "parameters")
 
     @cached_property
     def tokens(self) -> dict[str, TokenSet]:
@@ -91,30 +114,50 @@ class Job:
     @cached_property
     def pruner(self) -> Pruner:
         """The local pruner."""
+        check_accumulation(self.accumulation)
+        check_types(self.config, "prune.pruner")
         pruner: Pruner = instantiate(self.config.prune.pruner)
         return pruner
+
+    @property
+    def accumulation(self) -> str:
+        """What the next sub-block sees while candidates are built."""
+        return str(self.config.prune.accumulation)
 
     @cached_property
     def grid(self) -> Grid:
         """Levels of all rounds."""
-        return Grid(int(self.config.supernet.levels), float(self.config.supernet.step), int(self.config.prune.multiple))
+        return Grid(int(self.config.supernet.levels), float(self.config.supernet.step), float(self.config.supernet.lowest))
 
     @cached_property
     def finest_space(self) -> Space:
         """Every level that the last round could reach anywhere: where the uniform baseline is taken from."""
         step = self.grid.step / 2 ** (int(self.config.rounds) - 1)
-        return Grid(ceil(1.0 / step - 1e-9) + 1, step, self.grid.multiple).first(self.parts)[0]
+        return Grid(ceil(1.0 / step - 1e-9) + 1, step).first(self.prunables).space
 
-    def supernet(self, space: Space, mixture: Mixture, title: str, may_build: bool = True) -> Supernet:
-        """The finished supernet of a space: found on disk, continued, or built."""
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The calibration text and how it is used."""
         prune = self.config.prune
+        return Calibration(self.tokens["calibration"].ids, int(prune.batch), str(prune.fit))
+
+    def rebuild(self, kept: Mapping[str, int], title: str) -> Supernet:
+        """The candidates of one allocation, built once more along it with exact error accumulation."""
+        return self.supernet(*exact(self.prunables, kept, self.accumulation), f"{title} model: last rebuild")
+
+    def supernet_around(self, window: Window, around: Allocation, title: str, may_build: bool) -> Supernet:
+        """The supernet of a round: its window of levels, and the allocation known before it."""
+        return self.supernet(window.space, mixture(window, self.accumulation, around), title, may_build)
+
+    def supernet(self, space: Space, weights: Mixture, title: str, may_build: bool = True) -> Supernet:
+        """The finished supernet of a space: found on disk, continued, or built."""
         description = {
             "model": self.loaded.fingerprint,
             "method": METHOD,
             "data": self.tokens["calibration"].fingerprint,
-            "prune": OmegaConf.to_container(prune, resolve=True),
+            "prune": OmegaConf.to_container(self.config.prune, resolve=True),
             "dtype": str(self.config.dtype),
-            "mixture": {name: list(weights) for name, weights in mixture.items()},
+            "mixture": {name: list(of_levels) for name, of_levels in weights.items()},
         }
         root = self.config.supernet.root
         supernet = Supernet.open_or_create(Path(root).expanduser() if root else cache_dir() / "supernets", space, description)
@@ -123,9 +166,10 @@ class Job:
         elif not may_build:
             raise InputError(f"{title}: there is no finished supernet in {supernet.path}; add build to stages")
         else:
-            calibration = Calibration(self.tokens["calibration"].ids, int(prune.batch), str(prune.fit))
+            calibration = self.calibration
             model = self.loaded.model
             model.cpu()  # also where a search had it on the device: a resumed run finds it here, and must round alike
+            log.info("%s: %s", title, estimate(model, calibration, self.pruner, space, weights, self.device))
             with self.directory.stage("build"):
-                build(model, calibration, self.pruner, supernet, mixture, self.device, track, title)
+                build(model, calibration, self.pruner, supernet, weights, self.device, track, title)
         return supernet

@@ -17,13 +17,12 @@ import transformers
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from local_prune.walk import activation_bytes
 from search.budget import Budget, closest, uniform
+from search.describe import describe
 from search.evaluate import HeldOut
 from search.evaluator import GenerationEvaluator
 from search.export.huggingface import export
 from search.job import Job
-from search.levels import exact
 from search.progress import clock, track
 from search.report import allocation_json, metrics_table, model_card
 from search.run_directory import RunDirectory, locked
@@ -31,6 +30,7 @@ from search.settings import check_settings
 from search.strategies.base import Problem, State
 from supernet.assemble import assemble
 from supernet.errors import InputError
+from supernet.modeling_pruned import PrunedMixin
 from supernet.space import Allocation, Space
 from supernet.store import Supernet
 
@@ -61,7 +61,7 @@ def run(config: DictConfig, path: Path) -> None:
     check_settings(config)
     stages, dry = _stages(config), bool(config.dry_run)
     if dry:
-        _describe(Job(config, RunDirectory(path, _settings(config), fresh=False)))
+        describe(Job(config, RunDirectory(path, _settings(config), fresh=False)))
         return
     with locked(path):  # first: fresh=true must not move a run that is at work
         job = Job(config, RunDirectory(path, _settings(config), bool(config.fresh)))
@@ -94,17 +94,18 @@ def _settings(config: DictConfig) -> dict[str, Any]:
 
 def _rounds(job: Job, stages: list[str]) -> Found | None:
     """Build and search, coarse to fine; None where the chosen stages end with a build."""
-    space, mixture = job.grid.first(job.parts)
-    budget = Budget.from_sparsity(float(job.config.budget.sparsity), space)
-    start = uniform(space, budget)
+    window = job.grid.first(job.prunables)
+    budget = job.budget(window.space)
+    start = uniform(window.space, budget)
     tokens = 0
     for index in range(int(job.config.rounds)):
         title = f"round {index + 1} of {job.config.rounds}"
+        space = window.space
         state = job.directory.load_state(index, space)
         if state is None or not _finished(job, state):
             if "search" not in stages and stages != ["build"]:
                 raise InputError(f"{title} is not searched yet; add search to stages={stages}")
-            supernet = job.supernet(space, mixture, f"{title}: build", "build" in stages)
+            supernet = job.supernet_around(window, start, f"{title}: build", "build" in stages)
             if "search" not in stages:
                 log.info("%s: the supernet is %s", title, supernet.path)
                 return None
@@ -114,8 +115,8 @@ def _rounds(job: Job, stages: list[str]) -> Found | None:
         tokens += state.tokens
         found = Found(space, state.parent, budget, tokens)
         if index + 1 < int(job.config.rounds):
-            space, mixture = job.grid.around(job.parts, found.kept, index + 1)
-            start = closest(space, space.nearest(found.kept), budget)
+            window = job.grid.around(job.prunables, found.kept, index + 1)
+            start = closest(window.space, window.space.nearest(found.kept), budget)
     return found
 
 
@@ -147,11 +148,6 @@ def _write_allocation(job: Job, found: Found) -> None:
     job.directory.write("allocation.json", content)
 
 
-def _rebuild(job: Job, kept: Kept, title: str) -> Supernet:
-    """The candidates of one allocation, built once more along it with exact error accumulation."""
-    return job.supernet(*exact(job.parts, kept), f"{title} model: last rebuild")
-
-
 def _assembled(job: Job, supernet: Supernet) -> PreTrainedModel:
     """The model of a last rebuild."""
     return assemble(job.model_on_device(), supernet, [len(unit.levels) - 1 for unit in supernet.space.units])
@@ -163,17 +159,18 @@ def _evaluate(job: Job, found: Found) -> None:
         log.info("measured before: metrics.json is kept")
         return
     space = job.finest_space
-    even = uniform(space, Budget.from_sparsity(float(job.config.budget.sparsity), space))
+    even = uniform(space, job.budget(space))
     supernets = {
-        "uniform": _rebuild(job, space.kept(even), "uniform"),
-        "searched": _rebuild(job, found.kept, "searched"),
+        "uniform": job.rebuild(space.kept(even), "uniform"),
+        "searched": job.rebuild(found.kept, "searched"),
     }
     ids, batch = job.tokens["evaluation"].ids, int(job.config.evaluate.batch)
     with job.directory.stage("evaluate"):
         held_out = HeldOut(job.model_on_device(), ids, batch, track)
-        metrics: dict[str, Any] = {"dense": asdict(held_out.dense)}
+        metrics: dict[str, Any] = {"dense": asdict(held_out.dense) | {"kept": 1.0}}
         for name, supernet in supernets.items():  # one assembled model at a time
-            metrics[name] = asdict(held_out.measure(_assembled(job, supernet), name))
+            kept = supernet.space.lowest_cost / supernet.space.dense_cost
+            metrics[name] = asdict(held_out.measure(_assembled(job, supernet), name)) | {"kept": kept}
     metrics |= {
         "evaluation_tokens": ids.numel(),
         "search_forward_tokens": found.tokens,
@@ -190,9 +187,10 @@ def _export(job: Job, found: Found) -> None:
         log.info("exported before: %s is kept", folder)
         return
     metrics, allocation = job.directory.read("metrics.json"), job.directory.read("allocation.json")
-    model = _assembled(job, _rebuild(job, found.kept, "searched"))
+    model = _assembled(job, job.rebuild(found.kept, "searched"))
     with job.directory.stage("export"):
-        export(model, job.loaded.tokenizer, folder, model_card(job.loaded.name, metrics, allocation))
+        card = model_card(job.loaded.name, metrics, allocation, isinstance(model, PrunedMixin))
+        export(model, job.loaded.tokenizer, folder, card)
     if metrics is not None:
         job.directory.write("metrics.json", metrics | {"stages": job.directory.costs()})
 
@@ -206,23 +204,3 @@ def _summarise(job: Job) -> None:
     peak = max((cost["peak_memory_bytes"] for cost in job.directory.costs().values()), default=0)
     log.info("%s; peak memory %.2f GB", ", ".join(f"{name} {clock(value)}" for name, value in seconds.items()), peak / 1e9)
     log.info("results are in %s", job.directory.path)
-
-
-def _describe(job: Job) -> None:
-    """What `dry_run=true` prints: the space, the budget, and what the run would cost."""
-    space, _ = job.grid.first(job.parts)
-    budget = Budget.from_sparsity(float(job.config.budget.sparsity), space)
-    stored = 0
-    for part, unit in zip(job.parts, space.units, strict=True):
-        weight = part.projection.weight
-        stored += sum(level.kept * part.width for level in unit.levels[1:]) * weight.shape[0] * weight.element_size()
-    rounds = int(job.config.rounds)
-    log.info("%s: %d units, %d levels", job.loaded.name, len(space.units), sum(len(unit.levels) for unit in space.units))
-    log.info("budget: %s of %s prunable parameters", f"{budget.target:,}", f"{budget.dense:,}")
-    log.info("supernets: about %.3f GB on disk for each of %d rounds", stored / 1e9, rounds)
-    per_token = activation_bytes(job.parts, str(job.config.prune.fit))
-    calibration = int(job.config.data.sequences.calibration * job.config.data.sequence_length)
-    log.info("build: %s calibration tokens through the model in each of %d builds", f"{calibration:,}", rounds + 2)
-    log.info("build: about %.2f GB of main memory for their activations", calibration * per_token / 1e9)
-    strategy = job.strategy
-    log.info("search: about %s forward tokens", f"{rounds * strategy.generations * strategy.tokens_per_generation:,}")

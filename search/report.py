@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from search.budget import Budget
+from supernet.architecture import ATTENTION, MLP
+from supernet.prunables import BITS, BLOCK, HEADS, WEIGHTS
 from supernet.space import Allocation, Space
 
 ROWS = ("dense", "uniform", "searched")
@@ -27,45 +29,79 @@ def allocation_json(space: Space, allocation: Allocation, budget: Budget, model:
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Dense, uniform and searched model side by side."""
-    lines = [f"{'':10}{'parameters':>14}{'perplexity':>13}{'KL to dense':>14}"]
+    """Dense, uniform and searched model side by side; `kept` is the share of the prunable parameters, or bits, that is left."""
+    lines = [f"{'':10}{'parameters':>14}{'kept':>9}{'perplexity':>13}{'KL to dense':>14}"]
     for name in ROWS:
         row = metrics[name]
-        lines.append(f"{name:10}{row['parameters']:>14,}{row['perplexity']:>13.2f}{row['kl_divergence']:>14.4f}")
+        lines.append(
+            f"{name:10}{row['parameters']:>14,}{row['kept']:>9.1%}{row['perplexity']:>13.2f}{row['kl_divergence']:>14.4f}"
+        )
     return "\n".join(lines)
 
 
-def model_card(name: str, metrics: Mapping[str, Any] | None, allocation: Mapping[str, Any]) -> str:
-    """README.md of an exported model; without the table where the run has not been evaluated."""
+REMOVED = {
+    ATTENTION: "attention heads",
+    HEADS: "attention heads",
+    MLP: "MLP neurons",
+    WEIGHTS: "single weights, which are zero now",
+    BITS: "bits of the linear layers' weights, which lie on coarse grids now",
+    BLOCK: "whole blocks",
+}
+
+
+def removed_things(units: Sequence[Mapping[str, Any]]) -> str:
+    """What was pruned, in words."""
+    if all(unit["total"] == 1 for unit in units):
+        return "whole blocks" if units[0]["kind"] == BLOCK else "attentions, MLPs or mixers as a whole"
+    return " and ".join(dict.fromkeys(REMOVED[unit["kind"]] for unit in units))
+
+
+def model_card(name: str, metrics: Mapping[str, Any] | None, allocation: Mapping[str, Any], trust: bool) -> str:
+    """README.md of an exported model.
+
+    Args:
+        name: Of the dense model.
+        metrics: Content of metrics.json; None where the run has not been evaluated.
+        allocation: Content of allocation.json.
+        trust: Whether the folder brings its own modelling code.
+    """
     budget = allocation["budget"]
     removed = 1.0 - budget["achieved"] / budget["dense"]
     measured = "" if metrics is None else f"On held-out text:\n\n```\n{metrics_table(metrics)}\n```\n"
+    option = ", trust_remote_code=True" if trust else ""
+    reason = """
+`trust_remote_code=True` is needed where layers differ in size (`modeling_pruned.py` here builds them); without it the weights
+do not fit, or some are left random.
+"""
     return f"""# {name}, pruned
 
-{removed:.1%} of the prunable parameters (attention heads and MLP neurons) of `{name}` were removed, each layer by its own
+{removed:.1%} of the prunable {budget["kind"]} of `{name}` were removed ({removed_things(allocation["units"])}), from each layer its own
 amount: the allocation was searched for the smallest KL divergence to the unpruned model. No weights were trained.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{option})
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
-
-`trust_remote_code=True` is needed where layers differ in size (`modeling_pruned.py` here builds them); without it the weights
-do not fit, or some are left random.
-
+{reason if trust else ""}
 {measured}
-Kept members per layer (KV groups of the attention, neurons of the MLP):
+What is kept of each unit (KV groups or query heads of an attention, neurons of an MLP, weights of a layer, bits of a weight, 1 for
+present and 0 for dropped):
 
 {kept_table(allocation["units"])}
 """
 
 
 def kept_table(units: Sequence[Mapping[str, Any]]) -> str:
-    """A markdown table of what each block keeps."""
-    lines = ["| block | attention | mlp |", "|---|---|---|"]
-    for index in range(0, len(units), 2):
-        attention, mlp = units[index], units[index + 1]
-        lines.append(f"| {index // 2} | {attention['kept']} of {attention['total']} | {mlp['kept']} of {mlp['total']} |")
+    """A markdown table of what each block keeps: a row a block, a column for each of its units."""
+    rows: dict[str, dict[str, str]] = {}
+    for unit in units:
+        words = unit["name"].split(".")
+        at = max(index for index, word in enumerate(words) if word.isdigit())
+        column = ".".join(words[at + 1 :]) or "block"
+        rows.setdefault(words[at], {})[column] = f"{unit['kept']:,} of {unit['total']:,}"
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [f"| block | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {block} | {' | '.join(row.get(column, '') for column in columns)} |" for block, row in rows.items()]
     return "\n".join(lines)

@@ -1,10 +1,12 @@
 """Types and limits of the settings that the stages read, checked before any work is done.
 
-What a strategy, a pruner or a source of text takes, it checks itself.
+What a strategy, a pruner or a source of text takes, it checks itself, but for the types that a pruner's class names.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
+from pydoc import locate
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,13 +22,18 @@ LEAST = {  # whole numbers
     "data.sequences.search": 1,
     "data.sequences.evaluation": 1,
     "supernet.levels": 2,
-    "prune.multiple": 1,
     "prune.batch": 1,
     "fitness.batch": 1,
     "evaluate.batch": 1,
 }
-NUMBERS = {"budget.sparsity": 0.5, "supernet.step": 0.125}  # with an example
+NUMBERS = {"supernet.step": 0.125, "supernet.lowest": 0.0}  # with an example
+BUDGETS = {"sparsity": 0.5, "bits": 4}  # one of them
 SWITCHES = ("dry_run", "fresh")
+TYPES: dict[str, tuple[tuple[type, ...], str]] = {  # of a dataclass's attributes: what a value may be, and that in words
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+}
 
 
 def check_settings(config: DictConfig) -> None:
@@ -34,18 +41,36 @@ def check_settings(config: DictConfig) -> None:
     for key in sorted(OmegaConf.missing_keys(config)):
         raise InputError(f"{key} is not given; add {key}=VALUE to the command")
     for key, least in LEAST.items():
-        value = _value(config, key)
-        if type(value) is not int or value < least:
-            raise InputError(f"{key}={value} must be a whole number of at least {least}")
-    for key, example in NUMBERS.items():
+        _check_whole(config, key, least)
+    if OmegaConf.select(config, "prune.multiple") is not None:
+        _check_whole(config, "prune.multiple", 1)
+    numbers = NUMBERS | {f"budget.{name}": example for name, example in BUDGETS.items() if name in config.budget}
+    for key, example in numbers.items():
         value = _value(config, key)
         if type(value) not in (int, float):
             raise InputError(f"{key}={value} must be a number, such as {example}")
-    check_sparsity(config.budget.sparsity)
+    if "sparsity" in config.budget:
+        check_sparsity(config.budget.sparsity)
     for key in SWITCHES:
         value = _value(config, key)
         if type(value) is not bool:
             raise InputError(f"{key}={value} must be true or false")
+
+
+def check_types(config: DictConfig, key: str) -> None:
+    """InputError for a value of the component at `key` that is not what its dataclass says: Python itself would take any."""
+    component = OmegaConf.select(config, key)
+    target = locate(str(component.get("_target_")))
+    for field in fields(target) if isinstance(target, type) and is_dataclass(target) else ():
+        kinds, words = TYPES.get(getattr(field.type, "__name__", str(field.type)), ((), ""))
+        if kinds and field.name in component and type(value := component[field.name]) not in kinds:
+            raise InputError(f"{key}.{field.name}={value} must be {words}")
+
+
+def _check_whole(config: DictConfig, key: str, least: int) -> None:
+    value = _value(config, key)
+    if type(value) is not int or value < least:
+        raise InputError(f"{key}={value} must be a whole number of at least {least}")
 
 
 def _value(config: DictConfig, key: str) -> Any:

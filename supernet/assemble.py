@@ -3,73 +3,179 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from supernet.architecture import ATTENTION, SubBlock, heads_of, sub_blocks
-from supernet.encoding import sliced
+from supernet.architecture import ATTENTION, SubBlock, heads_of
+from supernet.encoding import Members
+from supernet.families import Family, family_of
 from supernet.modeling_pruned import PRUNED_CLASSES
+from supernet.placement import Place, places
+from supernet.prunables import HEADS
 from supernet.store import Supernet
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an allocation makes of a sub-block.
+
+    Attributes:
+        part: The sub-block, of the dense model.
+        members: That are left, where layers become smaller by some; else None.
+        tensors: The module's parameters that differ from the dense ones, by name; None where the sub-block is absent.
+    """
+
+    part: SubBlock
+    members: int | None
+    tensors: dict[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the pruned model is built from.
+
+    Attributes:
+        config: With `per_layer_config` where the family's own class cannot hold the model.
+        blocks: Those of the dense model that it has, in order.
+    """
+
+    config: PreTrainedConfig
+    blocks: tuple[int, ...]
 
 
 @torch.no_grad()
 def assemble(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[int]) -> PreTrainedModel:
     """The pruned model of an allocation; what is not pruned shares its memory with the dense model.
 
-    Where all layers come out alike and the family's own class can hold them, the result is of that class.
+    Where the family's own class can hold the result (all its layers are alike, whatever their weights), it is of that class, and
+    blocks that are absent as a whole are really left out; else they are layers that skip both of their sub-blocks.
     """
-    parts = sub_blocks(model)
-    config = pruned_config(model.config, parts, supernet.space.kept(allocation))
-    pruned_class: type[PreTrainedModel] = PRUNED_CLASSES[config.model_type] if config.is_heterogeneous else type(model)
+    family = family_of(model)
+    changes = [_change(place, supernet, allocation) for place in places(model, supernet.space)]
+    shape = pruned_shape(model.config, family, changes)
+    pruned_class: type[PreTrainedModel] = type(model)
+    if shape.config.is_heterogeneous:
+        pruned_class = PRUNED_CLASSES[shape.config.model_type]
     with torch.device("meta"):
-        pruned = pruned_class(config)
-    pruned.load_state_dict(_state(model, parts, supernet, allocation), assign=True)
+        pruned = pruned_class(shape.config)
+    pruned.load_state_dict(_numbered(_state(model, changes), family.blocks, shape.blocks), assign=True)
     pruned.tie_weights()
-    base = cast(Any, pruned.base_model)
-    base.rotary_emb = type(base.rotary_emb)(config).to(model.device)  # its buffers are not in the state
+    _fill_buffers(pruned, _numbered(dict(model.named_buffers()), family.blocks, shape.blocks))
     pruned.generation_config = model.generation_config
     pruned.eval().requires_grad_(False)
     return pruned
 
 
-def _state(model: PreTrainedModel, parts: Sequence[SubBlock], supernet: Supernet, allocation: Sequence[int]) -> dict[str, Tensor]:
-    state = dict(model.state_dict())
-    for index, (part, level) in enumerate(zip(parts, allocation, strict=True)):
-        if level == 0:
-            continue
-        candidate = supernet.candidate(index, level, part.projection.weight.device)
-        if len(candidate.kept):
-            state |= {f"{part.name}.{name}": tensor for name, tensor in sliced(part, candidate).items()}
-        else:
-            gone = (f"{part.name}.", f"{part.norm_name}.")
-            state = {name: tensor for name, tensor in state.items() if not name.startswith(gone)}
-    return state
+def _change(place: Place, supernet: Supernet, allocation: Sequence[int]) -> Change:
+    """The change of one sub-block: with smaller layers wherever KV groups or neurons go, with zeros for single query heads."""
+    part = place.part
+    if part.groups is not None and not any(supernet.space.units[unit].kind == HEADS for unit, _ in place.units):
+        part = replace(part, groups=replace(part.groups, slices=True))
+    device = part.weight(part.column).device
+    levels = [(unit, allocation[unit]) for unit, _ in place.units]
+    candidates = [supernet.candidate(unit, level, device) if level else None for unit, level in levels]
+    members = [len(candidate.kept) for candidate in candidates if isinstance(candidate, Members)]
+    smaller = bool(members) and part.groups is not None and part.groups.slices
+    return Change(part, members[0] if smaller else None, replace(place, part=part).weights(candidates))
 
 
-def pruned_config(config: PreTrainedConfig, parts: Sequence[SubBlock], kept: Mapping[str, int]) -> PreTrainedConfig:
-    """The config of the pruned model: a plain one where all layers are alike, else with `per_layer_config`.
+def pruned_shape(config: PreTrainedConfig, family: Family, changes: Sequence[Change]) -> Shape:
+    """What to build: a plain config where all layers that are left are alike, else one with `per_layer_config`.
 
     Args:
         config: Of the dense model.
-        parts: Its sub-blocks.
-        kept: Members kept per sub-block name.
+        family: Its family.
+        changes: Of all its sub-blocks.
     """
-    heads = heads_of(config)
     layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
-    for part in parts:
-        count, layer = kept[part.name], layers[part.block]
-        if count == 0:
-            layer.setdefault("skip", []).append(part.kind)
-        elif part.kind == ATTENTION:
-            layer |= {"num_key_value_heads": count, "num_attention_heads": count * heads.queries}
+    for change in changes:
+        layer = layers[change.part.block]
+        for key, value in _overrides(config, family, change).items():
+            layer[key] = layer.get(key, []) + value if isinstance(value, list) else value
+    present = {change.part.block for change in changes if change.tensors is not None}
+    blocks = tuple(block for block in range(len(layers)) if block in present)
+    values = config.to_dict() | ({"head_dim": heads_of(config).dim} if family.free_heads and not family.mixer else {})
+    if _stock_holds(config, family, layers, blocks):
+        values |= layers[blocks[0]] if blocks else {}
+        if isinstance(values.get("layer_types"), list):
+            values["layer_types"] = [values["layer_types"][block] for block in blocks]
+        return Shape(type(config)(**(values | {_key(config, "num_hidden_layers"): len(blocks)})), blocks)
+    if any("output_bias" in layer for layer in layers):
+        values["output_bias"] = []  # of the layers that do not say
+    values |= {"per_layer_config": dict(enumerate(layers)), "allow_global_per_layer_attribute_access": True}
+    return Shape(type(config)(**values), tuple(range(len(layers))))
+
+
+def _overrides(config: PreTrainedConfig, family: Family, change: Change) -> dict[str, Any]:
+    """How the config of a layer differs by a change: numbers, and lists of kinds of sub-blocks."""
+    part = change.part
+    if change.tensors is None:
+        return {"skip": [part.kind]}
+    found: dict[str, Any] = {}
+    if change.members is not None and part.kind == ATTENTION:
+        found[_key(config, "num_attention_heads")] = change.members * heads_of(config).queries
+        if hasattr(config, "num_key_value_heads"):
+            found["num_key_value_heads"] = change.members
+    elif change.members is not None:
+        found[family.config_neurons] = change.members
+    if f"{part.column}.bias" in change.tensors and part.bias(part.column) is None:
+        found["output_bias"] = [part.kind]
+    return found
+
+
+def _key(config: PreTrainedConfig, name: str) -> str:
+    return str(config.attribute_map.get(name, name))
+
+
+def _stock_holds(config: PreTrainedConfig, family: Family, layers: Sequence[Mapping[str, Any]], blocks: Sequence[int]) -> bool:
+    """Whether the family's own class can hold the blocks that are left."""
+    if not blocks:
+        return bool(family.mixer)  # without attention no layer counts the tokens for the positions
+    left = [layers[block] for block in blocks]
+    if any(layer != left[0] for layer in left) or {"skip", "output_bias"} & left[0].keys():
+        return False
+    if len(blocks) < len(layers) and getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        return False  # layers must keep their numbers
+    heads = left[0].get(_key(config, "num_attention_heads"))
+    rotary = getattr(config, "rope_parameters", None) or {}
+    # Stock configs refuse head counts that do not divide the hidden size, and count LongRoPE's factors by hidden_size / heads.
+    return heads is None or (family.free_heads and config.hidden_size % heads == 0 and "short_factor" not in rotary)
+
+
+def _state(model: PreTrainedModel, changes: Sequence[Change]) -> dict[str, Tensor]:
+    """The dense model's state with the changes."""
+    state = dict(model.state_dict())
+    for change in changes:
+        if change.tensors is None:
+            for name in change.part.own_state:
+                del state[name]
         else:
-            layer["intermediate_size"] = count
-    values = config.to_dict() | {"head_dim": heads.dim}
-    alike = all(layer == layers[0] for layer in layers) and "skip" not in layers[0]
-    if alike and config.hidden_size % layers[0]["num_attention_heads"] == 0:  # else the stock config refuses the head count
-        return type(config)(**(values | layers[0]))
-    per_layer = {"per_layer_config": dict(enumerate(layers)), "allow_global_per_layer_attribute_access": True}
-    return type(config)(**(values | per_layer))
+            state |= {change.part.state_name(name): tensor for name, tensor in change.tensors.items()}
+    return state
+
+
+def _numbered(tensors: Mapping[str, Tensor], path: str, blocks: Sequence[int]) -> dict[str, Tensor]:
+    """Named tensors of a model without those of other blocks at `path` than these, which get the numbers 0, 1, ..."""
+    numbers = {str(block): str(index) for index, block in enumerate(blocks)}
+    found = {}
+    for name, tensor in tensors.items():
+        number, dot, rest = name.removeprefix(f"{path}.").partition(".")
+        if not name.startswith(f"{path}."):
+            found[name] = tensor
+        elif number in numbers:
+            found[f"{path}.{numbers[number]}{dot}{rest}"] = tensor
+    return found
+
+
+def _fill_buffers(pruned: PreTrainedModel, dense: Mapping[str, Tensor]) -> None:
+    """Copy what is in no state (rotary frequencies, the scale of embeddings) from the dense model's buffers."""
+    for path, module in pruned.named_modules():
+        for name, buffer in list(module.named_buffers(path, recurse=False)):
+            if buffer.is_meta:
+                # Frequencies that adapt to the length of a text may have done so; as they were at first they are kept beside.
+                first = dense.get(name.replace("inv_freq", "original_inv_freq"), dense[name])
+                module.register_buffer(name.rpartition(".")[2], first.clone(), persistent=False)

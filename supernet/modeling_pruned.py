@@ -1,8 +1,9 @@
-"""Llama, Mistral, Qwen2 and Qwen3 with layers of different sizes: the modelling code of a pruned checkpoint.
+"""Decoders with layers of different sizes: the modelling code of a pruned checkpoint.
 
 If you found this file next to a checkpoint: attention heads and MLP neurons were removed from the model, and
 not equally many from every layer. `per_layer_config` in `config.json` says what is left of each layer (what
-it does not mention is as in the unpruned model; "skip" names sub-blocks that are gone altogether), and
+it does not mention is as in the unpruned model; "skip" names sub-blocks that are gone altogether, "output_bias"
+those that end in a bias which the unpruned ones do not have), and
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -14,15 +15,22 @@ is its own check of the config and harmless here: the layers below are built fro
 # mypy: allow-untyped-calls
 # ruff: noqa: D101, D102 -- the classes of a family are what their names say
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
+from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.opt import modeling_opt as opt
+from transformers.models.phi3 import modeling_phi3 as phi3
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.pytorch_utils import Conv1D
 
 
 class SkippedAttn(nn.Module):
@@ -54,13 +62,71 @@ class SkippedMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+class ConfigOfLayer:
+    """What a layer's modules see as their config: the model's, as it is at any time, but for these values.
+
+    That the rest is shared lets a later change of the attention implementation reach every layer.
+    """
+
+    def __init__(self, config: PreTrainedConfig, **own: Any) -> None:
+        self.__dict__.update(own, _shared=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copying asks for, before there is anything to share
+            raise AttributeError(name)
+        return getattr(self.__dict__["_shared"], name)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a family calls the modules of its layers: `attention` and `mlp` end in `*_output`; `*_extra` go with them.
+
+    Where there is no `head_dim` in the config, the family's own code takes `hidden_size / heads` for it.
+    """
+
+    layers: str = "layers"
+    attention: str = "self_attn"
+    attention_output: str = "o_proj"
+    attention_extra: tuple[str, ...] = ("input_layernorm",)
+    mlp: str = "mlp"
+    mlp_output: str = "mlp.down_proj"
+    mlp_extra: tuple[str, ...] = ("post_attention_layernorm",)
+    head_dim: bool = True
+
+
+LLAMA = Names()
+GEMMA = Names(
+    attention_extra=("input_layernorm", "post_attention_layernorm"),
+    mlp_extra=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+OPT = Names(
+    layers="decoder.layers",
+    attention_output="out_proj",
+    attention_extra=("self_attn_layer_norm",),
+    mlp="fc2",
+    mlp_output="fc2",
+    mlp_extra=("final_layer_norm", "fc1"),
+    head_dim=False,
+)
+GPT2 = Names(
+    layers="h",
+    attention="attn",
+    attention_output="c_proj",
+    attention_extra=("ln_1",),
+    mlp_output="mlp.c_proj",
+    mlp_extra=("ln_2",),
+    head_dim=False,
+)
+
+
 class PrunedMixin(PreTrainedModel):
     """Builds the decoder layers from `config.per_layer_config`; the rest of the model is the family's."""
 
     layer_class: type[nn.Module]
+    names: Names = LLAMA
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        if getattr(config, "head_dim", None) is None:
+        if self.names.head_dim and getattr(config, "head_dim", None) is None:
             raise ValueError("config.head_dim is missing; a pruned layer's head count does not tell it")
         layer_configs = list(config.per_layer_config)
         config.num_hidden_layers = 0  # the family builds all but the layers, which it would make alike
@@ -68,18 +134,47 @@ class PrunedMixin(PreTrainedModel):
             super().__init__(config)
         finally:
             config.num_hidden_layers = len(layer_configs)
-        layers = cast(nn.ModuleList, self.base_model.layers)
+        layers = cast(nn.ModuleList, self.base_model.get_submodule(self.names.layers))
         for index, layer_config in enumerate(layer_configs):
-            layer: Any = self.layer_class(layer_config, index)
-            # Shared, so that a later change of the attention implementation reaches every layer.
-            layer.self_attn.config = layer.mlp.config = config
-            skip = getattr(layer_config, "skip", ())
-            if "attention" in skip:
-                layer.input_layernorm, layer.self_attn = nn.Identity(), SkippedAttn(index)
-            if "mlp" in skip:
-                layer.post_attention_layernorm, layer.mlp = nn.Identity(), SkippedMLP()
-            layers.append(layer)
+            layers.append(self._layer(config, layer_config, index))
         self.post_init()
+
+    def _layer(self, config: PreTrainedConfig, layer_config: PreTrainedConfig, index: int) -> nn.Module:
+        names, heads, skip = self.names, layer_config.num_attention_heads, getattr(layer_config, "skip", ())
+        if not names.head_dim:
+            layer_config.num_attention_heads = config.num_attention_heads
+        layer = self.layer_class(layer_config, index)
+        if not names.head_dim:
+            _resize(layer.get_submodule(names.attention), heads, names.attention_output)
+        for module in cast(Any, layer.modules()):
+            if hasattr(module, "config"):
+                module.config = ConfigOfLayer(config, num_attention_heads=heads)
+        if "attention" in skip:
+            _replace(layer, dict.fromkeys(names.attention_extra, nn.Identity()) | {names.attention: SkippedAttn(index)})
+        if "mlp" in skip:
+            _replace(layer, dict.fromkeys(names.mlp_extra, nn.Identity()) | {names.mlp: SkippedMLP()})
+        outputs = {"attention": f"{names.attention}.{names.attention_output}", "mlp": names.mlp_output}
+        for kind in getattr(layer_config, "output_bias", ()):
+            output: Any = layer.get_submodule(outputs[kind])
+            output.bias = nn.Parameter(output.weight.new_zeros(output.out_features))
+        return layer
+
+
+def _replace(layer: nn.Module, modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        setattr(layer, name, module)
+
+
+def _resize(attention: Any, heads: int, output: str) -> None:
+    """Leave an attention with so many heads of the size that they had."""
+    dense, width = attention.num_heads * attention.head_dim, heads * attention.head_dim
+    attention.num_heads, attention.split_size = heads, width
+    for name, layer in list(attention.named_children()):
+        if isinstance(layer, nn.Linear | Conv1D):
+            d_in, d_out = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.T.shape
+            d_in, d_out = (width, d_out) if name == output else (d_in, d_out // dense * width)
+            conv = isinstance(layer, Conv1D)
+            setattr(attention, name, Conv1D(d_out, d_in) if conv else nn.Linear(d_in, d_out, layer.bias is not None))
 
 
 class PrunedLlamaModel(PrunedMixin, llama.LlamaModel):
@@ -114,10 +209,55 @@ class PrunedQwen3ForCausalLM(PrunedMixin, qwen3.Qwen3ForCausalLM):
     layer_class = qwen3.Qwen3DecoderLayer
 
 
+class PrunedGemma2Model(PrunedMixin, gemma2.Gemma2Model):
+    layer_class, names = gemma2.Gemma2DecoderLayer, GEMMA
+
+
+class PrunedGemma2ForCausalLM(PrunedMixin, gemma2.Gemma2ForCausalLM):
+    layer_class, names = gemma2.Gemma2DecoderLayer, GEMMA
+
+
+class PrunedGemma3Model(PrunedMixin, gemma3.Gemma3TextModel):
+    layer_class, names = gemma3.Gemma3DecoderLayer, GEMMA
+
+
+class PrunedGemma3ForCausalLM(PrunedMixin, gemma3.Gemma3ForCausalLM):
+    layer_class, names = gemma3.Gemma3DecoderLayer, GEMMA
+
+
+class PrunedPhi3Model(PrunedMixin, phi3.Phi3Model):
+    layer_class = phi3.Phi3DecoderLayer
+
+
+class PrunedPhi3ForCausalLM(PrunedMixin, phi3.Phi3ForCausalLM):
+    layer_class = phi3.Phi3DecoderLayer
+
+
+class PrunedOPTModel(PrunedMixin, opt.OPTModel):
+    layer_class, names = opt.OPTDecoderLayer, OPT
+
+
+class PrunedOPTForCausalLM(PrunedMixin, opt.OPTForCausalLM):
+    layer_class, names = opt.OPTDecoderLayer, OPT
+
+
+class PrunedGPT2Model(PrunedMixin, gpt2.GPT2Model):
+    layer_class, names = gpt2.GPT2Block, GPT2
+
+
+class PrunedGPT2ForCausalLM(PrunedMixin, gpt2.GPT2LMHeadModel):
+    layer_class, names = gpt2.GPT2Block, GPT2
+
+
 # By `config.model_type`.
 PRUNED_CLASSES: dict[str, type[PrunedMixin]] = {
     "llama": PrunedLlamaForCausalLM,
     "mistral": PrunedMistralForCausalLM,
     "qwen2": PrunedQwen2ForCausalLM,
     "qwen3": PrunedQwen3ForCausalLM,
+    "gemma2": PrunedGemma2ForCausalLM,
+    "gemma3_text": PrunedGemma3ForCausalLM,
+    "phi3": PrunedPhi3ForCausalLM,
+    "opt": PrunedOPTForCausalLM,
+    "gpt2": PrunedGPT2ForCausalLM,
 }

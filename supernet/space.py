@@ -12,9 +12,6 @@ from functools import cached_property
 
 import xxhash
 
-from supernet.architecture import SubBlock
-from supernet.errors import InputError
-
 Allocation = tuple[int, ...]  # one level index per unit, in the order of the space
 
 
@@ -112,17 +109,3 @@ def kept_counts(total: int, sparsities: Iterable[float], multiple: int) -> tuple
     """
     counts = {min(total, max(0, round((1.0 - s) * total / multiple) * multiple)) for s in sparsities}
     return tuple(sorted(counts | {total}, reverse=True))
-
-
-def unit_of(part: SubBlock, counts: Sequence[int]) -> Unit:
-    """The unit of a sub-block with the given numbers of kept members as its levels."""
-    each = part.member_parameters
-    return Unit(part.name, part.kind, part.members, tuple(Level(kept, kept * each) for kept in counts))
-
-
-def check_multiple(multiple: int, neurons: int) -> None:
-    """InputError unless neuron counts can be rounded to `multiple`."""
-    if not 1 <= multiple <= neurons:
-        raise InputError(
-            f"prune.multiple={multiple} must lie between 1 and the {neurons} neurons of an MLP; 32 suits most kernels"
-        )

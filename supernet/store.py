@@ -24,13 +24,13 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from supernet.encoding import Candidate, encode
+from supernet.encoding import Candidate, count, decode, encode, moved
 from supernet.errors import InputError
 from supernet.space import Space
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Supernet:
@@ -116,10 +116,10 @@ class Supernet:
             record: JSON-able log of the unit's build (relative output errors, seconds).
         """
         unit = self.space.units[self._index[name]]
-        kept = [len(candidate.kept) for candidate in candidates]
+        kept = [count(candidate) for candidate in candidates]
         if kept != [level.kept for level in unit.levels[1:]]:
-            raise ValueError(f"{name}: candidates keep {kept} members, the levels ask for {unit.levels[1:]}")
-        data = save(encode(dict(enumerate(candidates, start=1))))
+            raise ValueError(f"{name}: candidates keep {kept}, the levels ask for {unit.levels[1:]}")
+        data = save(encode(candidates))
         file = f"units/{name}.safetensors"
         write_atomic(self.path / file, data)
         entry = {"file": file, "bytes": len(data), "checksum": xxhash.xxh3_128_hexdigest(data), **record}
@@ -128,15 +128,8 @@ class Supernet:
 
     def candidate(self, unit: int, level: int, device: torch.device | str = "cpu") -> Candidate:
         """The candidate of a unit (index in the space) at a level of at least 1."""
-        name = self.space.units[unit].name
-        reader = self._reader(name)
-        return Candidate(
-            reader.get_tensor(f"{level}.kept").to(device, torch.int64), reader.get_tensor(f"{level}.weight").to(device)
-        )
-
-    def weights(self, unit: int) -> dict[int, Candidate]:
-        """All stored candidates of a unit by level."""
-        return {level: self.candidate(unit, level) for level in range(1, len(self.space.units[unit].levels))}
+        reader = self._reader(self.space.units[unit].name)
+        return moved(decode(reader.get_tensor, reader.keys(), level), device)
 
     def _reader(self, name: str) -> Any:
         """A memory-mapped file of candidates; its checksum is verified when it is first read."""

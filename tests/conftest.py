@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,15 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
     MistralConfig,
+    OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,23 +36,18 @@ from transformers import (
 
 from search.config import CACHE_VARIABLE, conf_dir
 from search.models import LoadedModel, from_wheel, random_llama
-from supernet.architecture import ATTENTION, MLP, sub_blocks
-from supernet.encoding import Candidate, member_columns
-from supernet.space import Space, unit_of
+from supernet.architecture import ATTENTION, MLP, SubBlock, sub_blocks
+from supernet.encoding import Members, member_columns
+from supernet.prunables import member_prunables
+from supernet.space import Level, Space, Unit
 from supernet.store import Supernet
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+TINY: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 3, **NO_TOKENS}
+MLP_SIZE: dict[str, Any] = {"intermediate_size": 96}
+SIZES: dict[str, Any] = TINY | MLP_SIZE | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
 WINDOW = 5  # tokens that a sliding attention sees: less than `ids` has, so that masks matter
+GEMMA: dict[str, Any] = {"sliding_window": WINDOW, "query_pre_attn_scalar": 6}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "llama_with_biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
@@ -53,6 +55,16 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     # The first layers see everything, the others a window: each block has a mask of its own.
     "qwen2": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+    "gemma2": Gemma2Config(**SIZES, **GEMMA, attn_logit_softcapping=4.0, final_logit_softcapping=3.0),
+    # Windowed and other layers have rotary frequencies of their own.
+    "gemma3": Gemma3TextConfig(**SIZES, **GEMMA, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "phi3": Phi3Config(**SIZES, sliding_window=WINDOW, pad_token_id=0, partial_rotary_factor=0.5),
+    "opt": OPTConfig(**TINY, ffn_dim=96, num_attention_heads=4, max_position_embeddings=40),
+    "gpt2": GPT2Config(**TINY, n_inner=96, n_head=4, n_positions=40),
+}
+MIXER_CONFIGS: dict[str, PreTrainedConfig] = {
+    "mamba": MambaConfig(**TINY, state_size=8, use_bias=True),
+    "mamba2": Mamba2Config(**TINY, state_size=8, num_heads=8, head_dim=16, n_groups=2, chunk_size=4, pad_token_id=0),
 }
 KEPT = {ATTENTION: (4, 3, 1, 0), MLP: (96, 64, 31, 0)}  # of the random supernets
 
@@ -125,20 +137,49 @@ def random_weights(config: PreTrainedConfig) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=float("norm" in name), std=0.2, generator=generator)
+        nn.init.normal_(parameter, mean=float("norm" in name or ".ln_" in name), std=0.2, generator=generator)
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def model_of() -> Callable[..., PreTrainedModel]:
+    """Makes a small random model of the caller's own: (name, **changes of its config) -> model."""
+
+    def make(name: str, **changes: Any) -> PreTrainedModel:
+        config = (CONFIGS | MIXER_CONFIGS)[name]
+        return random_weights(type(config)(**(config.to_dict() | changes)))
+
+    return make
 
 
 @pytest.fixture(scope="session", params=CONFIGS)
 def family_model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """A small random model of each family in turn. Shared by the session: not to be changed."""
+    """A small random model of each family with attention in turn. Shared by the session: not to be changed."""
     return random_weights(CONFIGS[request.param])
+
+
+@pytest.fixture(scope="session", params=MIXER_CONFIGS)
+def mixer_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """The same of each family that has state-space mixers and no members to remove."""
+    return random_weights(MIXER_CONFIGS[request.param])
+
+
+@pytest.fixture(scope="session", params=CONFIGS | MIXER_CONFIGS)
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """The same of each family there is."""
+    return random_weights((CONFIGS | MIXER_CONFIGS)[request.param])
 
 
 @pytest.fixture(scope="session")
 def ids() -> torch.Tensor:
     """(5, 12) token ids that every random model knows."""
     return torch.randint(SIZES["vocab_size"], (5, 12), generator=torch.Generator().manual_seed(1))
+
+
+def member_space(parts: Sequence[SubBlock], kept: Mapping[str, Sequence[int]], query_heads: bool = False) -> Space:
+    """Units of all sub-blocks with these numbers of members, dense first, by kind."""
+    prunables = member_prunables(parts, 1, query_heads)
+    return Space(tuple(Unit(p.name, p.kind, p.total, tuple(Level(k, k * p.each) for k in kept[p.kind])) for p in prunables))
 
 
 @pytest.fixture(scope="session")
@@ -148,15 +189,15 @@ def random_supernet(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTr
     def make(model: PreTrainedModel) -> Supernet:
         generator = torch.Generator().manual_seed(2)
         parts = sub_blocks(model)
-        space = Space(tuple(unit_of(part, KEPT[part.kind]) for part in parts))
+        space = member_space(parts, KEPT)
         supernet = Supernet.open_or_create(tmp_path_factory.mktemp("supernets"), space, {})
         for part in parts:
             candidates = []
             for count in KEPT[part.kind][1:]:
-                kept = torch.randperm(part.members, generator=generator)[:count].sort().values
-                dense = part.projection.weight[:, member_columns(kept, part.width)]
+                kept = torch.randperm(part.groups.members, generator=generator)[:count].sort().values
+                dense = part.weight(part.column)[:, member_columns(kept, part.groups.width)]
                 noise = torch.randn(dense.shape, generator=generator)
-                candidates.append(Candidate(kept, dense + 0.1 * noise.to(dense.dtype)))
+                candidates.append(Members(kept, dense + 0.1 * noise.to(dense.dtype)))
             supernet.write(part.name, candidates, {})
         return supernet
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from local_prune.pruner import Task
 from local_prune.statistics import LeastSquares
 from local_prune.structured import ObsPruner
-from supernet.architecture import MLP, entry, heads_of, sub_blocks
-from supernet.encoding import Candidate, member_columns
+from supernet.architecture import MLP, by_query_heads, entry, sub_blocks
+from supernet.encoding import Members, member_columns
 from supernet.space import Level, Space, Unit
 from supernet.store import Supernet
 
@@ -89,8 +90,10 @@ def tyr_levels(case: Case, rounds: int | None = None) -> list[Tensor]:
     return weights
 
 
-def our_levels(case: Case) -> list[Candidate]:
-    return ObsPruner().candidates(case.problem, case.dense, case.kept, case.width, case.name)
+def our_levels(case: Case) -> list[Members]:
+    """All levels from one trajectory."""
+    candidates = ObsPruner().candidates(Task(case.name, case.dense, case.problem, width=case.width), case.kept)
+    return [candidate for candidate in candidates if isinstance(candidate, Members)]
 
 
 def error_ratios(case: Case, rounds: int | None = None) -> list[float]:
@@ -114,7 +117,7 @@ def bytes_ratio(case: Case, folder: Path) -> float:
     members = case.dense.shape[1] // case.width
     unit = Unit(case.name, MLP, members, tuple(Level(kept, kept) for kept in (members, *case.kept)))
     supernet = Supernet.open_or_create(folder, Space((unit,)), {})
-    candidates = [Candidate(c.kept, c.weight.to(torch.bfloat16)) for c in our_levels(case)]
+    candidates = [Members(c.kept, c.weight.to(torch.bfloat16)) for c in our_levels(case)]
     supernet.write(case.name, candidates, {})
     (file,) = (supernet.path / "units").iterdir()
     return file.stat().st_size / sum(2 * candidate.weight.numel() for candidate in candidates)
@@ -125,16 +128,15 @@ def cases_of(model: Any, ids: Tensor, wanted: Sequence[int]) -> list[Case]:
     """Attention (by heads, as Týr removes them) and MLP of the wanted blocks, with statistics of the dense model."""
     hidden, contexts = entry(model, ids)
     cases = []
-    for part in sub_blocks(model):
+    for part in by_query_heads(sub_blocks(model)):
         if part.block > max(wanted):
             break
         if part.block in wanted:
-            weight = part.projection.weight
-            problem = LeastSquares.zeros(part.projection.in_features, part.projection.out_features)
-            problem.add(part.projection_inputs(hidden, contexts[part.block]))
+            weight, width = part.weight(part.column), part.groups.width
+            problem = LeastSquares.zeros(weight.shape[1], weight.shape[0])
+            problem.add(part.inputs(part.column, hidden, contexts[part.block]))
             problem.target_own_output(weight.T)
-            width = 1 if part.kind == MLP else heads_of(model.config).dim
-            cases.append(Case(part.name, problem, weight, width, nine_levels(part.projection.in_features // width)))
+            cases.append(Case(part.name, problem, weight, width, nine_levels(part.groups.members)))
         hidden = part(hidden, contexts[part.block])
     return cases
 

@@ -1,18 +1,25 @@
-"""Least-squares problems to prune, with the data they come from."""
+"""Least-squares problems to prune, with the data they come from, and supernets built by any pruner."""
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from local_prune.pruner import Calibration, Pruner, Task
 from local_prune.statistics import LeastSquares
-from supernet.encoding import Candidate, member_columns
+from local_prune.walk import build
+from supernet.architecture import sub_blocks
+from supernet.encoding import Members, member_columns
+from supernet.space import Level, Space, Unit
+from supernet.store import Supernet
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,12 @@ class Layer:
         residual = self.X[:, columns] @ weight.double().T - self.T
         return float(residual.square().sum() / self.T.square().sum())
 
-    def error_of(self, candidate: Candidate) -> float:
+    @property
+    def task(self) -> Task:
+        """What a pruner is given."""
+        return Task("unit", self.dense, self.problem, width=self.width)
+
+    def error_of(self, candidate: Members) -> float:
         return self.error(member_columns(candidate.kept, self.width), candidate.weight)
 
     def least_error(self, kept: Tensor) -> float:
@@ -97,6 +109,51 @@ def make_layer(
 def layer() -> Callable[..., Layer]:
     """Makes a `Layer`; see `make_layer` for what can be chosen."""
     return make_layer
+
+
+def untracked(items: Sequence[Any], title: str) -> Iterable[Any]:
+    """No progress bar."""
+    return items
+
+
+def space_for(model: PreTrainedModel, pruner: Pruner, kept: Sequence[float]) -> Space:
+    """The units of a pruner, each with all of its members and with these fractions of them, or with the levels that there are."""
+    units = []
+    for one in pruner.prunables(sub_blocks(model)):
+        counts = (one.total, *(round(fraction * one.total) for fraction in kept))
+        units.append(Unit(one.name, one.kind, one.total, one.choices or tuple(Level(k, k * one.each) for k in counts)))
+    return Space(tuple(units))
+
+
+@pytest.fixture(scope="session")
+def space_of() -> Callable[..., Space]:
+    """Makes the space of a pruner: (model, pruner, kept) -> space; see `space_for`."""
+    return space_for
+
+
+def even(unit: Unit, index: int) -> list[float]:
+    """As much of each level."""
+    return [1 / len(unit.levels)] * len(unit.levels)
+
+
+@pytest.fixture(scope="session")
+def built() -> Callable[..., Supernet]:
+    """Builds a supernet: (model, root, pruner, ids, **options) -> supernet. Options, and what they are by default:
+
+    weights(unit, its index), of each level in what comes next: as much of each; kept, fractions: (0.75, 0.25);
+    batch=2; fit="pruned"; track: no progress bar.
+    """
+
+    def make(model: PreTrainedModel, root: Path, pruner: Pruner, ids: Tensor, **options: Any) -> Supernet:
+        space = space_for(model, pruner, options.get("kept", (0.75, 0.25)))
+        weights = options.get("weights", even)
+        mixture = {unit.name: list(weights(unit, index)) for index, unit in enumerate(space.units)}
+        calibration = Calibration(ids, options.get("batch", 2), options.get("fit", "pruned"))
+        supernet = Supernet.open_or_create(root, space, {"mixture": mixture, "fit": calibration.fit})
+        build(model, calibration, pruner, supernet, mixture, "cpu", options.get("track", untracked), "build")
+        return supernet
+
+    return make
 
 
 @pytest.fixture(scope="session")

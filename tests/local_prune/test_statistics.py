@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from local_prune.statistics import PANELS, LeastSquares, add_gram, damped, symmetric
+from local_prune.statistics import PANELS, LeastSquares, Moments, add_gram, damped, symmetric
 from supernet.errors import InputError
 
 MakeLayer = Callable[..., Any]
@@ -100,7 +100,7 @@ def test_nothing_but_dead_inputs_still_has_a_solution() -> None:
 
 def indefinite(off_diagonal: float) -> LeastSquares:
     """As rounding may leave a Hessian: with eigenvalues 1 + off_diagonal and 1 - off_diagonal."""
-    return LeastSquares(torch.tensor([[1.0, off_diagonal], [0.0, 1.0]]), torch.ones(2, 1), 1.0, 1)
+    return LeastSquares(torch.tensor([[1.0, off_diagonal], [0.0, 1.0]]), torch.ones(2, 1), torch.ones(1), 1)
 
 
 def test_damping_is_raised_with_a_warning_where_cholesky_fails(caplog: pytest.LogCaptureFixture) -> None:
@@ -145,3 +145,64 @@ def test_activations_that_are_not_finite_are_told_with_their_unit(layer: MakeLay
     problem.add(X, T)
     with pytest.raises(InputError, match=re.escape("model.layers.3.mlp: activations are not finite")):
         damped(problem, case.dense.T, 0.01, "model.layers.3.mlp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_are_those_of_each_input(layer: MakeLayer, dtype: torch.dtype) -> None:
+    X = layer(tokens=100, dead=(3,)).X.to(dtype)
+    sums = Moments.zeros(X.shape[1])
+    for part in X.split(33):
+        sums.add(part)
+    X = X.double()
+    assert sums.tokens == 100
+    for found, expected in (
+        (sums.total, X.sum(0)),
+        (sums.squares, X.square().sum(0)),
+        (sums.absolute, X.abs().sum(0)),
+        (sums.norms, X.norm(dim=0).float()),
+        (sums.mean, X.mean(0).float()),
+        (sums.variance, X.var(0, unbiased=False).float()),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_moments_of_nothing_and_of_constants_are_defined() -> None:
+    sums = Moments.zeros(2)
+    assert not sums.mean.any() and not sums.variance.any() and not sums.norms.any()
+    sums.add(torch.full((50, 2), 0.1))
+    torch.testing.assert_close(sums.mean, torch.full((2,), 0.1))
+    assert bool((sums.variance >= 0.0).all()) and float(sums.variance.max()) < 1e-8
+
+
+def test_some_of_the_outputs_are_a_problem_of_their_own(layer: MakeLayer) -> None:
+    """That of one layer of several with the same inputs, which are factorised once."""
+    case = layer(shift=1.0)
+    alone = LeastSquares.zeros(case.X.shape[1], 2)
+    alone.add(case.X, case.T[:, 2:4])
+    first, second = case.problem.outputs(slice(0, 2)), case.problem.outputs(slice(2, 4))
+    torch.testing.assert_close(second.moment, alone.moment, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(second.hessian, alone.hessian, rtol=1e-4, atol=1e-3)
+    assert second.energy == pytest.approx(alone.energy)
+    assert second.tokens == alone.tokens
+    assert first.factor(0.01, "unit") is second.factor(0.01, "another")
+    assert first.factor(0.02, "unit") is not second.factor(0.01, "unit")
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_upper_factor_gives_the_inverse_of_the_inputs_from_each_on(layer: MakeLayer, ordered: bool) -> None:
+    case = layer()
+    factor = case.problem.factor(0.05, "unit")
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)) if ordered else torch.arange(24)
+    U = factor.upper_of_inverse(order if ordered else None).double()
+    assert torch.equal(U, U.triu())
+    hessian = factor.hessian[order][:, order].double()
+    for start in (0, 1, 11, 23):
+        rest = U[start:, start:]
+        torch.testing.assert_close(rest.T @ rest, hessian[start:, start:].inverse(), rtol=1e-3, atol=1e-6)
+
+
+def test_the_solution_is_that_of_the_damped_problem(layer: MakeLayer) -> None:
+    case = layer(shift=1.0)
+    A, B = case.augmented(0.05)
+    solved = damped(case.problem, case.dense.T, 0.05, "unit")
+    torch.testing.assert_close(solved.solution.double(), torch.linalg.lstsq(A, B).solution, rtol=1e-3, atol=1e-4)

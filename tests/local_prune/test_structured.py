@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from local_prune.pruner import Pruner
 from local_prune.structured import BLOCK, ObsPruner, _order_of_groups, refit, removal_order
-from local_prune.walk import Pruner
-from supernet.encoding import Candidate, member_columns
+from supernet.encoding import Members, member_columns
 from supernet.errors import InputError
 
 MakeLayer = Callable[..., Any]
@@ -128,12 +128,12 @@ def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
 def test_candidates_solve_the_damped_problem(layer: MakeLayer, width: int) -> None:
     case = layer(members=12, width=width, shift=1.0)
     A, B = case.augmented(0.05)
-    for candidate in ObsPruner(damping=0.05).candidates(case.problem, case.dense, [9, 4, 1], width, "unit"):
+    for candidate in ObsPruner(damping=0.05).candidates(case.task, [9, 4, 1]):
         expected = torch.linalg.lstsq(A[:, member_columns(candidate.kept, width)], B).solution
         torch.testing.assert_close(candidate.weight.double(), expected.T, rtol=1e-3, atol=1e-4)
 
 
-# What every pruner keeps to: add new ones to this list.
+# What every structured pruner keeps to that refits: add new ones to this list.
 PRUNERS: dict[str, Pruner] = {
     "obs": ObsPruner(),
     "obs with the first-order term": ObsPruner(first_order=1.0),
@@ -167,10 +167,10 @@ class TestEveryPruner:
         return layer(**request.param)
 
     @pytest.fixture
-    def candidates(self, pruner: Pruner, case: Any) -> list[Candidate]:
-        return pruner.candidates(case.problem, case.dense, levels_of(case.members), case.width, "unit")
+    def candidates(self, pruner: Pruner, case: Any) -> list[Members]:
+        return pruner.candidates(case.task, levels_of(case.members))
 
-    def test_every_level_keeps_what_was_asked_for(self, case: Any, candidates: list[Candidate]) -> None:
+    def test_every_level_keeps_what_was_asked_for(self, case: Any, candidates: list[Members]) -> None:
         assert [len(candidate.kept) for candidate in candidates] == levels_of(case.members)
         for candidate in candidates:
             assert candidate.kept.dtype == torch.int64
@@ -178,11 +178,11 @@ class TestEveryPruner:
             assert candidate.weight.shape == (len(case.dense), len(candidate.kept) * case.width)
             assert candidate.weight.isfinite().all()
 
-    def test_levels_are_nested(self, candidates: list[Candidate]) -> None:
+    def test_levels_are_nested(self, candidates: list[Members]) -> None:
         for more, fewer in zip(candidates, candidates[1:], strict=False):
             assert set(fewer.kept.tolist()) <= set(more.kept.tolist())
 
-    def test_errors_rise_from_level_to_level(self, case: Any, candidates: list[Candidate]) -> None:
+    def test_errors_rise_from_level_to_level(self, case: Any, candidates: list[Members]) -> None:
         if not case.T.any():
             return
         errors = [case.error_of(candidate) for candidate in candidates]
@@ -190,7 +190,7 @@ class TestEveryPruner:
             assert more >= less * (1 - 1e-3) - 1e-6
         assert errors[-1] == pytest.approx(1.0)  # nothing kept
 
-    def test_errors_lie_between_the_optimum_and_no_refit(self, case: Any, candidates: list[Candidate]) -> None:
+    def test_errors_lie_between_the_optimum_and_no_refit(self, case: Any, candidates: list[Members]) -> None:
         if not case.T.any():
             return
         for candidate in candidates:
@@ -199,7 +199,7 @@ class TestEveryPruner:
             assert error >= case.least_error(candidate.kept) * (1 - 1e-3) - 1e-9
             assert error <= case.error(columns, case.dense[:, columns]) * (1 + 1e-3) + 1e-9
 
-    def test_dead_inputs_get_no_weight_and_go_first(self, case: Any, candidates: list[Candidate]) -> None:
+    def test_dead_inputs_get_no_weight_and_go_first(self, case: Any, candidates: list[Members]) -> None:
         dead = case.X.abs().sum(0) == 0
         for candidate in candidates:
             columns = member_columns(candidate.kept, case.width)
@@ -208,9 +208,9 @@ class TestEveryPruner:
             if len(candidate.kept) <= int((~dead_members).sum()):
                 assert not dead_members[candidate.kept].any()
 
-    def test_runs_are_alike_and_leave_the_problem_alone(self, pruner: Pruner, case: Any, candidates: list[Candidate]) -> None:
+    def test_runs_are_alike_and_leave_the_problem_alone(self, pruner: Pruner, case: Any, candidates: list[Members]) -> None:
         before = case.problem.upper.clone(), case.problem.moment.clone(), case.dense.clone()
-        again = pruner.candidates(case.problem, case.dense, levels_of(case.members), case.width, "unit")
+        again = pruner.candidates(case.task, levels_of(case.members))
         for first, second in zip(candidates, again, strict=True):
             assert torch.equal(first.kept, second.kept)
             assert torch.equal(first.weight, second.weight)
@@ -220,18 +220,18 @@ class TestEveryPruner:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_weights_have_the_dtype_of_the_dense_one(self, pruner: Pruner, layer: MakeLayer, dtype: torch.dtype) -> None:
         case = layer(dtype=dtype)
-        for candidate in pruner.candidates(case.problem, case.dense, [16, 8], 1, "unit"):
+        for candidate in pruner.candidates(case.task, [16, 8]):
             assert candidate.weight.dtype == dtype
             assert candidate.weight.is_contiguous()
             assert case.error_of(candidate) <= case.least_error(candidate.kept) * 1.1
 
     def test_no_levels_give_no_candidates(self, pruner: Pruner, layer: MakeLayer) -> None:
         case = layer()
-        assert pruner.candidates(case.problem, case.dense, [], 1, "unit") == []
+        assert pruner.candidates(case.task, []) == []
 
     def test_the_choice_is_better_than_chance(self, pruner: Pruner, layer: MakeLayer) -> None:
         case = layer(members=40, tokens=400)
-        (candidate,) = pruner.candidates(case.problem, case.dense, [20], 1, "unit")
+        (candidate,) = pruner.candidates(case.task, [20])
         generator = torch.Generator().manual_seed(1)
         chance = [case.least_error(torch.randperm(40, generator=generator)[:20]) for _ in range(200)]
         assert case.error_of(candidate) < min(chance)

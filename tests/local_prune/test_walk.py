@@ -1,6 +1,7 @@
-"""The walk sees what the pruned model computes, fits what it says, and can be interrupted anywhere."""
+"""The walk sees what the pruned model computes, and fits what it says."""
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,22 +10,32 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from local_prune.statistics import LeastSquares
+from local_prune.depth import DepthPruner
+from local_prune.pruner import FITS, Calibration, Pruner, Task
+from local_prune.quantize import GptqPruner
+from local_prune.scores import FlapPruner
+from local_prune.sparsegpt import SparseGptPruner
+from local_prune.statistics import LeastSquares, Moments
 from local_prune.structured import ObsPruner
-from local_prune.walk import FITS, Calibration, Pruner, build, mean_projection
+from local_prune.unstructured import WandaPruner
+from local_prune.walk import Streams, mean_parameters, stream_bytes
 from search.models import LoadedModel
-from supernet.architecture import ATTENTION, MLP, SubBlock, entry, sub_blocks
+from supernet.architecture import entry, sub_blocks
 from supernet.assemble import assemble
-from supernet.encoding import Candidate, member_columns
-from supernet.errors import InputError
-from supernet.space import Space, unit_of
+from supernet.encoding import Members, member_columns
+from supernet.placement import full_weight
+from supernet.space import Unit
 from supernet.store import Supernet
 
-KEPT = {ATTENTION: (4, 3, 1), MLP: (256, 160, 32)}
-IDS = torch.randint(257, (5, 16), generator=torch.Generator().manual_seed(3))
-CHOSEN = (1, 2, 0, 1, 2, 2, 1, 1)  # levels of the eight units, for exact error accumulation
+IDS = torch.randint(97, (5, 16), generator=torch.Generator().manual_seed(3))
+CHOSEN = (1, 2, 0, 1, 2, 2, 1, 1)  # levels of eight units, and of the next eight, for exact error accumulation
+
+Built = Callable[..., Supernet]
+ModelOf = Callable[..., PreTrainedModel]
 
 
 @pytest.fixture
@@ -32,245 +43,369 @@ def model(tiny_llama: LoadedModel) -> PreTrainedModel:
     return tiny_llama.model
 
 
-class InterruptionError(Exception):
-    """As by a signal."""
-
-
 @dataclass
 class Recorder:
-    """A pruner that notes the problems it was given, and fails at the unit that comes after `units` of them."""
+    """A pruner that notes what it was asked."""
 
-    units: int = 100
-    problems: dict[str, LeastSquares] = field(default_factory=dict)
+    pruner: Pruner = field(default_factory=ObsPruner)
+    tasks: dict[str, Task] = field(default_factory=dict)
 
-    def candidates(self, problem: LeastSquares, dense: Tensor, kept: Sequence[int], width: int, where: str) -> list[Candidate]:
-        if len(self.problems) == self.units:
-            raise InterruptionError
-        self.problems[where] = problem
-        return ObsPruner().candidates(problem, dense, kept, width, where)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pruner, name)
 
+    def candidates(self, task: Task, kept: Sequence[int]) -> Any:
+        self.tasks[task.where] = task
+        return self.pruner.candidates(task, kept)
 
-def built(
-    model: PreTrainedModel,
-    root: Path,
-    levels: Sequence[Sequence[float]] | None = None,
-    pruner: Pruner | None = None,
-    batch: int = 2,
-    fit: str = "pruned",
-    kept: dict[str, tuple[int, ...]] = KEPT,
-    ids: Tensor = IDS,
-) -> Supernet:
-    """A supernet of the model; `levels` are the mixture's weights a unit, by default as much of each level."""
-    parts = sub_blocks(model)
-    space = Space(tuple(unit_of(part, kept[part.kind]) for part in parts))
-    mixture = {
-        unit.name: [1 / len(unit.levels)] * len(unit.levels) if levels is None else levels[index]
-        for index, unit in enumerate(space.units)
-    }
-    supernet = Supernet.open_or_create(root, space, {"mixture": mixture, "fit": fit})
-    build(model, Calibration(ids, batch, fit), pruner or ObsPruner(), supernet, mixture, "cpu", untracked, "")
-    return supernet
+    def problem(self, name: str) -> LeastSquares:
+        statistics = self.tasks[name].statistics
+        assert isinstance(statistics, LeastSquares)
+        return statistics
 
 
-def untracked(parts: Sequence[SubBlock], title: str) -> Iterable[SubBlock]:
-    return parts
+def on(unit: Unit, level: int) -> list[float]:
+    return [float(index == level) for index in range(len(unit.levels))]
 
 
-def on_one(level: int, count: int = 3) -> list[float]:
-    return [float(index == level) for index in range(count)]
+def exact(unit: Unit, index: int) -> list[float]:
+    return on(unit, CHOSEN[index % len(CHOSEN)])
 
 
-EXACT = [on_one(level) for level in CHOSEN]
+def dense(unit: Unit, index: int) -> list[float]:
+    return on(unit, 0)
+
+
+def uneven(unit: Unit, index: int) -> list[float]:
+    return [0.5, 0.2, 0.3]
 
 
 @contextmanager
 def inputs_of(modules: Sequence[nn.Module]) -> Any:
     seen: list[Tensor] = []
-    hooks = [module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].double())) for module in modules]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].double().flatten(0, -2)))
+        for module in modules
+    ]
     yield seen
     for hook in hooks:
         hook.remove()
 
 
 @torch.no_grad()
-def streams(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
-    """By hooks on a whole forward pass: the residual stream before every sub-block and behind the last, and projection inputs."""
+def streams(model: PreTrainedModel) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """By hooks on whole forward passes of a Llama: the residual stream before every sub-block and behind the last; and what every
+    linear layer gets, by name.
+    """
     layers = model.model.layers
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-    projections = [p for layer in layers for p in (layer.self_attn.o_proj, layer.mlp.down_proj)]
-    with inputs_of([*norms, model.model.norm]) as residual, inputs_of(projections) as inputs:
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name}
+    inputs = {}
+    with inputs_of([*norms, model.model.norm]) as residual:
         model(IDS)
-    return [r.flatten(0, 1) for r in residual], [X.flatten(0, 1) for X in inputs]
+    for name, module in linears.items():
+        with inputs_of([module]) as seen:
+            model(IDS)
+        inputs[name] = seen[0]
+    return residual, inputs
+
+
+def assert_problem(problem: LeastSquares, X: Tensor, T: Tensor) -> None:
+    """That these are its sums. X: (tokens, d_in), T: (tokens, d_out), float64."""
+    H, G = X.T @ X, X.T @ T
+    assert problem.tokens == len(X)
+    torch.testing.assert_close(problem.hessian.double(), H, rtol=1e-3, atol=1e-4 * float(H.abs().max()))
+    torch.testing.assert_close(problem.moment.double(), G, rtol=1e-3, atol=1e-4 * float(G.abs().max()))
+    assert problem.energy == pytest.approx(float(T.square().sum()), rel=1e-3)
+
+
+def relative_error(output: Tensor, T: Tensor) -> float:
+    return float((output - T).square().sum() / T.square().sum())
+
+
+# Members
 
 
 @pytest.mark.parametrize("fit", FITS)
-def test_each_fit_solves_its_problem_on_the_pruned_models_own_inputs(model: PreTrainedModel, tmp_path: Path, fit: str) -> None:
+def test_each_fit_solves_its_problem_on_the_pruned_models_own_inputs(
+    model: PreTrainedModel, tmp_path: Path, built: Built, fit: str
+) -> None:
     recorder = Recorder()
-    supernet = built(model, tmp_path, EXACT, recorder, fit=fit)
+    supernet = built(model, tmp_path, recorder, IDS, weights=exact, fit=fit)
     dense_stream, dense_inputs = streams(model)
     for index, part in enumerate(sub_blocks(model)):
         prefix = [*CHOSEN[:index], *[0] * (len(CHOSEN) - index)]
         stream, inputs = streams(assemble(model, supernet, prefix))
-        X, W = inputs[index], part.projection.weight.double().T
-        T = {
-            "pruned": X @ W,
-            "dense": dense_inputs[index] @ W,
-            "residual": dense_stream[index + 1] - stream[index],
-        }[fit]
-        problem = recorder.problems[part.name]
-        assert problem.tokens == IDS.numel()
-        torch.testing.assert_close(problem.hessian.double(), X.T @ X, rtol=1e-3, atol=1e-2)
-        torch.testing.assert_close(problem.moment.double(), X.T @ T, rtol=1e-3, atol=1e-2)
-        assert problem.energy == pytest.approx(float(T.square().sum()), rel=1e-3)
+        layer = f"{part.name}.{part.column}"
+        X, W = inputs[layer], part.weight(part.column).double().T
+        T = {"pruned": X @ W, "dense": dense_inputs[layer] @ W, "residual": dense_stream[index + 1] - stream[index]}[fit]
+        assert_problem(recorder.problem(part.name), X, T)
 
         H, G = X.T @ X, X.T @ T
         ridge = 0.01 * H.diagonal().mean()
+        errors = supernet.manifest["units"][part.name]["errors"]
         for level in (1, 2):
             candidate = supernet.candidate(index, level)
-            columns = member_columns(candidate.kept, part.width)
+            columns = member_columns(candidate.kept, part.groups.width)
             solution = candidate.weight.double().T
             left = H[columns][:, columns] @ solution + ridge * solution
             torch.testing.assert_close(left, G[columns] + ridge * W[columns], rtol=1e-2, atol=1e-2 * float(G.abs().max()))
-        errors = supernet.manifest["units"][part.name]["errors"]
-        columns = member_columns(supernet.candidate(index, 2).kept, part.width)
-        output = X[:, columns] @ supernet.candidate(index, 2).weight.double().T
-        assert errors[1] == pytest.approx(float((output - T).square().sum() / T.square().sum()), rel=1e-2, abs=1e-5)
+            assert errors[level - 1] == pytest.approx(relative_error(X[:, columns] @ solution, T), rel=1e-2, abs=1e-5)
 
 
-def test_the_fits_differ(model: PreTrainedModel, tmp_path: Path) -> None:
-    weights = [built(model, tmp_path, EXACT, fit=fit).candidate(3, 1).weight for fit in FITS]
-    assert not torch.allclose(weights[0], weights[1], rtol=1e-2) and not torch.allclose(weights[1], weights[2], rtol=1e-2)
+@pytest.mark.parametrize("pruner", [ObsPruner(), SparseGptPruner()], ids=["members", "weights"])
+def test_the_fits_differ(model: PreTrainedModel, tmp_path: Path, built: Built, pruner: Pruner) -> None:
+    supernets = [built(model, tmp_path, pruner, IDS, weights=exact, fit=fit) for fit in FITS]
+    first, second, third = [one.candidate(len(one.space.units) - 1, 1).weight for one in supernets]
+    assert not torch.allclose(first, second, rtol=1e-2) and not torch.allclose(second, third, rtol=1e-2)
 
 
 @pytest.mark.parametrize("fit", FITS)
-def test_the_batch_size_does_not_matter(family_model: PreTrainedModel, tmp_path: Path, fit: str) -> None:
+def test_the_batch_size_does_not_matter(family_model: PreTrainedModel, tmp_path: Path, built: Built, fit: str) -> None:
     """Of five sequences the last batch is short, and has a mask of its own."""
-    on_dense = [on_one(0)] * 6  # so that rounding cannot change what is kept on the way
     recorders = {batch: Recorder() for batch in (5, 2, 50)}
     for batch, recorder in recorders.items():
-        kept = {ATTENTION: (4, 3, 1), MLP: (96, 64, 32)}
-        built(family_model, tmp_path / str(batch), on_dense, recorder, batch=batch, fit=fit, kept=kept, ids=IDS % 97)
-    for name, whole in recorders[5].problems.items():
-        for problem in (recorders[2].problems[name], recorders[50].problems[name]):
+        # All on the dense level, so that rounding cannot change what is kept on the way.
+        built(family_model, tmp_path / str(batch), recorder, IDS, batch=batch, fit=fit, weights=dense)
+    for name in recorders[5].tasks:
+        whole = recorders[5].problem(name)
+        for batch in (2, 50):
+            problem = recorders[batch].problem(name)
             torch.testing.assert_close(problem.hessian, whole.hessian, rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(problem.moment, whole.moment, rtol=1e-3, atol=1e-2)
 
 
-def test_what_comes_next_sees_the_mean_over_levels(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_what_comes_next_sees_the_mean_over_levels(model: PreTrainedModel, tmp_path: Path, built: Built) -> None:
     recorder = Recorder()
-    weights = [0.5, 0.2, 0.3]
-    supernet = built(model, tmp_path, [weights] * 8, recorder)
+    supernet = built(model, tmp_path, recorder, IDS, weights=uneven)
     runs = [streams(assemble(model, supernet, [level, *[0] * 7])) for level in range(3)]
-    stream = sum(weight * run[0][1] for weight, run in zip(weights, runs, strict=True))  # behind the first attention
+    stream = sum(weight * run[0][1] for weight, run in zip((0.5, 0.2, 0.3), runs, strict=True))  # behind the first attention
     layer = model.model.layers[0]
     with torch.no_grad():
         normed = layer.post_attention_layernorm(stream.float())
         X = (nn.functional.silu(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)).double()
-    second = recorder.problems[supernet.space.units[1].name]
+    second = recorder.problem(supernet.space.units[1].name)
     torch.testing.assert_close(second.hessian.double(), X.T @ X, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("compensated", [False, True])
 @torch.no_grad()
-def test_the_mean_projection_gives_the_mean_output(family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor) -> None:
+def test_the_mean_parameters_give_the_mean_output(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, compensated: bool
+) -> None:
     weights = [0.4, 0.3, 0.2, 0.1]  # the last level drops the sub-block, and its bias with it
     hidden, contexts = entry(family_model, ids)
     for index, part in enumerate(sub_blocks(family_model)):
-        X = part.projection_inputs(hidden, contexts[part.block])
-        candidates = family_supernet.weights(index)
-        weight, bias = mean_projection(part, candidates, weights)
-        expected = weights[0] * part.projection(X)
-        for level, candidate in candidates.items():
-            columns = member_columns(candidate.kept, part.width)
-            present = part.projection.bias if len(candidate.kept) else None
-            expected += weights[level] * nn.functional.linear(X[:, columns], candidate.weight, present)
-        assert weight.dtype == torch.float32
-        torch.testing.assert_close(nn.functional.linear(X, weight, bias), expected, rtol=1e-4, atol=1e-4)
+        X, column = part.inputs(part.column, hidden, contexts[part.block]), part.column
+        candidates = {level: family_supernet.candidate(index, level) for level in (1, 2, 3)}
+        if compensated:
+            bias = torch.randn(len(part.weight(column)), generator=torch.Generator().manual_seed(index))
+            candidates[2] = Members(candidates[2].kept, candidates[2].weight, bias)
+        found, share = mean_parameters(part, column, candidates, weights)
+        expected = weights[0] * linear(X, part.weight(column), part.bias(column))
+        for level in (1, 2):
+            one = candidates[level]
+            own = part.bias(column) if one.bias is None else one.bias
+            expected += weights[level] * linear(X[:, member_columns(one.kept, part.groups.width)], one.weight, own)
+        weight = found[f"{column}.weight"]
+        weight = weight.T if isinstance(part.module.get_submodule(column), Conv1D) else weight
+        assert share == pytest.approx(0.9)
+        assert set(found) <= {f"{column}.weight", f"{column}.bias"}
+        output = share * linear(X, weight, found.get(f"{column}.bias"))
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_mean_over_one_level_is_that_level(family_model: PreTrainedModel, family_supernet: Supernet) -> None:
+    for index, part in enumerate(sub_blocks(family_model)):
+        one = {level: family_supernet.candidate(index, level) for level in (1, 3)}
+        assert mean_parameters(part, part.column, {}, [1.0, 0.0, 0.0, 0.0]) == ({}, 1.0)
+        assert mean_parameters(part, part.column, {3: one[3]}, [0.0, 0.0, 0.0, 1.0]) == ({}, 0.0)
+        assert mean_parameters(part, part.column, {3: one[3]}, [0.25, 0.0, 0.0, 0.75]) == ({}, 0.25)
+        found, share = mean_parameters(part, part.column, {1: one[1]}, [0.0, 1.0, 0.0, 0.0])
+        expected = part.replaced(part.column, full_weight(part, part.column, one[1]))
+        assert share == 1.0 and torch.equal(found[f"{part.column}.weight"], expected[f"{part.column}.weight"])
+
+
+def test_a_bias_that_makes_up_for_members_reaches_what_comes_next(model: PreTrainedModel, tmp_path: Path, built: Built) -> None:
+    recorder = Recorder(FlapPruner())
+    supernet = built(model, tmp_path, recorder, IDS, weights=exact)
+    inputs = streams(assemble(model, supernet, (*CHOSEN[:7], 0)))[1]["model.layers.3.mlp.down_proj"]
+    moments = recorder.tasks["model.layers.3.mlp"].statistics
+    assert isinstance(moments, Moments)
+    torch.testing.assert_close(moments.squares, inputs.square().sum(0), rtol=1e-3, atol=1e-6)
+
+
+def test_single_query_heads_see_the_pruned_model(model: PreTrainedModel, tmp_path: Path, built: Built) -> None:
+    recorder = Recorder(ObsPruner(query_heads=True))
+    supernet = built(model, tmp_path, recorder, IDS, weights=exact)
+    assert recorder.tasks["model.layers.0.self_attn"].width == 8
+    inputs = streams(assemble(model, supernet, (*CHOSEN[:6], 0, 0)))[1]["model.layers.3.self_attn.o_proj"]
+    H = inputs.T @ inputs
+    torch.testing.assert_close(recorder.problem("model.layers.3.self_attn").hessian.double(), H, rtol=1e-3, atol=1e-4)
+
+
+# Linear layers as units
+
+
+@pytest.mark.parametrize("pruner", [SparseGptPruner(), GptqPruner([4, 2], 16)], ids=["weights", "bits"])
+@pytest.mark.parametrize("fit", FITS)
+def test_linear_layers_see_all_before_them_pruned(
+    model_of: ModelOf, tmp_path: Path, built: Built, fit: str, pruner: Pruner
+) -> None:
+    """Those of the same sub-block, too. Layers inside a sub-block do not reach its residual: with it they fit as `pruned`."""
+    model = model_of("llama_with_biases")
+    recorder = Recorder(pruner)
+    supernet = built(model, tmp_path, recorder, IDS, weights=exact, fit=fit)
+    allocation = [CHOSEN[index % len(CHOSEN)] for index in range(len(supernet.space.units))]
+    dense_stream, dense_inputs = streams(model)
+    stream, inputs = streams(assemble(model, supernet, allocation))
+    for index, part in enumerate(sub_blocks(model)):
+        for layer in (layer for stage in part.stages for layer in stage):
+            name = f"{part.name}.{layer}"
+            X, W = inputs[name], part.weight(layer).double().T
+            T = X @ W
+            if fit == "dense":
+                T = dense_inputs[name] @ W
+            if fit == "residual" and layer == part.column:
+                T = dense_stream[index + 1] - stream[index] - part.bias(layer).double()
+            assert_problem(recorder.problem(name), X, T)
+            unit = next(i for i, one in enumerate(supernet.space.units) if one.name == name)
+            errors = supernet.manifest["units"][name]["errors"]
+            for level, error in enumerate(errors, start=1):
+                output = X @ supernet.candidate(unit, level).weight.double().T
+                assert error == pytest.approx(relative_error(output, T), rel=1e-2, abs=1e-4)
+
+
+def test_layers_with_the_same_inputs_share_one_hessian(model_of: ModelOf, tmp_path: Path, built: Built) -> None:
+    recorder = Recorder(SparseGptPruner())
+    built(model_of("llama"), tmp_path, recorder, IDS)
+    for group in (("self_attn", "q_proj", "k_proj", "v_proj"), ("mlp", "gate_proj", "up_proj")):
+        problems = [recorder.problem(f"model.layers.1.{group[0]}.{layer}") for layer in group[1:]]
+        assert all(one.upper is problems[0].upper and one._factors is problems[0]._factors for one in problems)
+        assert len(problems[0]._factors) == 1
+
+
+@pytest.mark.parametrize("pruner", [ObsPruner(), WandaPruner(), SparseGptPruner()], ids=["members", "scored", "fitted"])
+@pytest.mark.parametrize("fit", FITS)
+def test_without_accumulation_all_see_the_dense_model(
+    model_of: ModelOf, tmp_path: Path, built: Built, fit: str, pruner: Pruner
+) -> None:
+    model = model_of("llama")
+    recorder = Recorder(pruner)
+    built(model, tmp_path, recorder, IDS, weights=dense, fit=fit)
+    inputs = streams(model)[1]
+    columns = {part.name: part.column for part in sub_blocks(model)}
+    for name, task in recorder.tasks.items():
+        X = inputs[f"{name}.{columns[name]}" if name in columns else name]
+        if isinstance(task.statistics, LeastSquares):
+            assert_problem(task.statistics, X, X @ task.dense.double().T)
+        else:
+            assert isinstance(task.statistics, Moments)
+            torch.testing.assert_close(task.statistics.squares, X.square().sum(0), rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(task.statistics.total, X.sum(0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("pruner", [WandaPruner(), GptqPruner([4, 3], 16)], ids=["weights", "bits"])
+@torch.no_grad()
+def test_layers_see_the_mean_weights_of_those_before(model_of: ModelOf, tmp_path: Path, built: Built, pruner: Pruner) -> None:
+    model = model_of("llama")
+    recorder = Recorder(pruner)
+    supernet = built(model, tmp_path, recorder, IDS, weights=uneven)
+    mean = copy.deepcopy(model)
+    for index, unit in enumerate(supernet.space.units):
+        weight = mean.get_submodule(unit.name).weight
+        levels = [supernet.candidate(index, level) for level in (1, 2)]
+        first, second = (weight * c.mask if c.weight is None else c.weight for c in levels)
+        weight.copy_(0.5 * weight + 0.2 * first + 0.3 * second)
+    for name, X in streams(mean)[1].items():
+        statistics = recorder.tasks[name].statistics
+        found = statistics.squares if isinstance(statistics, Moments) else statistics.hessian.diagonal().double()
+        torch.testing.assert_close(found, X.square().sum(0), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("fit", FITS)
-def test_dropped_sub_blocks_leave_the_stream_alone(model: PreTrainedModel, tmp_path: Path, fit: str) -> None:
+def test_the_batch_size_does_not_matter_to_linear_layers(
+    any_model: PreTrainedModel, tmp_path: Path, built: Built, fit: str
+) -> None:
+    recorders = {batch: Recorder(GptqPruner([2], 16)) for batch in (5, 2)}
+    for batch, recorder in recorders.items():
+        built(any_model, tmp_path / str(batch), recorder, IDS, batch=batch, fit=fit, weights=dense)
+    for name in recorders[5].tasks:
+        whole, problem = (recorders[batch].problem(name) for batch in (5, 2))
+        torch.testing.assert_close(problem.hessian, whole.hessian, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(problem.moment, whole.moment, rtol=1e-3, atol=1e-2)
+
+
+# Sub-blocks that are absent
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_dropped_sub_blocks_leave_the_stream_alone(model: PreTrainedModel, tmp_path: Path, built: Built, fit: str) -> None:
     recorder = Recorder()
-    built(model, tmp_path, [on_one(1, 2)] * 8, recorder, fit=fit, kept={ATTENTION: (4, 0), MLP: (256, 0)})
-    first, last = (recorder.problems[f"model.layers.{block}.self_attn"] for block in (0, 3))
+    built(model, tmp_path, recorder, IDS, weights=lambda unit, _: on(unit, 1), fit=fit, kept=(0.0,))
+    first, last = (recorder.problem(f"model.layers.{block}.self_attn") for block in (0, 3))
     assert last.tokens == first.tokens
     part = sub_blocks(model)[6]
     with torch.no_grad():
         hidden, contexts = entry(model, IDS)
-        X = part.projection_inputs(hidden, contexts[3]).double()  # of the embeddings
+        X = part.inputs(part.column, hidden, contexts[3]).double()  # of the embeddings
     torch.testing.assert_close(last.hessian.double(), X.T @ X, rtol=1e-3, atol=1e-3)
 
 
-def unit_files(supernet: Supernet) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted((supernet.path / "units").iterdir())}
+class SeeingPruner(DepthPruner):
+    """Depth by a method that looks at inputs."""
+
+    def statistics(self, dense: Tensor, width: int) -> Moments:  # type: ignore[override]
+        return Moments.zeros(dense.shape[1])
 
 
-@pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize("units", [0, 1, 4, 7])
-def test_an_interrupted_build_ends_as_an_undisturbed_one(model: PreTrainedModel, tmp_path: Path, fit: str, units: int) -> None:
-    expected = unit_files(built(model, tmp_path / "undisturbed", fit=fit))
-    names = [part.name for part in sub_blocks(model)]
-    with pytest.raises(InterruptionError):
-        built(model, tmp_path / "interrupted", pruner=Recorder(units), fit=fit)
-    rest = Recorder()
-    supernet = built(model, tmp_path / "interrupted", pruner=rest, fit=fit)
-    assert list(rest.problems) == names[units:]  # what was there is not built again
-    assert supernet.complete
-    assert unit_files(supernet) == expected
+@pytest.mark.parametrize("present", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("whole_blocks", [False, True])
+@torch.no_grad()
+def test_what_a_sub_block_adds_is_taken_as_often_as_it_is_present(
+    any_model: PreTrainedModel, tmp_path: Path, built: Built, whole_blocks: bool, present: float
+) -> None:
+    recorder = Recorder(SeeingPruner(whole_blocks))
+    built(any_model, tmp_path, recorder, IDS, batch=5, weights=lambda unit, index: [present, 1.0 - present])
+    hidden, contexts = entry(any_model, IDS)
+    for part in sub_blocks(any_model):
+        name = part.block_name if whole_blocks else part.name
+        if not whole_blocks or part.stages == sub_blocks(any_model)[0].stages:  # blocks are built at their first sub-block
+            statistics = recorder.tasks[name].statistics
+            assert isinstance(statistics, Moments)
+            X = part.inputs(part.column, hidden, contexts[part.block]).double()
+            torch.testing.assert_close(statistics.squares, X.square().sum(0), rtol=1e-3, atol=1e-5)
+        hidden = hidden + present * part.change(hidden, contexts[part.block])
 
 
-def test_a_finished_supernet_is_not_touched(model: PreTrainedModel, tmp_path: Path) -> None:
-    first = built(model, tmp_path)
-    model.model.embed_tokens.weight.data.fill_(torch.nan)  # would be seen by any pass over the text
-    again = built(model, tmp_path, pruner=Recorder(0))
-    assert unit_files(again) == unit_files(first)
+# Families that differ
 
 
-def test_a_build_finds_what_another_process_has_finished_meanwhile(model: PreTrainedModel, tmp_path: Path) -> None:
-    """The loser of a race opened the supernet before the winner had written anything."""
-    parts = sub_blocks(model)
-    space = Space(tuple(unit_of(part, KEPT[part.kind]) for part in parts))
-    mixture = {unit.name: on_one(1) for unit in space.units}
-    winner, loser = (Supernet.open_or_create(tmp_path, space, {}) for _ in range(2))
-    build(model, Calibration(IDS), ObsPruner(), winner, mixture, "cpu", untracked, "")
-    build(model, Calibration(IDS), Recorder(0), loser, mixture, "cpu", untracked, "")
-    assert loser.complete
-    assert torch.equal(loser.candidate(0, 1).weight, winner.candidate(0, 1).weight)
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("pruner", [ObsPruner(), SparseGptPruner()], ids=["members", "weights"])
+def test_a_norm_before_the_residual_stream_makes_its_fit_that_of_the_layer(
+    model_of: ModelOf, tmp_path: Path, built: Built, pruner: Pruner, family: str
+) -> None:
+    model = model_of(family)
+    supernets = [built(model, tmp_path, pruner, IDS, weights=exact, fit=fit) for fit in FITS]
+    files = [[file.read_bytes() for file in sorted((one.path / "units").iterdir())] for one in supernets]
+    assert files[0] == files[2] != files[1]
 
 
-def test_the_model_stays_as_it_was(model: PreTrainedModel, tmp_path: Path) -> None:
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    built(model, tmp_path)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@torch.no_grad()
+def test_a_wide_residual_stream_stays_wide(model_of: ModelOf, tmp_path: Path, built: Built, family: str) -> None:
+    model = copy.deepcopy(model_of(family)).bfloat16()
+    calibration = Calibration(IDS, 2, "residual")
+    found = Streams(model, calibration, "residual", torch.device("cpu"), tmp_path)
+    assert found.pruned[0].dtype == found.dense[0].dtype == torch.float32
+    sizes = [2 * one.nbytes for one in (found.pruned[index] for index in range(3))]
+    assert stream_bytes(model, calibration, "residual") == sum(sizes) == 2 * stream_bytes(model, calibration, "pruned")
 
-
-def test_progress_is_drawn_over_all_sub_blocks(model: PreTrainedModel, tmp_path: Path) -> None:
-    drawn: list[str] = []
-
-    def track(parts: Sequence[SubBlock], title: str) -> Iterable[SubBlock]:
-        for part in parts:
-            drawn.append(f"{title} {part.name}")
-            yield part
-
-    space = Space(tuple(unit_of(part, KEPT[part.kind]) for part in sub_blocks(model)))
-    supernet = Supernet.open_or_create(tmp_path, space, {})
-    mixture = {unit.name: on_one(0) for unit in space.units}
-    build(model, Calibration(IDS), ObsPruner(), supernet, mixture, "cpu", track, "build")
-    assert drawn == [f"build {unit.name}" for unit in space.units]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"fit": "dens"}, "prune.fit=dens is not known; choose one of pruned, dense, residual"), ({"batch": 0}, "prune.batch=0")],
-)
-def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Calibration(IDS, **settings)
-
-
-def test_bfloat16(model: PreTrainedModel, tmp_path: Path) -> None:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
-    supernet = built(model, tmp_path)
-    candidate = supernet.candidate(7, 2)
-    assert candidate.weight.dtype == torch.bfloat16
-    assert all(0 <= e < 1 for entry in supernet.manifest["units"].values() for e in entry["errors"])
+    recorder = Recorder(WandaPruner())
+    built(model, tmp_path, recorder, IDS, weights=dense, batch=5)
+    name = sub_blocks(model)[-1].name + ".out_proj"
+    with inputs_of([model.get_submodule(name)]) as seen:
+        model(IDS)
+    statistics = recorder.tasks[name].statistics
+    assert isinstance(statistics, Moments)
+    torch.testing.assert_close(statistics.squares, seen[0].square().sum(0), rtol=1e-3, atol=1e-6)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from search import budget as budget_module
 from search.budget import Budget, closest, knapsack, uniform
 from supernet.errors import InputError
-from supernet.space import Allocation, Space
+from supernet.prunables import BITS
+from supernet.space import Allocation, Level, Space, Unit
 
 SpaceOf = Callable[..., Space]
 SPACES = st.builds(dict, seed=st.integers(0, 10_000), units=st.integers(1, 5), levels=st.integers(2, 4))
@@ -147,3 +148,49 @@ def test_the_knapsack_of_a_large_model_is_quick(space_of: SpaceOf) -> None:
     found = uniform(space, budget)
     assert space.cost(found) <= budget.target
     assert budget.target - space.cost(found) < space.smallest_step
+
+
+# Bits
+
+D_OUT, D_IN, GROUP, DENSE = 64, 256, 128, 16
+PER_GROUP = DENSE + 8  # a scale and a zero
+
+
+def bits_space(layers: int, widths: tuple[int, ...] = (8, 6, 4, 3, 2)) -> Space:
+    """Linear layers of alternating sizes."""
+    units = []
+    for index in range(layers):
+        d_out = D_OUT * (1 + index % 3)
+        levels = [Level(DENSE, DENSE * d_out * D_IN)]
+        levels += [Level(bits, d_out * (bits * D_IN + D_IN // GROUP * PER_GROUP)) for bits in widths]
+        units.append(Unit(f"layer.{index}", BITS, DENSE, tuple(levels)))
+    return Space(tuple(units))
+
+
+@pytest.mark.parametrize("bits", [2.25, 2.5, 3.1, 4.1875, 4.25, 6, 8.2, 12])
+def test_an_average_of_bits_counts_scales_and_zeros(bits: float) -> None:
+    space = bits_space(12)
+    weights = sum(unit.levels[0].cost for unit in space.units) // DENSE
+    budget = Budget.from_sparsity(1 - bits / DENSE, space, "bits")
+    assert budget.kind == "bits"
+    assert budget.target == pytest.approx(bits * weights, abs=1)
+    assert budget.dense == DENSE * weights
+    allocation = uniform(space, budget)
+    assert budget.met(space, allocation)
+    average = space.cost(allocation) / weights
+    assert average <= bits
+    assert bits - average < space.smallest_step / weights + 1e-9
+
+
+@pytest.mark.parametrize(("bits", "level"), [(16 - 1e-9, 0), (8.1875, 1), (6.1875, 2), (4.1875, 3), (3.1875, 4), (2.1875, 5)])
+def test_uniform_bits_are_the_same_width_everywhere_where_it_costs_just_that(bits: float, level: int) -> None:
+    """Of every 128 codes there are a scale of 16 and a zero of 8 bits: 0.1875 a code."""
+    space = bits_space(6)
+    allocation = uniform(space, Budget.from_sparsity(1 - bits / DENSE, space, "bits"))
+    assert allocation == (level,) * 6 or (level == 0 and sum(allocation) == 1)  # one less than dense costs a level somewhere
+
+
+def test_a_budget_below_the_narrowest_width_is_refused_in_bits() -> None:
+    expected = r"budget\.bits=2 \(budget\.sparsity=0\.875\) cannot be met: .* take 2\.188 bits a weight, .*prune\.pruner\.bits$"
+    with pytest.raises(InputError, match=expected):
+        Budget.from_sparsity(1 - 2 / DENSE, bits_space(6), "bits")

@@ -10,15 +10,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from local_prune.depth import DepthPruner
+from local_prune.pruner import Calibration, Pruner
+from local_prune.quantize import GptqPruner
+from local_prune.scores import FlapPruner
+from local_prune.sparsegpt import SparseGptPruner
+from local_prune.structured import ObsPruner
+from local_prune.unstructured import WandaPruner
+from local_prune.walk import build
 from search.evaluator import GenerationEvaluator
+from search.levels import Grid, mixture
 from supernet.architecture import SubBlock, sub_blocks
 from supernet.assemble import assemble
-from supernet.encoding import Candidate
+from supernet.encoding import Candidate, Dropped, Members
 from supernet.errors import InputError
-from supernet.space import Allocation, Space, unit_of
+from supernet.prunables import member_prunables
+from supernet.space import Allocation
 from supernet.store import Supernet
 
 Draw = Callable[..., Sequence[Allocation]]
+ModelOf = Callable[..., PreTrainedModel]
 
 
 @torch.no_grad()
@@ -35,9 +46,12 @@ class InFloat32:
     def __init__(self, supernet: Supernet) -> None:
         self.supernet = supernet
 
+        self.space = supernet.space
+
     def candidate(self, unit: int, level: int, device: torch.device) -> Candidate:
         candidate = self.supernet.candidate(unit, level, device)
-        return Candidate(candidate.kept, candidate.weight.float())
+        assert isinstance(candidate, Members) and candidate.weight is not None
+        return Members(candidate.kept, candidate.weight.float())
 
 
 @pytest.fixture
@@ -63,6 +77,85 @@ def test_a_generation_is_measured_as_each_alone(
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     assert found[-1] == found[1]
     assert abs(found[-2]) < 1e-6  # the dense allocation
+
+
+METHODS: dict[str, Pruner] = {  # for every kind of candidate the methods that make it
+    "members, refitted": ObsPruner(multiple=1),
+    "members, compensated": FlapPruner(multiple=1),
+    "query heads": FlapPruner(multiple=1, query_heads=True, compensate=False),
+    "weights": WandaPruner(),
+    "weights, refitted, N:M": SparseGptPruner(pattern=["3:4", "2:4", "1:4"]),
+    "bits": GptqPruner(bits=(4, 3, 2), group=16),
+    "sub-blocks": DepthPruner(),
+    "blocks": DepthPruner(whole_blocks=True),
+}
+MEMBERS = ("members, refitted", "members, compensated", "query heads")
+# Gemma 2 caps its logits, GPT-2 keeps its weights transposed, OPT and Phi-3 have fewer of the layers of their own.
+CASES = [(name, method) for name in ("llama_with_biases", "gemma2", "gpt2") for method in METHODS]
+CASES += [(name, method) for name in ("opt", "phi3") for method in ("members, refitted", "members, compensated", "weights")]
+CASES += [(name, method) for name in ("mamba", "mamba2") for method in METHODS if method not in MEMBERS]
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_every_kind_of_candidate_is_measured_as_each_allocation_alone(
+    name: str, method: str, model_of: ModelOf, ids: Tensor, tmp_path: Path, random_allocations: Draw
+) -> None:
+    model, pruner = model_of(name), METHODS[method]
+    window = Grid(5, 0.25).first(pruner.prunables(sub_blocks(model)))
+    dense, sparsest = (0,) * len(window.space.units), tuple(len(unit.levels) - 1 for unit in window.space.units)
+    supernet = Supernet.open_or_create(tmp_path, window.space, {})
+    seen = mixture(window, "expectation", dense)
+    build(model, Calibration(ids.roll(1, 0)), pruner, supernet, seen, "cpu", lambda items, _: items, "")
+    drawn = random_allocations(window.space, 4)
+    generation = [*drawn, (*drawn[0][:-1], sparsest[-1]), (sparsest[0], *drawn[1][1:]), sparsest, dense]
+    chosen = np.array([3, 0, 4])
+    found = GenerationEvaluator(model, supernet, ids, 2)(generation, chosen)
+    expected = [alone(model, supernet, allocation, ids[chosen]) for allocation in generation]
+    assert min(expected[:-1]) > 1e-3  # far above what rounding does
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_layer_is_read_once_for_all_levels_of_the_others(
+    model_of: ModelOf, ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries at one level with keys at two others are two sets of weights of the sub-block, but three reads."""
+    model, pruner = model_of("llama"), WandaPruner()
+    window = Grid(3, 0.25).first(pruner.prunables(sub_blocks(model)))
+    dense = (0,) * len(window.space.units)
+    supernet = Supernet.open_or_create(tmp_path, window.space, {})
+    build(model, Calibration(ids), pruner, supernet, mixture(window, "none", dense), "cpu", lambda items, _: items, "")
+    read: list[tuple[int, int]] = []
+    whole = supernet.candidate
+
+    def counted(unit: int, level: int, *arguments: str) -> Candidate:
+        read.append((unit, level))
+        return whole(unit, level, *arguments)
+
+    monkeypatch.setattr(supernet, "candidate", counted)
+    rest = dense[2:]
+    GenerationEvaluator(model, supernet, ids, 5)([(1, 1, *rest), (1, 2, *rest), (1, 0, *rest), (0, 2, *rest)], np.arange(5))
+    assert sorted(read) == [(0, 1), (1, 1), (1, 2)]
+
+
+@torch.no_grad()
+def test_an_absent_sub_block_is_not_run(model_of: ModelOf, ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pruner = model_of("llama"), DepthPruner()
+    space = Grid(2, 0.5).first(pruner.prunables(sub_blocks(model))).space
+    supernet = Supernet.open_or_create(tmp_path, space, {})
+    for unit in space.units:
+        supernet.write(unit.name, [Dropped()], {})
+    evaluate = GenerationEvaluator(model, supernet, ids, 5)
+    evaluate([(0,) * 6], np.arange(5))  # so that the targets are there
+    calls: list[str] = []
+    run = SubBlock.__call__
+
+    def counted(part: SubBlock, *arguments: object) -> Tensor:
+        calls.append(part.name)
+        return run(part, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SubBlock, "__call__", counted)
+    evaluate([(1, 0, 1, 1, 0, 1)], np.arange(5))
+    assert calls == [space.units[1].name, space.units[4].name]
 
 
 def test_later_calls_meet_the_targets_of_earlier_ones(
@@ -127,7 +220,8 @@ def test_a_fitness_that_is_not_finite_is_told(
 
     def overflown(unit: int, level: int, *arguments: object) -> Candidate:
         candidate = whole(unit, level)
-        return Candidate(candidate.kept, candidate.weight * torch.inf)
+        assert isinstance(candidate, Members) and candidate.weight is not None
+        return Members(candidate.kept, candidate.weight * torch.inf)
 
     monkeypatch.setattr(supernet, "candidate", overflown)
     with pytest.raises(InputError, match="fitness of an allocation is not finite.*dtype=float32"):
@@ -135,7 +229,7 @@ def test_a_fitness_that_is_not_finite_is_told(
 
 
 def test_an_unfinished_supernet_is_told(family_model: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:
-    space = Space(tuple(unit_of(part, (part.members, 1)) for part in sub_blocks(family_model)))
+    space = Grid(2, 0.5).first(member_prunables(sub_blocks(family_model), 1)).space
     supernet = Supernet.open_or_create(tmp_path, space, {})
     with pytest.raises(InputError, match="its build is not finished"):
         GenerationEvaluator(family_model, supernet, ids, 5)([(1,) * 6], np.arange(5))

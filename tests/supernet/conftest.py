@@ -1,35 +1,134 @@
-"""The definition of pruning, which everything in this folder is compared with."""
+"""The definition of pruning, which everything in this folder is compared with, and supernets of every kind."""
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from supernet.architecture import SubBlock, sub_blocks
-from supernet.encoding import Candidate, member_columns
+from supernet.architecture import SubBlock, by_query_heads, sub_blocks
+from supernet.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
+from supernet.prunables import HEADS, Pattern, Prunable, bit_prunables, member_prunables, presence_prunables, weight_prunables
+from supernet.space import Level, Space, Unit
 from supernet.store import Supernet
 
 
-def zero_removed(part: SubBlock, candidate: Candidate) -> None:
-    """What removed members would have put into the projection counts for nothing; without members nothing comes out."""
-    weight = torch.zeros_like(part.projection.weight)
-    weight[:, member_columns(candidate.kept, part.width)] = candidate.weight
-    part.projection.weight.data = weight
-    if not len(candidate.kept) and part.projection.bias is not None:
-        part.projection.bias.data = torch.zeros_like(part.projection.bias)
+def silence(part: SubBlock) -> None:
+    """Nothing comes out of a sub-block."""
+    part.weight(part.column).zero_()
+    bias = part.bias(part.column)
+    if bias is not None:
+        bias.zero_()
 
 
+def write(part: SubBlock, layer: str, candidate: Candidate) -> None:
+    """What is removed counts for nothing."""
+    weight = part.weight(layer)
+    match candidate:
+        case Members():
+            assert part.groups is not None
+            columns = member_columns(candidate.kept, part.groups.width)
+            kept = weight[:, columns].clone() if candidate.weight is None else candidate.weight
+            weight.zero_()
+            weight[:, columns] = kept
+            if candidate.bias is not None:
+                part.module.get_submodule(layer).bias = nn.Parameter(candidate.bias)
+            if not len(candidate.kept):
+                silence(part)
+        case Weights():
+            weight.copy_(weight * candidate.mask if candidate.weight is None else candidate.weight)
+        case Quantised():
+            weight.copy_(candidate.weight)
+        case Dropped():
+            silence(part)
+
+
+@torch.no_grad()
 def model_with_zeros(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[int]) -> PreTrainedModel:
-    """A copy of the dense model with an allocation's candidates written into zeroed projections."""
+    """A copy of the dense model with an allocation's candidates written into layers of full size."""
     zeroed = copy.deepcopy(model)
-    for index, (part, level) in enumerate(zip(sub_blocks(zeroed), allocation, strict=True)):
+    for index, (unit, level) in enumerate(zip(supernet.space.units, allocation, strict=True)):
         if level:
-            zero_removed(part, supernet.candidate(index, level))
+            candidate = supernet.candidate(index, level)
+            parts = sub_blocks(zeroed)
+            for part in by_query_heads(parts) if unit.kind == HEADS else parts:
+                if unit.name in (part.name, part.block_name):
+                    write(part, part.column, candidate)
+                elif unit.name.startswith(f"{part.name}."):
+                    write(part, unit.name.removeprefix(f"{part.name}."), candidate)
     return zeroed
 
 
 @pytest.fixture(scope="session")
 def with_zeros() -> Callable[[PreTrainedModel, Supernet, Sequence[int]], PreTrainedModel]:
     return model_with_zeros
+
+
+@pytest.fixture
+def remote_code_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers copies to run code from a checkpoint goes with the test."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+
+KINDS = ("members", "compensated members", "query heads", "weights", "bits", "sub-blocks", "blocks")
+
+
+def prunables(model: PreTrainedModel, kind: str) -> tuple[Prunable, ...]:
+    parts = sub_blocks(model)
+    match kind:
+        case "members" | "compensated members" | "query heads":
+            return member_prunables(parts, 1, kind == "query heads")
+        case "weights":
+            return weight_prunables(parts, (Pattern(2, 4), Pattern(1, 4)))
+        case "bits":
+            return bit_prunables(parts, (4, 2), 16)
+        case _:
+            return presence_prunables(parts, kind == "blocks")
+
+
+def draw(part: SubBlock, layer: str, unit: Unit, level: Level, kind: str, generator: torch.Generator) -> Candidate:
+    """A candidate that no pruner would choose."""
+    weight = part.weight(layer)
+    if kind in ("sub-blocks", "blocks"):
+        return Dropped()
+    if kind == "weights":
+        order = torch.rand(weight.shape, generator=generator).flatten().argsort()
+        return Weights((order < level.kept).view(weight.shape), None)
+    if kind == "bits":
+        groups = weight.shape[1] // 16
+        codes, zero = (
+            torch.randint(2**level.kept, size, generator=generator).byte() for size in (weight.shape, (weight.shape[0], groups))
+        )
+        return Quantised(codes, torch.rand(weight.shape[0], groups, generator=generator) * 0.1, zero, level.kept)
+    kept = torch.randperm(unit.total, generator=generator)[: level.kept].sort().values
+    bias = torch.randn(weight.shape[0], generator=generator) if kind == "compensated members" else None
+    return Members(kept, None, bias)
+
+
+def thinned(prunable: Prunable) -> tuple[Level, ...]:
+    """All members, three quarters and half of them."""
+    return tuple(Level(count, count * prunable.each) for count in (prunable.total, prunable.total * 3 // 4, prunable.total // 2))
+
+
+@pytest.fixture(scope="session")
+def supernet_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTrainedModel, str], Supernet]:
+    """Makes a finished random supernet of a kind (of `KINDS`); members have the levels all, three quarters and half."""
+
+    def make(model: PreTrainedModel, kind: str) -> Supernet:
+        generator = torch.Generator().manual_seed(3)
+        units = tuple(Unit(p.name, p.kind, p.total, p.choices or thinned(p)) for p in prunables(model, kind))
+        supernet = Supernet.open_or_create(tmp_path_factory.mktemp("supernets"), Space(units), {"kind": kind})
+        places = {part.name: (part, part.column) for part in sub_blocks(model)}
+        places |= {part.block_name: (part, part.column) for part in sub_blocks(model)}
+        places |= {f"{part.name}.{n}": (part, n) for part in sub_blocks(model) for stage in part.stages for n in stage}
+        for unit in units:
+            part, layer = places[unit.name]
+            supernet.write(unit.name, [draw(part, layer, unit, level, kind, generator) for level in unit.levels[1:]], {})
+        return supernet
+
+    return make

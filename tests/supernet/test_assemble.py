@@ -2,43 +2,59 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from search.export.huggingface import export
 from supernet.architecture import entry, final_norm_and_head, parameter_count, sub_blocks
 from supernet.assemble import assemble
-from supernet.encoding import sliced
-from supernet.modeling_pruned import PRUNED_CLASSES
+from supernet.modeling_pruned import PRUNED_CLASSES, PrunedMixin
+from supernet.placement import places
 from supernet.space import Space
 from supernet.store import Supernet
 
 Allocation = tuple[int, ...]
+WithZeros = Callable[[PreTrainedModel, Supernet, Sequence[int]], PreTrainedModel]
+SupernetOf = Callable[[PreTrainedModel, str], Supernet]
+ModelOf = Callable[..., PreTrainedModel]
 MIXED: Allocation = (0, 1, 2, 0, 1, 2)
 ALLOCATIONS: dict[str, Allocation] = {
     "dense": (0, 0, 0, 0, 0, 0),
     "uniform": (2, 1, 2, 1, 2, 1),
+    "uniform neurons": (0, 1, 0, 1, 0, 1),
     "mixed": MIXED,
     "first attention and an MLP absent": (3, 1, 1, 3, 0, 2),
     "all attention absent": (3, 0, 3, 1, 3, 2),
     "a whole block absent": (1, 1, 3, 3, 0, 0),
+    "a whole block absent, the others alike": (0, 2, 3, 3, 0, 2),
+    "two whole blocks absent": (3, 3, 2, 1, 3, 3),
     "nothing left": (3, 3, 3, 3, 3, 3),
 }
+STOCK = ("dense", "uniform neurons", "a whole block absent, the others alike")  # of which all families' own classes can be
+STOCK_WITH_HEADS = ("uniform", "two whole blocks absent")  # those too whose configs have a head_dim
 
 
 def logits_by_sub_blocks(model: PreTrainedModel, supernet: Supernet, allocation: Allocation, ids: Tensor) -> Tensor:
-    """As a search runs it: dense sub-blocks with sliced weights, absent ones left out."""
+    """As a search runs it: dense sub-blocks with other parameters, absent ones left out."""
     hidden, contexts = entry(model, ids)
-    for index, (part, level) in enumerate(zip(sub_blocks(model), allocation, strict=True)):
-        if level == 0:
-            hidden = part(hidden, contexts[part.block])
-        elif len(supernet.candidate(index, level).kept):
-            hidden = part(hidden, contexts[part.block], sliced(part, supernet.candidate(index, level)))
+    for place in places(model, supernet.space):
+        candidates = [supernet.candidate(unit, allocation[unit]) if allocation[unit] else None for unit, _ in place.units]
+        weights = place.weights(candidates)
+        if weights is not None:
+            hidden = place.part(hidden, contexts[place.part.block], weights)
     normed, head = final_norm_and_head(model, hidden)
-    logits: Tensor = head(normed)
-    return logits
+    logits: Tensor = head.linear(normed)
+    return logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
+
+
+def own_parameters(model: PreTrainedModel, names: Sequence[str]) -> int:
+    state = model.state_dict()
+    return sum(state[name].numel() for name in names)
 
 
 def parameters_left(model: PreTrainedModel, space: Space, allocation: Allocation) -> int:
@@ -46,18 +62,18 @@ def parameters_left(model: PreTrainedModel, space: Space, allocation: Allocation
     count = parameter_count(model) - space.dense_cost + space.cost(allocation)
     for part, unit, level in zip(sub_blocks(model), space.units, allocation, strict=True):
         if unit.levels[level].kept == 0:
-            count -= parameter_count(part.module) + parameter_count(part.norm) - unit.levels[0].cost
+            count -= own_parameters(model, part.own_state) - unit.levels[0].cost
     return count
+
+
+def is_whole(model: PreTrainedModel) -> bool:
+    return not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_a_smaller_model_computes_what_zeros_compute(
-    family_model: PreTrainedModel,
-    family_supernet: Supernet,
-    name: str,
-    ids: Tensor,
-    with_zeros: Callable[[PreTrainedModel, Supernet, Sequence[int]], PreTrainedModel],
+    family_model: PreTrainedModel, family_supernet: Supernet, name: str, ids: Tensor, with_zeros: WithZeros
 ) -> None:
     allocation = ALLOCATIONS[name]
     pruned = assemble(family_model, family_supernet, allocation)
@@ -67,12 +83,74 @@ def test_a_smaller_model_computes_what_zeros_compute(
     torch.testing.assert_close(logits, logits_by_sub_blocks(family_model, family_supernet, allocation, ids), rtol=1e-4, atol=1e-4)
 
     assert parameter_count(pruned) == parameters_left(family_model, family_supernet.space, allocation)
-    assert not any(parameter.is_meta or parameter.requires_grad for parameter in pruned.parameters())
-    assert not any(buffer.is_meta for buffer in pruned.buffers())
+    assert is_whole(pruned)
+    assert not any(parameter.requires_grad for parameter in pruned.parameters())
 
-    stock = name in ("dense", "uniform")
+    stock = name in STOCK or (name in STOCK_WITH_HEADS and family_model.config.model_type not in ("opt", "gpt2"))
     assert type(pruned) is (type(family_model) if stock else PRUNED_CLASSES[family_model.config.model_type])
     assert pruned.config.is_heterogeneous != stock
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["compensated members", "query heads", "weights", "bits", "sub-blocks", "blocks"])
+def test_every_kind_of_unit_computes_what_zeros_compute(
+    family_model: PreTrainedModel,
+    supernet_of: SupernetOf,
+    kind: str,
+    ids: Tensor,
+    with_zeros: WithZeros,
+    random_allocations: Callable[..., list[Allocation]],
+) -> None:
+    supernet = supernet_of(family_model, kind)
+    for allocation in random_allocations(supernet.space, 2, seed=4):
+        pruned = assemble(family_model, supernet, allocation)
+        logits = pruned(ids).logits
+        expected = with_zeros(family_model, supernet, allocation)(ids).logits
+        assert not torch.allclose(expected, family_model(ids).logits, atol=0.01)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, logits_by_sub_blocks(family_model, supernet, allocation, ids), rtol=1e-4, atol=1e-4)
+        if kind in ("weights", "bits", "blocks"):
+            assert type(pruned) is type(family_model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["weights", "bits", "sub-blocks", "blocks"])
+def test_every_kind_of_unit_of_mixers_keeps_the_family_s_own_class(
+    mixer_model: PreTrainedModel, supernet_of: SupernetOf, kind: str, ids: Tensor, with_zeros: WithZeros
+) -> None:
+    supernet = supernet_of(mixer_model, kind)
+    for allocation in ((0, 1, 0), (1, 1, 1)) if "block" in kind else ((1, 0, 2) * (len(supernet.space.units) // 3),):
+        pruned = assemble(mixer_model, supernet, allocation)
+        expected = with_zeros(mixer_model, supernet, allocation)(ids).logits
+        torch.testing.assert_close(pruned(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert type(pruned) is type(mixer_model) and is_whole(pruned)
+        assert pruned.config.num_hidden_layers == (3 - sum(allocation) if "block" in kind else 3)
+
+
+def test_query_heads_keep_their_size_in_the_family_s_own_class(model_of: ModelOf, supernet_of: SupernetOf) -> None:
+    model = model_of("llama")
+    supernet = supernet_of(model, "query heads")
+    pruned = assemble(model, supernet, (1, 2) * 3)
+    assert type(pruned) is type(model)
+    assert pruned.state_dict()["model.layers.0.self_attn.o_proj.weight"].shape == (64, 64)
+    assert pruned.config.intermediate_size == 48
+
+
+def test_layers_that_are_left_keep_their_types(model_of: ModelOf, supernet_of: SupernetOf) -> None:
+    model = model_of("gemma3")
+    pruned = assemble(model, supernet_of(model, "blocks"), (1, 0, 0))
+    assert pruned.config.num_hidden_layers == 2
+    assert pruned.config.layer_types == model.config.layer_types[1:] == ["full_attention", "sliding_attention"]
+
+
+def test_layers_whose_number_matters_are_skipped_instead(
+    model_of: ModelOf, supernet_of: SupernetOf, ids: Tensor, with_zeros: WithZeros
+) -> None:
+    model = model_of("gpt2", scale_attn_by_inverse_layer_idx=True)
+    supernet = supernet_of(model, "blocks")
+    pruned = assemble(model, supernet, (1, 0, 0))
+    assert type(pruned) is PRUNED_CLASSES["gpt2"]
+    torch.testing.assert_close(pruned(ids).logits, with_zeros(model, supernet, (1, 0, 0))(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_three_groups_of_four_need_the_pruned_class(family_model: PreTrainedModel, family_supernet: Supernet) -> None:
@@ -82,16 +160,38 @@ def test_three_groups_of_four_need_the_pruned_class(family_model: PreTrainedMode
     assert type(pruned) is PRUNED_CLASSES[family_model.config.model_type]
 
 
+def test_compensation_gives_a_bias_where_the_family_has_none(model_of: ModelOf, supernet_of: SupernetOf) -> None:
+    model = model_of("llama")
+    supernet = supernet_of(model, "compensated members")
+    pruned = assemble(model, supernet, (2, 0, 0, 2, 2, 2))
+    biases = {name for name in pruned.state_dict() if name.endswith("bias")}
+    columns = ("layers.0.self_attn.o_proj", "layers.1.mlp.down_proj", "layers.2.self_attn.o_proj", "layers.2.mlp.down_proj")
+    assert biases == {f"model.{column}.bias" for column in columns}
+    assert torch.equal(pruned.state_dict()["model.layers.2.mlp.down_proj.bias"], supernet.candidate(5, 2).bias)
+
+
 def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
 def test_what_is_not_pruned_shares_memory(family_model: PreTrainedModel, family_supernet: Supernet) -> None:
     dense, pruned = family_model.state_dict(), assemble(family_model, family_supernet, MIXED).state_dict()
-    changed = {f"{part.name}." for part, level in zip(sub_blocks(family_model), MIXED, strict=True) if level}
+    parts = [part for part, level in zip(sub_blocks(family_model), MIXED, strict=True) if level]
+    changed = {part.state_name(name) for part in parts for name in part.module.state_dict()}
     for name, tensor in pruned.items():
-        belongs_to_members = name.startswith(tuple(changed)) and tensor.shape != dense[name].shape
+        belongs_to_members = name in changed and tensor.shape != dense[name].shape
         assert (storage(tensor) == storage(dense[name])) != belongs_to_members, name
+
+
+def test_blocks_that_are_left_share_memory(any_model: PreTrainedModel, supernet_of: SupernetOf) -> None:
+    supernet = supernet_of(any_model, "blocks")
+    pruned = assemble(any_model, supernet, (0, 1, 0))
+    dense = any_model.state_dict()
+    last = supernet.space.units[2].name
+    behind = {name: tensor for name, tensor in pruned.state_dict().items() if name.startswith(last.replace("2", "1"))}
+    assert behind
+    for name, tensor in behind.items():
+        assert storage(tensor) == storage(dense[name.replace(last.replace("2", "1"), last)])
 
 
 def test_the_dense_model_and_its_config_stay_as_they_are(
@@ -104,10 +204,10 @@ def test_the_dense_model_and_its_config_stay_as_they_are(
     assert torch.equal(family_model(ids).logits, logits)
 
 
-def test_tied_embeddings_stay_tied(family_model: PreTrainedModel, family_supernet: Supernet) -> None:
-    pruned = assemble(family_model, family_supernet, MIXED)
+def test_tied_embeddings_stay_tied(any_model: PreTrainedModel, supernet_of: SupernetOf) -> None:
+    pruned = assemble(any_model, supernet_of(any_model, "blocks"), (0, 1, 0))
     tied = pruned.get_output_embeddings().weight is pruned.get_input_embeddings().weight
-    assert tied == family_model.config.tie_word_embeddings
+    assert tied == any_model.config.tie_word_embeddings
 
 
 def test_generation_settings_are_the_dense_ones(family_model: PreTrainedModel, family_supernet: Supernet) -> None:
@@ -122,7 +222,95 @@ def test_bfloat16_stays_bfloat16(family_model: PreTrainedModel, random_supernet:
         parameter.data = parameter.data.bfloat16()
     pruned = assemble(model, random_supernet(model), MIXED)
     assert {parameter.dtype for parameter in pruned.parameters()} == {torch.bfloat16}
-    rotary = [buffer for name, buffer in pruned.named_buffers() if "inv_freq" in name]
-    assert rotary
-    for buffer, expected in zip(rotary, [b for n, b in family_model.named_buffers() if "inv_freq" in n], strict=True):
-        assert torch.equal(buffer, expected)
+    assert dict(pruned.named_buffers()).keys() == dict(family_model.named_buffers()).keys()
+    for name, buffer in pruned.named_buffers():
+        assert torch.equal(buffer, dict(family_model.named_buffers())[name])
+
+
+def test_rotary_frequencies_that_grew_with_a_long_text_do_not_stay(
+    model_of: ModelOf, supernet_of: SupernetOf, ids: Tensor
+) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = model_of("llama", max_position_embeddings=16, rope_parameters=scaling)
+    expected = model(ids).logits
+    frequencies = model.model.rotary_emb.inv_freq
+    model(ids.repeat(1, 3))
+    assert not torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    supernet = supernet_of(model, "blocks")
+    assert torch.equal(assemble(model, supernet, (0, 0, 0))(ids).logits, expected)
+
+
+def greedy(model: PreTrainedModel, ids: Tensor, **settings: Any) -> Tensor:
+    found: Any = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, **settings)  # type: ignore[operator]
+    return found
+
+
+def assert_export_is(model: PreTrainedModel, stock: bool, ids: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    export(model, tokenizer, folder, "")
+    assert isinstance(model, PrunedMixin) != stock
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not stock)
+    assert type(loaded).__name__ == type(model).__name__
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+    generated = greedy(model, ids)
+    assert torch.equal(greedy(loaded, ids), generated)
+    assert torch.equal(greedy(loaded, ids, use_cache=False), generated)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("remote_code_stays_here")
+@pytest.mark.parametrize(
+    ("kind", "allocation"), [("compensated members", (1, 2, 0, 1, 2, 0)), ("sub-blocks", (1, 0, 0, 0, 0, 1))]
+)
+def test_an_export_is_the_model_in_memory(
+    family_model: PreTrainedModel,
+    supernet_of: SupernetOf,
+    kind: str,
+    allocation: Allocation,
+    ids: Tensor,
+    byte_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    model = assemble(family_model, supernet_of(family_model, kind), allocation)
+    assert_export_is(model, False, ids, byte_tokenizer, tmp_path / "export")
+
+
+@torch.no_grad()
+def test_an_export_without_a_block_needs_no_code(
+    any_model: PreTrainedModel, supernet_of: SupernetOf, ids: Tensor, byte_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = assemble(any_model, supernet_of(any_model, "blocks"), (0, 1, 0))
+    assert_export_is(model, True, ids, byte_tokenizer, tmp_path / "export")
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "rope_theta": 10000.0}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3 for long texts": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 8}),
+    "gpt2 with as many neurons as most have": ("gpt2", {"n_inner": None}),
+    "llama with a head_dim of its own": ("llama", {"head_dim": 24}),
+    "opt without biases and with plain norms": ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "gemma3 with biases": ("gemma3", {"attention_bias": True}),
+}
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("remote_code_stays_here")
+@pytest.mark.parametrize("allocation", [(1, 2, 0, 1, 2, 0), (2, 2, 2, 2, 2, 2)], ids=["mixed", "alike"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_the_families(
+    variant: str,
+    allocation: Allocation,
+    model_of: ModelOf,
+    supernet_of: SupernetOf,
+    with_zeros: WithZeros,
+    ids: Tensor,
+    byte_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    name, changes = VARIANTS[variant]
+    model = model_of(name, **changes)
+    supernet = supernet_of(model, "members")
+    pruned = assemble(model, supernet, allocation)
+    torch.testing.assert_close(pruned(ids).logits, with_zeros(model, supernet, allocation)(ids).logits, rtol=1e-4, atol=1e-4)
+    stock = name in ("llama", "gemma3") and len(set(allocation)) == 1
+    assert_export_is(pruned, stock, ids, byte_tokenizer, tmp_path / "export")

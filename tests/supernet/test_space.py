@@ -5,11 +5,8 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
-from supernet.architecture import parameter_count, sub_blocks
-from supernet.errors import InputError
-from supernet.space import Level, Space, Unit, check_multiple, kept_counts, unit_of
+from supernet.space import Level, Space, Unit, kept_counts
 
 
 def unit(name: str, kept: tuple[int, ...], each: int) -> Unit:
@@ -76,14 +73,6 @@ def test_json_round_trip() -> None:
     assert again.fingerprint == SPACE.fingerprint
 
 
-def test_a_unit_costs_what_its_members_cost(family_model: PreTrainedModel) -> None:
-    for part in sub_blocks(family_model):
-        half = part.members // 2
-        levels = unit_of(part, (part.members, half, 0)).levels
-        assert [level.cost for level in levels] == [part.members * part.member_parameters, half * part.member_parameters, 0]
-        assert levels[0].cost <= parameter_count(part.module)
-
-
 @settings(deadline=None, max_examples=200)
 @given(
     total=st.integers(1, 500),
@@ -104,14 +93,3 @@ def test_counts_that_round_alike_are_merged() -> None:
     assert kept_counts(1536, [0, 0.01, 0.125, 0.13, 1.0], 32) == (1536, 1344, 0)
     assert kept_counts(3, [0, 0.125, 0.25, 0.375, 0.5], 1) == (3, 2)
     assert kept_counts(100, [0.1, 0.5], 32) == (100, 96, 64)  # 100 is no multiple, and stays
-
-
-@pytest.mark.parametrize("multiple", [0, -32, 97])
-def test_an_impossible_multiple_is_refused(multiple: int) -> None:
-    with pytest.raises(InputError, match=f"prune.multiple={multiple} must lie between 1 and the 96 neurons"):
-        check_multiple(multiple, 96)
-
-
-def test_multiples_up_to_the_number_of_neurons_are_accepted() -> None:
-    for multiple in (1, 32, 96):
-        check_multiple(multiple, 96)

@@ -17,7 +17,7 @@ import filelock
 import pytest
 import torch
 
-from supernet.encoding import Candidate
+from supernet.encoding import Candidate, Dropped, Members, Quantised, Weights
 from supernet.errors import InputError
 from supernet.space import Level, Space, Unit
 from supernet.store import Supernet, write_atomic
@@ -32,10 +32,10 @@ SPACE = Space(
 DESCRIPTION = {"model": "a", "settings": {"damping": 0.01}}
 
 
-def candidates(unit: int, dtype: torch.dtype = torch.bfloat16) -> list[Candidate]:
+def candidates(unit: int, dtype: torch.dtype = torch.bfloat16) -> list[Members]:
     generator = torch.Generator().manual_seed(unit)
     return [
-        Candidate(
+        Members(
             torch.randperm(4, generator=generator)[: level.kept].sort().values,
             torch.randn(D_OUT, level.kept * WIDTH, generator=generator).to(dtype),
         )
@@ -59,6 +59,8 @@ def finished(tmp_path: Path) -> Supernet:
 def assert_holds(supernet: Supernet, unit: int, dtype: torch.dtype = torch.bfloat16) -> None:
     for level, expected in enumerate(candidates(unit, dtype), start=1):
         found = supernet.candidate(unit, level)
+        assert isinstance(found, Members) and found.weight is not None and expected.weight is not None
+        assert found.bias is None
         assert found.kept.dtype == torch.int64
         assert found.weight.dtype == dtype
         assert torch.equal(found.kept, expected.kept)
@@ -75,7 +77,74 @@ def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype) -> None:
     for index in range(len(SPACE.units)):
         assert_holds(supernet, index, dtype)
         assert_holds(reopened(tmp_path), index, dtype)
-        assert supernet.weights(index).keys() == set(range(1, len(SPACE.units[index].levels)))
+
+
+D_IN = 12
+CODES = torch.arange(D_OUT * D_IN).view(D_OUT, D_IN)
+KINDS: dict[str, tuple[Unit, list[Candidate]]] = {
+    "compensated members": (
+        Unit("a", "mlp", 4, (Level(4, 40), Level(2, 20))),
+        [Members(torch.tensor([1, 3]), torch.randn(D_OUT, 2), torch.randn(D_OUT))],
+    ),
+    "chosen members": (
+        Unit("a", "heads", 4, (Level(4, 40), Level(2, 20), Level(0, 0))),
+        [Members(torch.tensor([1, 3]), None), Members(torch.arange(0), None)],
+    ),
+    "chosen weights": (
+        Unit("a", "weights", 60, (Level(60, 60), Level(33, 33), Level(7, 7))),
+        [Weights(CODES < 33, None), Weights(CODES < 7, None)],
+    ),
+    "refitted weights": (
+        Unit("a", "weights", 60, (Level(60, 60), Level(33, 33))),
+        [Weights(CODES < 33, torch.randn(D_OUT, D_IN) * (CODES < 33))],
+    ),
+    "bits": (
+        Unit("a", "bits", 32, (Level(32, 32), Level(4, 4), Level(2, 2))),
+        [
+            Quantised((CODES % 2**bits).byte(), torch.rand(D_OUT, 3), torch.ones(D_OUT, 3, dtype=torch.uint8), bits)
+            for bits in (4, 2)
+        ],
+    ),
+    "presence": (Unit("a", "block", 1, (Level(1, 1), Level(0, 0))), [Dropped()]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_candidate_comes_back(tmp_path: Path, kind: str) -> None:
+    unit, expected = KINDS[kind]
+    space = Space((unit,))
+    Supernet.open_or_create(tmp_path, space, {}).write("a", expected, {})
+    supernet = Supernet.open_or_create(tmp_path, space, {})
+    for level in reversed(range(1, len(unit.levels))):  # in any order
+        found = supernet.candidate(0, level)
+        assert type(found) is type(expected[level - 1])
+        for name, value in vars(expected[level - 1]).items():
+            got = getattr(found, name)
+            assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_to_any_byte_of_any_kind_is_seen(tmp_path: Path, kind: str) -> None:
+    unit, stored = KINDS[kind]
+    supernet = Supernet.open_or_create(tmp_path, Space((unit,)), {})
+    supernet.write("a", stored, {})
+    file = supernet.path / "units" / "a.safetensors"
+    data = file.read_bytes()
+    for at in range(0, len(data), max(1, len(data) // 20)):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+        with pytest.raises(InputError, match="is damaged: its checksum does not match"):
+            Supernet.open_or_create(tmp_path, Space((unit,)), {}).candidate(0, 1)
+    file.write_bytes(data)
+    Supernet.open_or_create(tmp_path, Space((unit,)), {}).candidate(0, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_candidates_come_back_on_the_device_that_is_asked_for(tmp_path: Path, kind: str) -> None:
+    unit, stored = KINDS[kind]
+    supernet = Supernet.open_or_create(tmp_path, Space((unit,)), {})
+    supernet.write("a", stored, {})
+    found = supernet.candidate(0, 1, "meta")
+    assert all(value.device.type == "meta" for value in vars(found).values() if isinstance(value, torch.Tensor))
 
 
 def test_the_same_settings_find_the_same_supernet(finished: Supernet) -> None:
@@ -194,7 +263,7 @@ def test_a_unit_that_is_not_built_is_asked_for_in_vain(tmp_path: Path) -> None:
         pytest.param(lambda good: [good[0], good[0]], id="another number of members"),
     ],
 )
-def test_wrong_counts_are_refused(tmp_path: Path, wrong: Callable[[list[Candidate]], list[Candidate]]) -> None:
+def test_wrong_counts_are_refused(tmp_path: Path, wrong: Callable[[list[Members]], list[Members]]) -> None:
     supernet = reopened(tmp_path)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn: candidates keep"):
         supernet.write(SPACE.units[0].name, wrong(candidates(0)), {})

@@ -1,0 +1,119 @@
+"""The seam between the walk and the methods: what a method is asked for, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from local_prune.members import Projected
+from local_prune.statistics import LeastSquares, Moments
+from supernet.architecture import SubBlock
+from supernet.encoding import Candidate
+from supernet.errors import InputError
+from supernet.prunables import Prunable
+
+Track = Callable[[Sequence[Any], str], Iterable[Any]]  # draws progress over a sequence with a title
+Statistics = LeastSquares | Moments | Projected
+
+FITS = ("pruned", "dense", "residual")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the calibration text is used.
+
+    Attributes:
+        ids: (sequences, tokens) int64.
+        batch: Sequences in one forward pass.
+        fit: What the kept weights are fitted to: `pruned`, the dense layer's output on the inputs of the pruned model;
+            `dense`, its output on the inputs of the dense model; `residual`, the dense model's whole residual stream behind
+            the sub-block, so that each fit also makes up for the error that came before it (layers that do not end a sub-block
+            are fitted as `pruned`).
+    """
+
+    ids: Tensor
+    batch: int = 4
+    fit: str = "pruned"
+
+    def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise InputError(f"prune.fit={self.fit} is not known; choose one of {', '.join(FITS)}")
+        if self.batch < 1:
+            raise InputError(f"prune.batch={self.batch} must be at least 1 sequence")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit to be pruned.
+
+    Attributes:
+        where: Name of the unit, for messages.
+        dense: (d_out, d_in) weight of the linear layer at work; for structured units the layer that loses input columns.
+        statistics: Sums over the calibration tokens, from the object that `Pruner.statistics` made.
+        scores: What `Pruner.survey` found for the unit: (members,) structured, (d_out, d_in) unstructured.
+        width: Input columns per member; 1 except for heads.
+        bias: (d_out,) of the layer, if it has one.
+    """
+
+    where: str
+    dense: Tensor
+    statistics: Statistics | None = None
+    scores: Tensor | None = None
+    width: int = 1
+    bias: Tensor | None = None
+
+
+class NoSurvey:
+    """What methods inherit that need nothing from the dense model as a whole."""
+
+    def survey(
+        self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
+    ) -> Mapping[str, Tensor]:
+        """See `Pruner`."""
+        return {}
+
+    def survey_tokens(self, calibration: Calibration) -> int:
+        """See `Pruner`."""
+        return 0
+
+
+class Pruner(Protocol):
+    """A local pruning method. `_target_` of `prune.pruner` in the configuration."""
+
+    def prunables(self, parts: Sequence[SubBlock]) -> tuple[Prunable, ...]:
+        """The units that the method prunes, in the order of the forward pass."""
+        ...
+
+    def survey(
+        self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
+    ) -> Mapping[str, Tensor]:
+        """Scores by unit that are taken from the dense model as a whole before the walk, on `device`; empty for most methods."""
+        ...
+
+    def survey_tokens(self, calibration: Calibration) -> int:
+        """About how many forward tokens the survey costs (a backward pass counts as two); 0 where there is none."""
+        ...
+
+    def statistics(self, dense: Tensor, width: int) -> Statistics | None:
+        """A fresh accumulator for the inputs of a layer of weight (d_out, d_in); None where the method looks at no inputs.
+
+        Layers with the same inputs (queries, keys and values; gate and up) share one, with their weights stacked as `dense`.
+        """
+        ...
+
+    def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
+        """The candidates of one unit.
+
+        Args:
+            task: The unit.
+            kept: What each level keeps, falling, without the dense level: members, weights, or bits.
+
+        Returns:
+            One candidate a level.
+        """
+        ...

@@ -1,0 +1,143 @@
+"""What a build takes is known before it starts."""
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from local_prune.apt import AptPruner
+from local_prune.bonsai import BonsaiPruner
+from local_prune.depth import DepthPruner
+from local_prune.estimate import Estimate, estimate
+from local_prune.pruner import FITS, Calibration, Pruner
+from local_prune.quantize import GptqPruner, RtnPruner
+from local_prune.scores import AmpPruner, FlapPruner, TaylorPruner
+from local_prune.sparsegpt import SparseGptPruner
+from local_prune.structured import ObsPruner
+from local_prune.unstructured import GblmPruner, MagnitudePruner, WandaPruner
+from search.models import random_llama
+from supernet.errors import InputError
+from supernet.space import Space, Unit
+from supernet.store import Supernet
+
+IDS = torch.randint(97, (7, 16), generator=torch.Generator().manual_seed(3))
+CPU = torch.device("cpu")
+KEPT = (0.75, 0.5, 0.25)
+PRUNERS: dict[str, Pruner] = {
+    "obs": ObsPruner(),
+    "obs by query heads": ObsPruner(query_heads=True),
+    "flap": FlapPruner(),
+    "amp": AmpPruner(),
+    "taylor": TaylorPruner(),
+    "bonsai": BonsaiPruner(samples=8),
+    "magnitude": MagnitudePruner(),
+    "wanda": WandaPruner(),
+    "wanda 2:4": WandaPruner("2:4"),
+    "gblm": GblmPruner(),
+    "sparsegpt": SparseGptPruner(),
+    "apt 2:4": AptPruner("2:4"),
+    "rtn": RtnPruner([4, 2], 16),
+    "gptq": GptqPruner([4, 2], 16),
+    "depth": DepthPruner(),
+    "depth of whole blocks": DepthPruner(whole_blocks=True),
+}
+UNSEEING = {"taylor", "bonsai", "magnitude", "rtn", "depth", "depth of whole blocks"}  # of the inputs of the pruned model
+
+SpaceOf = Callable[..., Space]
+ModelOf = Callable[..., PreTrainedModel]
+
+
+def even(unit: Unit, index: int = 0) -> Sequence[float]:
+    return [1 / len(unit.levels)] * len(unit.levels)
+
+
+def mixture(space: Space) -> Mapping[str, Sequence[float]]:
+    return {unit.name: even(unit) for unit in space.units}
+
+
+def estimated(model: PreTrainedModel, space_of: SpaceOf, pruner: Pruner, ids: torch.Tensor = IDS, **settings: Any) -> Estimate:
+    space = space_of(model, pruner, KEPT)
+    return estimate(model, Calibration(ids, 2, **settings), pruner, space, mixture(space), CPU)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_it_is_what_a_build_takes(
+    model_of: ModelOf, space_of: SpaceOf, built: Callable[..., Supernet], tmp_path: Path, name: str
+) -> None:
+    model, pruner = model_of("llama"), PRUNERS[name]
+    found = estimated(model, space_of, pruner)
+    supernet = built(model, tmp_path, pruner, IDS, kept=KEPT, weights=even)
+    assert found.stored == pytest.approx(sum(file.stat().st_size for file in (supernet.path / "units").iterdir()), rel=0.01)
+    assert found.seconds > 0.0
+    assert found.model == sum(parameter.nbytes for parameter in model.parameters())
+    assert found.streams == (0 if name in UNSEEING else IDS.numel() * 64 * 4)
+    block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    assert block <= found.device < 100 * block
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "gemma3", "gpt2"])
+@pytest.mark.parametrize("pruner", [SparseGptPruner(), DepthPruner(True)], ids=["weights", "blocks"])
+def test_of_other_families(
+    model_of: ModelOf, space_of: SpaceOf, built: Callable[..., Supernet], tmp_path: Path, family: str, pruner: Pruner
+) -> None:
+    model = model_of(family)
+    supernet = built(model, tmp_path, pruner, IDS, kept=KEPT, weights=even)
+    written = sum(file.stat().st_size for file in (supernet.path / "units").iterdir())
+    assert estimated(model, space_of, pruner).stored == pytest.approx(written, rel=0.01)
+
+
+def test_fits_to_the_dense_model_take_its_stream_too(model_of: ModelOf, space_of: SpaceOf) -> None:
+    streams = {fit: estimated(model_of("llama"), space_of, ObsPruner(), fit=fit).streams for fit in FITS}
+    assert streams["dense"] == streams["residual"] == 2 * streams["pruned"]
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_the_survey_takes_its_time(model_of: ModelOf, space_of: SpaceOf, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("local_prune.estimate._seconds_per_token", lambda *_: 1.0)  # of each of three blocks
+    survey = 3 * PRUNERS[name].survey_tokens(Calibration(IDS, 2))
+    assert (survey > 0) == (name in ("taylor", "gblm", "bonsai"))
+    assert survey <= estimated(model_of("llama"), space_of, PRUNERS[name]).seconds < survey + 100
+
+
+def test_the_time_is_about_right(space_of: SpaceOf, built: Callable[..., Supernet], tmp_path: Path) -> None:
+    """Only of the right order: the machine may have other things to do."""
+    model = random_llama(
+        seed=0, hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
+        dtype=torch.float32,
+    ).model  # fmt: skip
+    ids = torch.randint(97, (32, 64), generator=torch.Generator().manual_seed(3))
+    found = estimated(model, space_of, ObsPruner(), ids)
+    begun = time.perf_counter()
+    built(model, tmp_path, ObsPruner(), ids, kept=KEPT)
+    taken = time.perf_counter() - begun
+    assert taken / 5 < found.seconds < taken * 5
+
+
+def test_it_leaves_nothing_behind(model_of: ModelOf, space_of: SpaceOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = model_of("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for pruner in (ObsPruner(), SparseGptPruner(), DepthPruner()):
+        estimated(model, space_of, pruner)
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_a_build_could_not_do_is_told_at_once(model_of: ModelOf, space_of: SpaceOf) -> None:
+    model = copy.deepcopy(model_of("llama"))
+    model.model.layers[0].mlp.gate_proj.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp: activations are not finite"):
+        estimated(model, space_of, ObsPruner())
+
+
+def test_it_is_one_line_to_read() -> None:
+    found = Estimate(1234.5, 12_345_678, 3_210_000_000, 900, 538_000_000)
+    assert str(found) == (
+        "about 1,234 s, 12 MB on disk; in memory 538 MB for the model, 1 kB for activations, 3.2 GB for a block at work"
+    )
