@@ -115,6 +115,7 @@ class Walk:
                     present *= share
             if self.streams is not None:
                 self.streams.advance(part, replaced, present)
+        self.supernet.release()
 
     def _unit(self, index: int) -> Unit:
         return self.supernet.space.units[index]

@@ -6,6 +6,7 @@ whose cost lies within one smallest step of the budget, never above it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -28,7 +29,7 @@ class Budget:
 
     @classmethod
     def from_sparsity(cls, sparsity: float, space: Space, kind: str = "parameters") -> Budget:
-        """Remove the fraction `sparsity` of the prunable parameters (or bits); InputError where that is impossible in this space."""
+        """Remove the fraction `sparsity` of the prunable parameters or bits; InputError where this space cannot."""
         check_sparsity(sparsity)
         target = int(space.dense_cost * (1.0 - sparsity))
         if target < space.lowest_cost:
@@ -46,8 +47,9 @@ def _unreachable(sparsity: float, space: Space, kind: str) -> str:
     if kind == "bits":
         dense = space.units[0].total
         return (
-            f"budget.bits={(1.0 - sparsity) * dense:g} (budget.sparsity={sparsity:g}) cannot be met: all units at their narrowest "
-            f"take {least * dense:.4g} bits a weight, scales and zeros included; raise it, or add widths to prune.pruner.bits"
+            f"budget.bits={(1.0 - sparsity) * dense:g} (budget.sparsity={sparsity:g}) cannot be met: all layers at their "
+            f"narrowest take {least * dense:.4g} bits a weight, scales and zeros included; raise it, or add widths to "
+            "prune.pruner.bits"
         )
     return (
         f"budget.sparsity={sparsity:g} cannot be met: all units at their highest level remove {1.0 - least:.4g}; "
@@ -64,18 +66,19 @@ def check_sparsity(sparsity: float) -> None:
 def uniform(space: Space, budget: Budget) -> Allocation:
     """The allocation that gives every unit the same sparsity, as evenly as its levels allow.
 
-    Where the wanted sparsity falls between two levels, units take turns over depth so that each kind's running total follows
-    the wanted one; the knapsack then moves as little as it can to meet the budget.
+    Where the wanted sparsity falls between two levels, units of a kind and size take turns over depth so that their running total
+    follows the wanted one; the knapsack then moves as little as it can to meet the budget. Sparsity is that of costs, which for
+    bit widths count scales and zeros.
     """
     sparsity = 1.0 - budget.target / budget.dense
     wish = [0] * len(space.units)
-    for kind in dict.fromkeys(unit.kind for unit in space.units):
-        owed = 0.0
-        for index, unit in enumerate(space.units):
-            if unit.kind == kind:
-                owed += sparsity * unit.total
-                wish[index] = unit.nearest(round(unit.total - owed))
-                owed -= unit.total - unit.levels[wish[index]].kept
+    owed: dict[tuple[str, int], float] = defaultdict(float)
+    for index, unit in enumerate(space.units):
+        alike = unit.kind, unit.levels[0].cost
+        removed = np.array([1.0 - level.cost / unit.levels[0].cost for level in unit.levels])
+        owed[alike] += sparsity
+        wish[index] = int(np.abs(removed - owed[alike]).argmin())
+        owed[alike] -= removed[wish[index]]
     return closest(space, tuple(wish), budget)
 
 

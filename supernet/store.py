@@ -131,6 +131,10 @@ class Supernet:
         reader = self._reader(self.space.units[unit].name)
         return moved(decode(reader.get_tensor, reader.keys(), level), device)
 
+    def release(self) -> None:
+        """Let go of the files that are mapped, and of their pages; they are mapped again when they are read."""
+        self._open.clear()
+
     def _reader(self, name: str) -> Any:
         """A memory-mapped file of candidates; its checksum is verified when it is first read."""
         if name not in self._open:

@@ -67,3 +67,15 @@ def call(
 
     yield run
     root.handlers, root.level = handlers, level
+
+
+@pytest.fixture(scope="session")
+def refusal() -> Callable[[CompletedProcess[str]], str]:
+    """Takes a process that must have refused, and gives the one line that it said."""
+
+    def line_of(process: CompletedProcess[str]) -> str:
+        assert process.returncode == 1, process.stdout + process.stderr
+        assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process.stderr
+        return process.stderr.strip()
+
+    return line_of

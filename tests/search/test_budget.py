@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from search import budget as budget_module
 from search.budget import Budget, closest, knapsack, uniform
 from supernet.errors import InputError
-from supernet.prunables import BITS
+from supernet.prunables import BITS, WEIGHTS
 from supernet.space import Allocation, Level, Space, Unit
 
 SpaceOf = Callable[..., Space]
@@ -188,6 +188,25 @@ def test_uniform_bits_are_the_same_width_everywhere_where_it_costs_just_that(bit
     space = bits_space(6)
     allocation = uniform(space, Budget.from_sparsity(1 - bits / DENSE, space, "bits"))
     assert allocation == (level,) * 6 or (level == 0 and sum(allocation) == 1)  # one less than dense costs a level somewhere
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.44, 0.5])
+@pytest.mark.parametrize("kind", [BITS, WEIGHTS])
+def test_uniform_is_even_over_layers_of_all_sizes(kind: str, sparsity: float) -> None:
+    """No layer makes up for what a larger one cannot have."""
+    if kind == BITS:
+        space = bits_space(30, (14, 12, 10, 8, 6, 4, 2))
+    else:
+        sizes = [size * D_IN for size in (64, 16, 16, 64, 256, 256)] * 5
+        of_size = {size: tuple(Level(size * k // 8, size * k // 8) for k in range(8, -1, -1)) for size in sizes}
+        space = Space(tuple(Unit(f"layer.{i}", WEIGHTS, size, of_size[size]) for i, size in enumerate(sizes)))
+    budget = Budget.from_sparsity(sparsity, space)
+    allocation = uniform(space, budget)
+    assert budget.met(space, allocation)
+    levels = zip(space.units, allocation, strict=True)
+    off = np.array([1 - unit.levels[level].cost / unit.levels[0].cost for unit, level in levels]) - sparsity
+    assert (np.abs(off) <= 0.125).sum() >= 26  # one of the two levels around it, but for a few that meet the budget
+    assert np.abs(off).max() <= 0.25
 
 
 def test_a_budget_below_the_narrowest_width_is_refused_in_bits() -> None:

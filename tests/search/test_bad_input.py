@@ -1,0 +1,171 @@
+"""How the command line says no: one line for every mistake, and nothing is left behind."""
+
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+
+from search.models import random_llama
+
+Call = Callable[..., CompletedProcess[str]]
+Refusal = Callable[[CompletedProcess[str]], str]
+
+SMOKE = "+experiment=smoke"
+RUN = Path("outputs/search/smoke")
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of things that cannot be pruned."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty").mkdir()
+    (folder / "file").touch()
+    (folder / "short.txt").write_text("Much too short.")
+    llama = random_llama(0, 32, 64, 2, 2, 2, dtype=torch.float32)
+    for name in ("bloom", "mamba", "nan"):
+        llama.tokenizer.save_pretrained(folder / name)
+    ends: dict[str, Any] = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
+    BloomForCausalLM(BloomConfig(vocab_size=257, hidden_size=16, n_layer=1, n_head=2, **ends)).save_pretrained(folder / "bloom")
+    mamba = MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=1, state_size=4, **ends)
+    MambaForCausalLM(mamba).save_pretrained(folder / "mamba")
+    llama.model.model.layers[1].mlp.down_proj.weight[3, 5] = float("nan")
+    llama.model.save_pretrained(folder / "nan")
+    return folder
+
+
+BAD = {  # arguments -> what the line must say
+    "model=smolm2": ["'smolm2'", "smollm2", "folder"],
+    "strategy=evolutoin": ["'evolutoin'", "evolution"],
+    "prune=sparsgpt": ["'sparsgpt'", "sparsegpt"],
+    "prune=base/linear": ["'base/linear'", "sparsegpt", "wanda"],
+    "budget=bit": ["'bit'", "bits"],
+    "+experment=smoke": ["experment", "+experiment"],
+    "budget.sparsty=0.5": ["budget.sparsty", "did you mean budget.sparsity"],
+    "nonsense=1": ["nonsense"],
+    "nonsense": ["'nonsense'", "key=value"],
+    "+strategy.elite=2": ["strategy", "elite"],
+    "model={bad}/empty": ["empty", "config.json"],
+    "model={bad}/nowhere": ["nowhere", "does not exist"],
+    "model=./nowhere": ["./nowhere", "does not exist"],
+    "model=org/nowhere": ["org/nowhere", "cannot be loaded", "hub id"],
+    "model=pretrained": ["model.path", "not given"],
+    "model={bad}/bloom": ["'bloom'", "llama, mistral, qwen2, qwen3", "gpt2", "mamba2"],
+    "model={bad}/mamba": ["neither attention nor MLPs", "prune its weights or blocks"],
+    "model={bad}/mamba prune=wanda_sp": ["neither attention nor MLPs", "prune its weights or blocks"],
+    "model={bad}/nan": ["model.layers.1.mlp", "not finite", "weights"],
+    "budget.sparsity=0": ["budget.sparsity=0", "between 0 and 1"],
+    "budget.sparsity=1": ["budget.sparsity=1", "between 0 and 1"],
+    "budget.sparsity=-1": ["budget.sparsity=-1", "between 0 and 1"],
+    "budget.sparsity=1.5": ["budget.sparsity=1.5", "between 0 and 1"],
+    "budget.sparsity=nan": ["budget.sparsity=nan", "between 0 and 1"],
+    "budget.sparsity=half": ["budget.sparsity=half", "number"],
+    "budget.sparsity=0.9 supernet.levels=3": ["budget.sparsity=0.9", "remove 0.5", "supernet.levels"],
+    "data=local": ["data.source.path", "not given"],
+    "data=local data.source.path={bad}/nothing.txt": ["nothing.txt", "does not exist"],
+    "data=local data.source.path={bad}/short.txt": ["data.sequence_length=64", "short.txt", "more text"],
+    "data=local data.source.path={bad}/empty": ["empty", "text file"],
+    "data.sequence_length=0": ["data.sequence_length=0", "at least 2"],
+    "data.sequences.search=0": ["data.sequences.search=0", "at least 1"],
+    "stages=[bild]": ["bild", "build, search, evaluate, export"],
+    "stages=[]": ["stages=[]", "build, search, evaluate, export"],
+    "stages=build": ["stages=build", "list", "stages=[build"],
+    "dtype=float99": ["dtype=float99", "bfloat16, float16 or float32"],
+    "dtype=int8": ["dtype=int8", "bfloat16, float16 or float32"],
+    "device=gpu": ["device=gpu", "use device=cpu"],
+    "device=meta": ["device=meta", "use device=cpu"],
+    "rounds=abc": ["rounds=abc", "whole number"],
+    "rounds=0": ["rounds=0", "at least 1"],
+    "seed=-1": ["seed=-1", "at least 0"],
+    "seed=null": ["seed=None", "whole number"],
+    "fresh=flase": ["fresh=flase", "true or false"],
+    "dry_run=1": ["dry_run=1", "true or false"],
+    "strategy.offspring=-3": ["strategy.offspring", "at least 1"],
+    "strategy.offspring=many": ["strategy.offspring=many", "whole number"],
+    "strategy.generations=2.5": ["strategy.generations=2.5", "whole number"],
+    "strategy.max_exchanges=0": ["strategy.max_exchanges", "at least 1"],
+    "strategy.survivors=[2,3]": ["strategy.survivors=[2, 3]", "end in 1"],
+    "strategy.survivors=[1]": ["strategy.survivors=[1]", "one number for each"],
+    "strategy.tokens=256": ["strategy.tokens=256", "list"],
+    "prune.fit=well": ["prune.fit=well", "pruned, dense, residual"],
+    "prune.fit=foo": ["prune.fit=foo", "pruned, dense, residual"],
+    "prune.accumulation=foo": ["prune.accumulation=foo", "none, chosen, expectation"],
+    "prune.accumulation=null": ["prune.accumulation=None", "none, chosen, expectation"],
+    "prune.batch=0": ["prune.batch=0", "at least 1"],
+    "prune.query_heads=perhaps": ["query_heads=perhaps", "true or false"],
+    "prune.pruner.first_order=much": ["prune.pruner.first_order=much", "a number"],
+    "prune=depth prune.pruner.whole_blocks=maybe": ["prune.pruner.whole_blocks=maybe", "true or false"],
+    "prune=depth prune.query_heads=true": ["query_heads", "prune.query_heads"],
+    "prune=flap prune.pruner.compensate=2": ["prune.pruner.compensate=2", "true or false"],
+    "prune=wanda prune.pruner.pattern=2:2": ["prune.pruner.pattern=2:2", "N:M", "2:4"],
+    "prune=wanda prune.pruner.pattern=abc": ["prune.pruner.pattern=abc", "N:M", "2:4"],
+    "prune=wanda prune.pruner.pattern=[2:4,abc]": ["prune.pruner.pattern=abc", "N:M", "2:4"],
+    "prune=wanda prune.pruner.pattern=[2:4,1:2]": ["prune.pruner.pattern=2:4,1:2", "same density"],
+    "prune=wanda prune.pruner.pattern=24": ["prune.pruner.pattern=24", "quote"],
+    "prune=sparsegpt prune.pruner.pattern=2:3": ["prune.pruner.pattern=2:3", "64 inputs of model.layers.0.self_attn.q_proj"],
+    "prune=magnitude prune.pruner.pattern=2:4 budget.sparsity=0.6": ["budget.sparsity=0.6", "remove 0.5", "pattern"],
+    "prune=sparsegpt prune.pruner.damping=0": ["prune.pruner.damping=0", "above 0"],
+    "prune=sparsegpt prune.pruner.block=0": ["prune.pruner.block=0", "at least 1"],
+    "prune=apt prune.pruner.damping=much": ["prune.pruner.damping=much", "a number"],
+    "prune=gblm prune.pruner.norm=3": ["prune.pruner.norm=3", "1 or 2"],
+    "prune=gptq prune.pruner.bits=[1]": ["prune.pruner.bits=[1]", "2 to 8", "[8,6,4,3,2]"],
+    "prune=gptq prune.pruner.bits=[]": ["prune.pruner.bits=[]", "2 to 8", "[8,6,4,3,2]"],
+    "prune=rtn prune.pruner.bits=4": ["prune.pruner.bits=4", "list"],
+    "prune=rtn prune.pruner.bits=[4.5]": ["prune.pruner.bits=[4.5]", "2 to 8"],
+    "prune=gptq prune.pruner.group=0": ["prune.pruner.group=0", "at least 1"],
+    "prune=gptq prune.pruner.group=big": ["prune.pruner.group=big", "whole number"],
+    "prune=gptq prune.pruner.symmetric=1": ["prune.pruner.symmetric=1", "true or false"],
+    "prune=gptq +prune.pruner.symetric=true": ["symetric"],
+    "prune=gptq budget=bits budget.bits=1": ["budget.bits=1", "bits a weight", "prune.pruner.bits"],
+    "prune=gptq budget=bits budget.bits=0": ["budget.bits=0", "between 0 and the 32 bits"],
+    "prune=gptq budget=bits budget.bits=40": ["budget.bits=40", "between 0 and the 32 bits"],
+    "prune=gptq budget=bits budget.bits=nan": ["budget.bits=nan", "between 0 and the 32 bits"],
+    "prune=gptq budget=bits budget.bits=four": ["budget.bits=four", "number"],
+    "budget=bits": ["budget.bits=4.25", "budget=parameters", "prune=gptq"],
+    "prune=wanda budget=bits budget.bits=4": ["budget.bits=4", "budget=parameters", "prune=gptq"],
+    "prune.multiple=0": ["prune.multiple=0", "at least 1"],
+    "prune.multiple=999": ["prune.multiple=999", "256 neurons"],
+    "prune.pruner.damping=-1": ["prune.pruner.damping=-1", "above 0"],
+    "supernet.levels=1": ["supernet.levels=1", "at least 2"],
+    "supernet.lowest=-0.1": ["supernet.lowest=-0.1", "at least 0 and below 1"],
+    "supernet.lowest=1": ["supernet.lowest=1", "at least 0 and below 1"],
+    "supernet.lowest=low": ["supernet.lowest=low", "number"],
+    "supernet.step=0": ["supernet.step=0", "between 0 and 1"],
+    "supernet.root={bad}/file/below": ["{bad}/file/below", "choose another"],
+    "hydra.run.dir={bad}/file/below": ["{bad}/file/below", "Not a directory"],
+    "evaluate.batch=0": ["evaluate.batch=0", "at least 1"],
+    "fitness.batch=0": ["fitness.batch=0", "at least 1"],
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_a_mistake_is_answered_in_one_line(arguments: str, bad: Path, call: Call, tmp_path: Path, refusal: Refusal) -> None:
+    line = refusal(call(SMOKE, *arguments.format(bad=bad).split()))
+    for part in BAD[arguments]:
+        assert part.format(bad=bad) in line
+    assert not (tmp_path / RUN / "checkpoint/settings.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [(["+experiment=smke"], "smoke"), ([SMOKE, "budget.sparsty=0.5"], "budget.sparsity"), ([SMOKE, "rounds=abc"], "rounds=abc")],
+    ids=["before Hydra", "in Hydra", "in the job"],
+)
+def test_a_mistake_is_answered_in_one_line_by_a_fresh_process(
+    arguments: list[str], part: str, run_search: Call, tmp_path: Path, refusal: Refusal
+) -> None:
+    assert part in refusal(run_search(tmp_path, *arguments))
+
+
+def test_a_configuration_that_is_not_yaml_is_answered_in_one_line(call: Call, tmp_path: Path, refusal: Refusal) -> None:
+    (tmp_path / "ours/model").mkdir(parents=True)
+    (tmp_path / "ours/model/broken.yaml").write_text("a: b\n  c: d\n")
+    line = refusal(call("--config-dir=ours", SMOKE, "model=broken"))
+    assert "model/broken.yaml" in line and "line 2" in line
+
+
+def test_a_mistake_in_one_job_of_a_sweep_is_answered_in_one_line(call: Call, refusal: Refusal) -> None:
+    assert "budget.sparsity=7" in refusal(call("-m", SMOKE, "budget.sparsity=0.25,7", "stages=[build]"))
