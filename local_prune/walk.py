@@ -123,7 +123,8 @@ class Walk:
     def _build(self, part: SubBlock, stage: Stage, replaced: Mapping[str, Tensor]) -> None:
         """Write the candidates of a stage's units that the supernet does not hold."""
         layers = [layer for _, layer in stage]
-        statistics = self._statistics(part, layers, replaced)
+        width = part.groups.width if part.groups and self._unit(stage[0][0]).name == part.name else 1
+        statistics = self._statistics(part, layers, width, replaced)
         start = 0
         for index, layer in stage:
             unit, dense = self._unit(index), part.weight(layer)
@@ -132,7 +133,6 @@ class Walk:
             if self.supernet.has(unit.name):
                 continue
             own = statistics.outputs(rows) if isinstance(statistics, LeastSquares) else statistics
-            width = part.groups.width if part.groups and unit.name == part.name else 1
             task = Task(unit.name, dense, own, self.scores.get(unit.name), width, part.bias(layer))
             begun = time.perf_counter()
             candidates = self.pruner.candidates(task, [level.kept for level in unit.levels[1:]])
@@ -143,10 +143,12 @@ class Walk:
             self.pruning += time.perf_counter() - begun
             log.debug("%s: %s", unit.name, record)
 
-    def _statistics(self, part: SubBlock, layers: Sequence[str], replaced: Mapping[str, Tensor]) -> Statistics | None:
+    def _statistics(
+        self, part: SubBlock, layers: Sequence[str], width: int, replaced: Mapping[str, Tensor]
+    ) -> Statistics | None:
         """Sums over the calibration tokens of the inputs that a stage's layers share."""
         dense = torch.cat([part.weight(layer) for layer in layers])
-        statistics = self.pruner.statistics(dense, part.groups.width if part.groups else 1)
+        statistics = self.pruner.statistics(dense, width)
         if statistics is None or self.streams is None:
             return None
         aimed = False

@@ -1,7 +1,7 @@
 """What a candidate is, one class a kind, and the compact tensors that it is stored as.
 
-Values that are the dense model's own are never stored: a method that only chooses what stays gives candidates without weights, and
-all of a unit's levels share one order of removal.
+Values that are the dense model's own are never stored: a method that only chooses what stays gives candidates without weights,
+and all of a unit's levels share one order of removal.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def moved(candidate: Candidate, device: torch.device | str) -> Candidate:
 def encode(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
     """The candidates of levels 1, 2, ... as named tensors for one file; `decode` reads one of them back.
 
-    Level 0 is the dense model's own weight and is never stored. Where all levels are nested and keep dense values, what is stored is the
-    level at which each member or weight goes.
+    Level 0 is the dense model's own weight and is never stored. Where all levels are nested and keep dense values, what is stored
+    is the level at which each member or weight goes.
     """
     order = _order([_chosen(candidate) for candidate in candidates])
     tensors: dict[str, Tensor] = {}

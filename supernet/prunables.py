@@ -68,7 +68,8 @@ def member_prunables(parts: Sequence[SubBlock], multiple: int, query_heads: bool
             continue
         if part.kind != ATTENTION and not 1 <= multiple <= part.groups.members:
             raise InputError(
-                f"prune.multiple={multiple} must lie between 1 and the {part.groups.members} neurons of an MLP; 32 suits most kernels"
+                f"prune.multiple={multiple} must lie between 1 and the {part.groups.members} neurons of an MLP; "
+                "32 suits most kernels"
             )
         step = 1 if part.kind == ATTENTION else multiple
         kind = HEADS if query_heads and part.kind == ATTENTION else part.kind
@@ -119,8 +120,8 @@ def bit_prunables(parts: Sequence[SubBlock], bits: Sequence[int], group: int) ->
         levels += [Level(width, width * d_out * d_in + groups * per_group) for width in sorted(set(bits), reverse=True)]
         if levels[1].cost >= levels[0].cost:
             raise InputError(
-                f"group={group}: scales and zeros of {part.name}.{layer} ({d_in} inputs) take more than {levels[1].kept} bits save; "
-                "use a larger group"
+                f"prune.pruner.group={group}: scales and zeros of {part.name}.{layer} ({d_in} inputs) take as much as {levels[1].kept} "
+                "bits save; use a larger group, or leave out that width"
             )
         found.append(Prunable(f"{part.name}.{layer}", BITS, dense, d_out * d_in, 1, tuple(levels)))
     return tuple(found)

@@ -193,6 +193,8 @@ def test_the_upper_factor_gives_the_inverse_of_the_inputs_from_each_on(layer: Ma
     case = layer()
     factor = case.problem.factor(0.05, "unit")
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0)) if ordered else torch.arange(24)
+    for other in (None, order.flip(0)):
+        factor.upper_of_inverse(other)  # must not be taken for the one that is asked for
     U = factor.upper_of_inverse(order if ordered else None).double()
     assert torch.equal(U, U.triu())
     hessian = factor.hessian[order][:, order].double()

@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 from local_prune.depth import DepthPruner
 from local_prune.pruner import FITS, Calibration, Pruner, Task
 from local_prune.quantize import GptqPruner
-from local_prune.scores import FlapPruner
+from local_prune.scores import FlapPruner, TaylorPruner
 from local_prune.sparsegpt import SparseGptPruner
 from local_prune.statistics import LeastSquares, Moments
 from local_prune.structured import ObsPruner
-from local_prune.unstructured import WandaPruner
+from local_prune.unstructured import GblmPruner, WandaPruner
 from local_prune.walk import Streams, mean_parameters, stream_bytes
 from search.models import LoadedModel
 from supernet.architecture import entry, sub_blocks
@@ -273,6 +273,22 @@ def test_linear_layers_see_all_before_them_pruned(
             for level, error in enumerate(errors, start=1):
                 output = X @ supernet.candidate(unit, level).weight.double().T
                 assert error == pytest.approx(relative_error(output, T), rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("pruner", [ObsPruner(), TaylorPruner(), GblmPruner()], ids=["members", "surveyed", "weights"])
+@pytest.mark.parametrize("family", ["llama_with_biases", "gpt2"])
+def test_a_pruner_is_told_all_about_a_unit(model_of: ModelOf, tmp_path: Path, built: Built, pruner: Pruner, family: str) -> None:
+    model, recorder = model_of(family), Recorder(pruner)
+    built(model, tmp_path, recorder, IDS)
+    survey = pruner.survey(model, Calibration(IDS, 2), torch.device("cpu"), lambda items, _: items)
+    for part in sub_blocks(model):
+        whole = part.name in recorder.tasks
+        for layer in [part.column] if whole else [layer for stage in part.stages for layer in stage]:
+            task = recorder.tasks[part.name if whole else f"{part.name}.{layer}"]
+            assert torch.equal(task.dense, part.weight(layer))
+            assert task.bias is part.bias(layer)
+            assert task.width == (part.groups.width if whole else 1)
+            assert task.scores is None if not survey else torch.equal(task.scores, survey[task.where])
 
 
 def test_layers_with_the_same_inputs_share_one_hessian(model_of: ModelOf, tmp_path: Path, built: Built) -> None:

@@ -1,6 +1,7 @@
-"""Spaces to search that have nothing to do with a model, and the command line within this process."""
+"""Spaces to search that have nothing to do with a model, the command line within this process, and a finished run."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from search.__main__ import main
+from search.config import CACHE_VARIABLE
 from supernet.space import Level, Space, Unit
 
 
@@ -79,3 +81,25 @@ def refusal() -> Callable[[CompletedProcess[str]], str]:
         return process.stderr.strip()
 
     return line_of
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, run_search: Callable[..., CompletedProcess[str]]) -> Path:
+    """A folder in which a fresh process ran the smoke experiment, its cache within. Not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(folder / "cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")  # as the tests have it: the order of sums, and so their last bits, depends on it
+        process = run_search(folder, "+experiment=smoke")
+    assert (process.returncode, process.stderr) == (0, "")
+    for row in ("dense", "uniform", "searched", "peak memory"):
+        assert row in process.stdout
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `finished` to work in: `tmp_path`, where `call` runs."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path

@@ -1,5 +1,7 @@
-"""How the command line says no: one line for every mistake, and nothing is left behind."""
+"""How the command line says no: one line for every mistake, nothing is left behind, and the remedy that the line names helps."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -16,6 +18,7 @@ Refusal = Callable[[CompletedProcess[str]], str]
 
 SMOKE = "+experiment=smoke"
 RUN = Path("outputs/search/smoke")
+ROUNDS = 2  # of the smoke experiment
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +172,54 @@ def test_a_configuration_that_is_not_yaml_is_answered_in_one_line(call: Call, tm
 
 def test_a_mistake_in_one_job_of_a_sweep_is_answered_in_one_line(call: Call, refusal: Refusal) -> None:
     assert "budget.sparsity=7" in refusal(call("-m", SMOKE, "budget.sparsity=0.25,7", "stages=[build]"))
+
+
+# Damage
+
+
+def _flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+UNIT = "units/model.layers.0.mlp.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "harm"),
+    [(UNIT, _flip_last_bit), (UNIT, _cut), (UNIT, Path.unlink), ("manifest.json", _flip_last_bit), ("manifest.json", _cut)],
+)
+def test_a_tampered_supernet_is_refused(
+    pattern: str, harm: Callable[[Path], None], copy: Path, call: Call, refusal: Refusal
+) -> None:
+    shutil.rmtree(copy / "outputs")
+    files = list((copy / "cache/supernets").glob(f"*/{pattern}"))
+    assert len(files) >= ROUNDS
+    for file in files:
+        harm(file)
+    line = refusal(call(SMOKE))
+    assert Path(pattern).name in line and "damaged" in line and "delete the folder" in line
+    folder = Path(line.partition("delete the folder ")[2].partition(" and build again")[0])
+    assert folder.parent == copy / "cache/supernets"
+    # The remedy that the line names helps.
+    for broken in files:
+        shutil.rmtree(broken.parents[len(Path(pattern).parts) - 1])
+    assert call(SMOKE, "stages=[build,search]").returncode == 0
+
+
+@pytest.mark.parametrize("file", ["checkpoint/round-1.json", "checkpoint/settings.json", "history.parquet"])
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_run_is_refused(file: str, content: str, copy: Path, call: Call, finished: Path, refusal: Refusal) -> None:
+    run = copy / RUN
+    (run / file).write_text(content)
+    if file == "history.parquet":  # read when the search goes on
+        (run / "checkpoint/round-1.json").unlink()
+    line = refusal(call(SMOKE))
+    assert "fresh=true" in line and str(run) in line
+    assert call(SMOKE, "fresh=true").returncode == 0
+    assert (run / "allocation.json").read_bytes() == (finished / RUN / "allocation.json").read_bytes()

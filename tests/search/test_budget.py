@@ -209,6 +209,19 @@ def test_uniform_is_even_over_layers_of_all_sizes(kind: str, sparsity: float) ->
     assert np.abs(off).max() <= 0.25
 
 
+@pytest.mark.parametrize("sparsity", [0.3, 0.44])
+def test_uniform_gives_layers_of_each_size_the_same_on_average(sparsity: float) -> None:
+    """Taking turns over all layers, the small ones would all get one level here, and the large ones the next."""
+    sizes = [64 * D_IN, 128 * D_IN] * 20
+    units = [
+        Unit(f"{i}", WEIGHTS, n, tuple(Level(n * k // 8, n * k // 8) for k in range(8, -1, -1))) for i, n in enumerate(sizes)
+    ]
+    space = Space(tuple(units))
+    allocation = uniform(space, Budget.from_sparsity(sparsity, space))
+    found = np.array([unit.sparsity(level) for unit, level in zip(units, allocation, strict=True)])
+    assert np.abs(found.reshape(-1, 2).mean(0) - sparsity).max() < 0.02
+
+
 def test_a_budget_below_the_narrowest_width_is_refused_in_bits() -> None:
     expected = r"budget\.bits=2 \(budget\.sparsity=0\.875\) cannot be met: .* take 2\.188 bits a weight, .*prune\.pruner\.bits$"
     with pytest.raises(InputError, match=expected):

@@ -1,7 +1,6 @@
 """The command line from end to end on a tiny model: what it leaves, and how it goes on."""
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -32,27 +31,6 @@ def _one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, run_search: Call) -> Path:
-    """A folder in which a fresh process ran the smoke experiment, its cache within. Not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_VARIABLE, str(folder / "cache"))
-        process = run_search(folder, SMOKE)
-    assert (process.returncode, process.stderr) == (0, "")
-    for row in ("dense", "uniform", "searched", "peak memory"):
-        assert row in process.stdout
-    return folder
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of `finished` to work in: `tmp_path`, where `call` runs."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    return tmp_path
 
 
 @pytest.fixture
@@ -381,54 +359,3 @@ def test_ctrl_c_is_answered_with_one_line(tmp_path: Path, start_search: Callable
     assert process.returncode == 130
     assert errors == "interrupted; the same command continues from the last completed step\n"
     assert read(tmp_path / RUN / "checkpoint/round-0.json")["generation"] >= 1
-
-
-# Damage
-
-
-def _flip_last_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def _cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-UNIT = "units/model.layers.0.mlp.safetensors"
-
-
-@pytest.mark.parametrize(
-    ("pattern", "harm"),
-    [(UNIT, _flip_last_bit), (UNIT, _cut), (UNIT, Path.unlink), ("manifest.json", _flip_last_bit), ("manifest.json", _cut)],
-)
-def test_a_tampered_supernet_is_refused(
-    pattern: str, harm: Callable[[Path], None], copy: Path, call: Call, refusal: Refusal
-) -> None:
-    shutil.rmtree(copy / "outputs")
-    files = list((copy / "cache/supernets").glob(f"*/{pattern}"))
-    assert len(files) >= ROUNDS
-    for file in files:
-        harm(file)
-    line = refusal(call(SMOKE))
-    assert Path(pattern).name in line and "damaged" in line and "delete the folder" in line
-    folder = Path(line.partition("delete the folder ")[2].partition(" and build again")[0])
-    assert folder.parent == copy / "cache/supernets"
-    # The remedy that the line names helps.
-    for broken in files:
-        shutil.rmtree(broken.parents[len(Path(pattern).parts) - 1])
-    assert call(SMOKE, "stages=[build,search]").returncode == 0
-
-
-@pytest.mark.parametrize("file", ["checkpoint/round-1.json", "checkpoint/settings.json", "history.parquet"])
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_a_damaged_run_is_refused(file: str, content: str, copy: Path, call: Call, finished: Path, refusal: Refusal) -> None:
-    run = copy / RUN
-    (run / file).write_text(content)
-    if file == "history.parquet":  # read when the search goes on
-        (run / "checkpoint/round-1.json").unlink()
-    line = refusal(call(SMOKE))
-    assert "fresh=true" in line and str(run) in line
-    assert call(SMOKE, "fresh=true").returncode == 0
-    assert (run / "allocation.json").read_bytes() == (finished / RUN / "allocation.json").read_bytes()

@@ -168,6 +168,17 @@ def test_impossible_groups_are_refused(llama: tuple[SubBlock, ...], group: int) 
         bit_prunables(llama, (4,), group)
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_groups_whose_scales_take_what_codes_save_are_refused(model_of: ModelOf, group: int) -> None:
+    """In bfloat16 8 bits save 8 a weight, and a scale and a zero take 24: 12 a weight in groups of two."""
+    parts = sub_blocks(model_of("llama").bfloat16())
+    with pytest.raises(
+        InputError, match=rf"^prune\.pruner\.group={group}: .* \(64 inputs\) take as much as 8 bits save; use a larger"
+    ):
+        bit_prunables(parts, (8, 4), group)
+    assert len(bit_prunables(parts, (8, 4), 4)) == 21
+
+
 @pytest.mark.parametrize("multiple", [0, -32, 97])
 def test_an_impossible_multiple_is_refused(llama: tuple[SubBlock, ...], multiple: int) -> None:
     with pytest.raises(InputError, match=f"^prune.multiple={multiple} must lie between 1 and the 96 neurons of an MLP; 32 suits"):

@@ -210,6 +210,17 @@ def test_a_damaged_unit_is_seen_and_the_advice_heals(finished: Supernet, damage:
     assert not healed.has(SPACE.units[1].name)
 
 
+def test_what_was_released_is_read_and_checked_again(finished: Supernet) -> None:
+    before = finished.candidate(0, 1)
+    finished.release()
+    assert_holds(finished, 0)
+    finished.release()
+    flip_a_bit(finished.path / "units" / f"{SPACE.units[0].name}.safetensors")
+    with pytest.raises(InputError, match="checksum"):
+        finished.candidate(0, 1)
+    assert isinstance(before, Members) and torch.equal(before.kept, candidates(0)[0].kept)  # what was read before is still there
+
+
 def manifest_of(supernet: Supernet) -> Path:
     return supernet.path / "manifest.json"
 

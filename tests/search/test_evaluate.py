@@ -1,0 +1,63 @@
+"""Held-out perplexity and KL divergence are those of whole logits in float64, whatever the family."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from search.evaluate import HeldOut, Metrics
+from supernet.architecture import parameter_count
+from supernet.assemble import assemble
+from supernet.store import Supernet
+
+SupernetMaker = Callable[[PreTrainedModel], Supernet]
+
+
+def track(items: Sequence[Tensor], title: str) -> Iterable[Tensor]:
+    return items
+
+
+@torch.no_grad()
+def by_definition(dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor) -> tuple[float, float]:
+    """Perplexity and mean KL divergence a token."""
+    log_p, log_q = (m(ids).logits.double().log_softmax(-1) for m in (dense, model))
+    loss = -log_q[:, :-1].gather(2, ids[:, 1:, None]).mean()
+    return math.exp(float(loss)), float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_metrics_are_those_of_whole_logits(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, batch: int
+) -> None:
+    held_out = HeldOut(family_model, ids, batch, track)
+    units = len(family_supernet.space.units)
+    allocations = ((1,) * units, (2, 0, 3) * (units // 3))
+    for model in (family_model, *(assemble(family_model, family_supernet, a) for a in allocations)):
+        found = held_out.dense if model is family_model else held_out.measure(model, "pruned")
+        perplexity, divergence = by_definition(family_model, model, ids)
+        assert found.parameters == parameter_count(model)
+        assert found.perplexity == pytest.approx(perplexity, rel=1e-4)
+        assert found.kl_divergence == pytest.approx(divergence, rel=1e-3, abs=1e-5)
+    assert held_out.dense.kl_divergence < 1e-5
+
+
+def test_mixers_are_measured_too(mixer_model: PreTrainedModel, model_of: Callable[..., PreTrainedModel], ids: Tensor) -> None:
+    name = str(mixer_model.config.model_type)
+    other = model_of(name)
+    with torch.no_grad():
+        for block in other.backbone.layers:
+            block.mixer.out_proj.weight.mul_(0.5)
+    perplexity, divergence = by_definition(mixer_model, other, ids)
+    found = HeldOut(mixer_model, ids, 2, track).measure(other, "other")
+    assert found.perplexity == pytest.approx(perplexity, rel=1e-4)
+    assert found.kl_divergence == pytest.approx(divergence, rel=1e-3)
+    assert divergence > 1e-3
+
+
+def test_a_divergence_is_never_below_zero(family_model: PreTrainedModel, ids: Tensor) -> None:
+    held_out = HeldOut(family_model, ids, 5, track)
+    assert isinstance(held_out.dense, Metrics)
+    assert held_out.dense.kl_divergence >= 0 and held_out.measure(family_model, "again").kl_divergence >= 0
