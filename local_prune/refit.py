@@ -1,8 +1,8 @@
 """The kept weights' own least squares, after a method has chosen them: what pruning one after the other leaves on the table.
 
-For a mask fixed, every output is a least-squares problem of its own on the weights that stay, too many to factorise. A few steps of
-conjugate gradients from where the method ended bring all of them, at all levels at once, most of the way to the optimum: a step
-is one product with the Hessian (as the last phase of ALPS, Meng et al. 2024, section 3.2).
+For a mask fixed, every output is a least-squares problem of its own on the weights that stay, too many to factorise. A few steps
+of conjugate gradients from where the method ended bring all of them, at all levels at once, most of the way to the optimum: a
+step is one product with the Hessian (as the last phase of ALPS, Meng et al. 2024).
 """
 
 from __future__ import annotations

@@ -143,9 +143,7 @@ class Walk:
             self.pruning += time.perf_counter() - begun
             log.debug("%s: %s", unit.name, record)
 
-    def _statistics(
-        self, part: SubBlock, layers: Sequence[str], width: int, replaced: Mapping[str, Tensor]
-    ) -> Statistics | None:
+    def _statistics(self, part: SubBlock, layers: Sequence[str], width: int, replaced: Mapping[str, Tensor]) -> Statistics | None:
         """Sums over the calibration tokens of the inputs that a stage's layers share."""
         dense = torch.cat([part.weight(layer) for layer in layers])
         statistics = self.pruner.statistics(dense, width)

