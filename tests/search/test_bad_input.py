@@ -129,6 +129,7 @@ BAD = {  # arguments -> what the line must say
     "prune=gptq budget=bits budget.bits=four": ["budget.bits=four", "number"],
     "budget=bits": ["budget.bits=4.25", "budget=parameters", "prune=gptq"],
     "prune=wanda budget=bits budget.bits=4": ["budget.bits=4", "budget=parameters", "prune=gptq"],
+    "prune=gptq budget=bits +budget.sparsity=0.3": ["budget.sparsity", "budget.bits", "both"],
     "prune.multiple=0": ["prune.multiple=0", "at least 1"],
     "prune.multiple=999": ["prune.multiple=999", "256 neurons"],
     "prune.pruner.damping=-1": ["prune.pruner.damping=-1", "above 0"],
