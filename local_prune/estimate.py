@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,16 +12,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from local_prune.devices import moved, on_device
+from local_prune.members import member_layers
 from local_prune.pruner import Calibration, Pruner
+from local_prune.scores import TaylorPruner
+from local_prune.sparsegpt import WORKING
 from local_prune.statistics import LeastSquares
-from local_prune.walk import Mixture, Walk, moved, on_device, stream_bytes
+from local_prune.streams import stream_bytes
+from local_prune.unstructured import GblmPruner
+from local_prune.walk import Mixture, Walk
 from supernet.architecture import SubBlock, blocks, entry, sub_blocks
 from supernet.placement import Place, places
-from supernet.space import Space
+from supernet.prunables import BITS, WEIGHTS
+from supernet.space import Space, Unit
 from supernet.store import Supernet
 
-COPIES = 5  # of a Hessian while a unit is pruned: upper half, whole, damped, factor, inverse
-STATES = 3  # of the weights of all levels in float32: at work, a copy, and rounded
+HESSIANS = 7.5  # float32 copies while a unit is fitted: upper half, whole, damped, factor, inverse, and what makes them
+FITTED = 6.0  # of a layer's weight: moment, damped, optimum, and what makes them
+RANKED = 9.0  # of a layer's weight where weights are only scored: scores, their orders and ranks as int64
+SCORED = 3.0  # where members are only scored
+LEVELS = {WEIGHTS: (1.25, 6.0), BITS: (0.8, 2.0)}  # of a level's weight: throughout, and of the inputs in the block at work
+ACTIVATIONS = 4  # of the widest layer while a batch passes: gate, up, their product, and that in float32
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,7 @@ class Estimate:
         device: Bytes on the device at the peak: one block, its statistics and its candidates.
         streams: Bytes of activations in main memory, or on disk where that has not enough.
         model: Bytes of the dense model in main memory.
+        survey: Bytes in main memory that the survey of the dense model keeps; 0 where there is none or they are few.
     """
 
     seconds: float
@@ -40,12 +53,14 @@ class Estimate:
     device: int
     streams: int
     model: int
+    survey: int = 0
 
     def __str__(self) -> str:
         stored, device, streams, model = map(_readable, (self.stored, self.device, self.streams, self.model))
+        survey = f"{_readable(self.survey)} for the survey, " if self.survey else ""
         return (
             f"about {self.seconds:,.0f} s, {stored} on disk; in memory {model} for the model, {streams} for activations, "
-            f"{device} for a block at work"
+            f"{survey}{device} for a block at work"
         )
 
 
@@ -77,9 +92,10 @@ def estimate(
     return Estimate(
         seconds=layers * (walk.pruning + passing * batches + survey),
         stored=stored * layers,
-        device=_block_bytes(model) + max((_working_bytes(place, pruner, space) for place in here), default=0),
+        device=_block_bytes(model) + max((working_bytes(place, pruner, space, short) for place in here), default=0),
         streams=0 if walk.streams is None else stream_bytes(model, calibration, walk.streams.fit),
         model=sum(parameter.nbytes for parameter in model.parameters()),
+        survey=survey_bytes(pruner, [place.part for place in places(model, space)]),
     )
 
 
@@ -107,13 +123,47 @@ def _block_bytes(model: PreTrainedModel) -> int:
     return max(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks(model))
 
 
-def _working_bytes(place: Place, pruner: Pruner, space: Space) -> int:
-    """Of the largest unit of a sub-block: Hessians, and all levels in float32."""
-    most = 0
+def working_bytes(place: Place, pruner: Pruner, space: Space, batch: Calibration) -> int:
+    """At the peak of a sub-block, besides its own parameters: its largest unit, or the passing of one batch (its text)."""
+    part, most = place.part, 0.0
+    shapes = {layer: part.weight(layer).shape for stage in part.stages for layer in stage}
+    passing = 4 * ACTIVATIONS * batch.ids.numel() * max(size for shape in shapes.values() for size in shape)
     for index, layer in place.units:
-        weight = place.part.weight(layer or place.part.column)
-        d_out, d_in = weight.shape
-        square = isinstance(pruner.statistics(weight[:1], 1), LeastSquares)
-        levels = len(space.units[index].levels) - 1
-        most = max(most, 4 * (COPIES * d_in * d_in * square + STATES * levels * d_out * d_in))
-    return most
+        d_out, d_in = shapes[layer or part.column]
+        statistics = pruner.statistics(part.weight(layer or part.column)[:1], 1)
+        stacked = [shapes[one][0] for stage in part.stages if layer in stage for one in stage] or [d_out]
+        fits = isinstance(statistics, LeastSquares)
+        sums = 4 * d_in * (d_in + 2 * sum(stacked)) if fits else 0  # moments, and dense weights beside each other
+        others = 4 * d_in * (sum(stacked) - d_out) if fits else 0  # moments of layers that share the inputs
+        pruning = others + _pruning_bytes(part.weight(layer or part.column), pruner, space.units[index], fits)
+        most = max(most, pruning, sums + passing if statistics is not None else 0)
+    return int(most)
+
+
+def _pruning_bytes(dense: Tensor, pruner: Pruner, unit: Unit, fits: bool) -> float:
+    """While candidates are made of a layer (d_out, d_in); factors are as they were measured on layers of all shapes."""
+    d_out, d_in = dense.shape
+    weight, hessian, levels = 4 * d_out * d_in, 4 * d_in * d_in, unit.levels[1:]
+    if not fits and unit.total == 1:  # present or not
+        return 0.0
+    if not fits:
+        masks = len(levels) * d_out * d_in if unit.kind == WEIGHTS else 0
+        return (RANKED if unit.kind in LEVELS else SCORED) * weight + masks
+    if unit.kind not in LEVELS:
+        return HESSIANS * hessian + FITTED * weight + weight * sum(level.kept for level in levels) / unit.total
+    at_work = min(len(levels), max(1, WORKING // weight)) if unit.kind == WEIGHTS else len(levels)
+    throughout, in_block = LEVELS[unit.kind]
+    per_level = throughout + in_block * min(1.0, getattr(pruner, "block", d_in) / d_in)
+    finished = (len(levels) - at_work) * d_out * d_in * (1 + dense.element_size())
+    return HESSIANS * hessian + FITTED * weight + at_work * per_level * weight + finished
+
+
+def survey_bytes(pruner: Pruner, parts: Sequence[SubBlock]) -> int:
+    """Of the gradients that a survey keeps: one float32 copy of all layers that are pruned."""
+    if isinstance(pruner, GblmPruner):
+        layers = [(part, layer) for part in parts for stage in part.stages for layer in stage]
+    elif isinstance(pruner, TaylorPruner):
+        layers = [(part, layer) for part in parts for layer in member_layers(part)]
+    else:
+        return 0
+    return sum(4 * part.weight(layer).numel() for part, layer in layers)

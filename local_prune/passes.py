@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
-from local_prune.walk import moved, on_device
+from local_prune.devices import moved, on_device
 from supernet.architecture import SubBlock, blocks, entry, final_norm_and_head, head_of, sub_blocks
 from supernet.errors import InputError
 from supernet.families import family_of

@@ -32,8 +32,8 @@ class Calibration:
         batch: Sequences in one forward pass.
         fit: What the kept weights are fitted to: `pruned`, the dense layer's output on the inputs of the pruned model;
             `dense`, its output on the inputs of the dense model; `residual`, the dense model's whole residual stream behind
-            the sub-block, so that each fit also makes up for the error that came before it (layers that do not end a sub-block
-            are fitted as `pruned`).
+            the sub-block, so that each fit also makes up for the error that came before it. Layers that do not end a sub-block
+            are fitted as `pruned`, and so are those that do where a norm stands between them and the stream (the Gemmas).
     """
 
     ids: Tensor

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import gcd
 
 import torch
 from torch import Tensor
 
 from local_prune.pruner import NoSurvey, Task
-from local_prune.statistics import LeastSquares, damped
+from local_prune.statistics import Damped, LeastSquares, check_number, solved
 from supernet.architecture import SubBlock
 from supernet.encoding import Candidate, Quantised
 from supernet.errors import InputError
@@ -185,14 +184,20 @@ def gptq(
 
 
 def _blocks(d_in: int, block: int, group: int | None) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Blocks [start, stop) and their pieces; every group begins with a piece, and within a block or with one, if given."""
-    outer, inner = block, COLUMNS
-    if group is not None:
-        outer = block // group * group if group <= block else gcd(block, group)
-        inner = gcd(group, COLUMNS)
-    for start in range(0, d_in, outer):
-        stop = min(start + outer, d_in)
-        yield start, stop, [(first, min(first + inner, stop)) for first in range(start, stop, inner)]
+    """Blocks [start, stop) and their pieces; every group begins with a piece, and one larger than `block` with a block.
+
+    The weights of a whole group are read when it begins, and by then the errors before it must have reached them: those of
+    earlier blocks reach all weights, those of its own block the weights within the block.
+    """
+    span = d_in if group is None else max(group, block // group * group)  # blocks begin anew at its multiples
+    part = block if group is None else min(group, block)  # and pieces at those of this
+    for start, stop in _parts(0, d_in, span):
+        for first, last in _parts(start, stop, block):
+            yield first, last, [piece for begin, end in _parts(first, last, part) for piece in _parts(begin, end, COLUMNS)]
+
+
+def _parts(start: int, stop: int, step: int) -> list[tuple[int, int]]:
+    return [(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
 def _round_piece(W: Tensor, U: Tensor, table: _Table, groups: Tensor, dtype: torch.dtype, errors: Tensor) -> Tensor:
@@ -229,7 +234,7 @@ class _GridPruner(NoSurvey):
     Attributes:
         bits: The widths that layers may get, 2 to 8.
         group: Neighbouring inputs of an output that share a scale and a zero; see `supernet.prunables.group_size`.
-        symmetric: The code of 0 is in the middle, not free.
+        symmetric: The code of 0 is in the middle, not free, and takes no space.
     """
 
     bits: Sequence[int] = (8, 6, 4, 3, 2)
@@ -246,7 +251,7 @@ class _GridPruner(NoSurvey):
 
     def prunables(self, parts: Sequence[SubBlock]) -> tuple[Prunable, ...]:
         """See `Pruner`: every linear layer."""
-        return bit_prunables(parts, self.bits, self.group)
+        return bit_prunables(parts, self.bits, self.group, self.symmetric)
 
     def layout(self, task: Task) -> Layout:
         """Of the grids of one layer; InputError if its weights are not finite."""
@@ -285,8 +290,7 @@ class GptqPruner(_GridPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.damping > 0:
-            raise InputError(f"prune.pruner.damping={self.damping} must be above 0; 0.01 is the usual choice")
+        check_number("damping", self.damping, "0.01")
         if self.block < 1:
             raise InputError(f"prune.pruner.block={self.block} must be at least 1 input; 128 is the usual choice")
 
@@ -300,12 +304,10 @@ class GptqPruner(_GridPruner):
             return []
         layout = self.layout(task)
         assert isinstance(task.statistics, LeastSquares)
-        solved = damped(task.statistics, task.dense.T, self.damping, task.where)
-        order = solved.hessian.diagonal().argsort(descending=True, stable=True) if self.activation_order else None
-        try:
-            U = solved.factor.upper_of_inverse(order)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise InputError(
-                f"{task.where}: the Hessian is too close to singular; raise prune.pruner.damping={self.damping}"
-            ) from error
-        return list(gptq(solved.solution, U, list(kept), layout, self.block, order))
+
+        def solve(problem: Damped) -> list[Candidate]:
+            order = problem.hessian.diagonal().argsort(descending=True, stable=True) if self.activation_order else None
+            U = problem.factor.upper_of_inverse(order)
+            return list(gptq(problem.solution, U, list(kept), layout, self.block, order))
+
+        return solved(task.statistics, task.dense.T, self.damping, task.where, solve)

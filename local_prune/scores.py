@@ -36,7 +36,7 @@ def magnitudes(part: SubBlock) -> Tensor:
 def wanda_sp(dense: Tensor, norms: Tensor, width: int) -> Tensor:
     """Wanda's |W_ij| ||X_j||_2 by members (Wanda-sp, a baseline of FLAP, An et al. 2024).
 
-    L2 norm over the outputs, mean over the columns of a member.
+    The mean over the outputs and over the columns of a member, as in FLAP's code.
 
     Args:
         dense: (d_out, d_in).
@@ -46,21 +46,25 @@ def wanda_sp(dense: Tensor, norms: Tensor, width: int) -> Tensor:
     Returns:
         (d_in / width,) float32.
     """
-    return (dense.detach().float().square().sum(0).sqrt() * norms).view(-1, width).mean(1)
+    return (dense.detach().float().abs().mean(0) * norms).view(-1, width).mean(1)
 
 
 def fluctuation(dense: Tensor, variance: Tensor, width: int) -> Tensor:
     """FLAP's weighted input feature variance, Var(x_j) ||W_:j||^2 (An et al. 2024, WIFV): what a bias cannot make up for.
 
+    The root mean square over the columns of a member. The authors' code takes the mean of the squares for heads, which is the
+    same order, and the variance itself for neurons, which is the root of its square.
+
     Args:
         dense: (d_out, d_in).
         variance: Of each input over the tokens, (d_in,).
-        width: Columns per member, over which the mean is taken.
+        width: Columns per member.
 
     Returns:
         (d_in / width,) float32.
     """
-    return (dense.detach().float().square().sum(0) * variance).view(-1, width).mean(1)
+    metric = dense.detach().float().square().sum(0) * variance
+    return metric.double().view(-1, width).square().mean(1).sqrt().float()  # squares of small float32 numbers may be 0
 
 
 def compensation(dense: Tensor, bias: Tensor | None, mean: Tensor, kept: Tensor, width: int) -> Tensor:
@@ -118,7 +122,7 @@ class SurveyedPruner(MembersPruner):
 
 
 @dataclass(frozen=True)
-class MagnitudePruner(SurveyedPruner):
+class MagnitudeMembersPruner(SurveyedPruner):
     """Members with the smallest parameters go first: `magnitudes`."""
 
     def survey(

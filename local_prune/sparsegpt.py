@@ -20,7 +20,7 @@ from torch import Tensor
 
 from local_prune.pruner import Task
 from local_prune.refit import refit
-from local_prune.statistics import LeastSquares, damped
+from local_prune.statistics import Damped, LeastSquares, check_number, solved
 from local_prune.unstructured import WeightPruner, ascending, pattern_of, rank_in_groups
 from supernet.encoding import Candidate, Weights
 from supernet.errors import InputError
@@ -195,8 +195,7 @@ class BlockwisePruner(WeightPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.damping <= 0:
-            raise InputError(f"prune.pruner.damping={self.damping} must be above 0; 0.01 is the usual choice")
+        check_number("damping", self.damping, "0.01")
         if self.block < 1:
             raise InputError(f"prune.pruner.block={self.block} must be at least 1 input; 32 to 128 are the usual choice")
         if self.refit < 0:
@@ -217,23 +216,25 @@ class BlockwisePruner(WeightPruner):
         if not kept:
             return []
         assert isinstance(task.statistics, LeastSquares)
-        solved = damped(task.statistics, task.dense.T, self.damping, task.where)
         dead = task.statistics.upper.diagonal() <= 0
+
+        def solve(problem: Damped) -> list[Candidate]:
+            return self._solved(problem, dead, task.dense, kept)
+
+        return solved(task.statistics, task.dense.T, self.damping, task.where, solve)
+
+    def _solved(self, problem: Damped, dead: Tensor, dense: Tensor, kept: Sequence[int]) -> list[Candidate]:
+        """`candidates` of a damped problem; dead: (d_in,) bool."""
         found: dict[int, Candidate] = {}
-        try:
-            U = solved.factor.upper_of_inverse()
-            for levels, of, counts in self._batches(task.dense, kept):
-                block = self.block if of is None else max(of, self.block // of * of)
-                masks, weights = sweep(solved.solution, U, dead, counts, of, block, self.solve)
-                if self.refit:
-                    refit(solved.hessian, solved.solution, masks, weights, self.refit)
-                for index, level in enumerate(levels):
-                    weight = weights[:, index].T.to(task.dense.dtype).contiguous()
-                    found[level] = Weights(masks[:, index].T.contiguous(), weight)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise InputError(
-                f"{task.where}: the Hessian is too close to singular; raise prune.pruner.damping={self.damping}"
-            ) from error
+        U, target = problem.factor.upper_of_inverse(), problem.solution
+        for levels, of, counts in self._batches(dense, kept):
+            block = self.block if of is None else max(of, self.block // of * of)
+            masks, weights = sweep(target, U, dead, counts, of, block, self.solve)
+            if self.refit:
+                refit(problem.hessian, target, masks, weights, self.refit)
+            for index, level in enumerate(levels):
+                weight = weights[:, index].T.to(dense.dtype).contiguous()
+                found[level] = Weights(masks[:, index].T.contiguous(), weight)
         return [found[level] for level in range(len(kept))]
 
     def _batches(self, dense: Tensor, kept: Sequence[int]) -> list[tuple[list[int], int | None, list[int]]]:

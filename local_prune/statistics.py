@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,18 @@ from supernet.errors import InputError
 
 log = logging.getLogger(__name__)
 
+R = TypeVar("R")
+
+ATTEMPTS = 6  # at a factorisation, each with ten times the damping of the one before
+ROWS = 1024  # of X that are float64 at a time
 PANELS = 6  # of a Gram matrix: its upper triangle takes (PANELS + 1) / (2 PANELS) of the products of the whole
+
+
+def check_number(name: str, value: float, usual: str, zero: bool = False) -> None:
+    """InputError unless the setting `prune.pruner.<name>` is finite and above 0, or 0 where `zero` says so."""
+    if not (0 <= value if zero else 0 < value) or not math.isfinite(value):
+        limit = "not below 0" if zero else "above 0"
+        raise InputError(f"prune.pruner.{name}={value} must be finite and {limit}; {usual} is the usual choice")
 
 
 def add_gram(gram: Tensor, X: Tensor) -> None:
@@ -54,11 +66,12 @@ class Moments:
 
     def add(self, inputs: Tensor) -> None:
         """Add a batch: X (tokens, d_in), of any float dtype."""
-        X = inputs.float()
-        self.total += X.sum(0)
-        self.squares += X.square().sum(0)
-        self.absolute += X.abs().sum(0)
-        self.tokens += len(X)
+        for rows in inputs.split(ROWS):
+            X = rows.double()  # float32 squares would leave nothing of a variance that is small beside the mean
+            self.total += X.sum(0)
+            self.squares += X.square().sum(0)
+            self.absolute += X.abs().sum(0)
+        self.tokens += len(inputs)
 
     @property
     def norms(self) -> Tensor:
@@ -86,12 +99,14 @@ class LeastSquares:
         moment: G = X^T T, (d_in, d_out).
         energies: ||T_o||^2 of each output, (d_out,) float64: what errors are relative to.
         tokens: Rows of X so far.
+        own_output: T is X W for the dense W, which is then the solution.
     """
 
     upper: Tensor
     moment: Tensor
     energies: Tensor
     tokens: int = 0
+    own_output: bool = False
     _factors: dict[float, Factor] = field(default_factory=dict)  # by damping; layers with the same inputs share them
 
     @classmethod
@@ -124,10 +139,12 @@ class LeastSquares:
         """Set T = X W for the dense W (d_in, d_out), after all batches: G = H W needs no pass over the tokens."""
         self.moment = self.hessian @ dense.float()
         self.energies = (dense.float() * self.moment).double().sum(0)
+        self.own_output = True
 
     def outputs(self, chosen: slice) -> LeastSquares:
         """The problem of some of the outputs alone: one layer of several that share their inputs."""
-        return LeastSquares(self.upper, self.moment[:, chosen], self.energies[chosen], self.tokens, self._factors)
+        moment, energies = self.moment[:, chosen], self.energies[chosen]
+        return LeastSquares(self.upper, moment, energies, self.tokens, self.own_output, self._factors)
 
     def errors(self, levels: Iterable[tuple[Tensor | slice, Tensor]]) -> list[float]:
         """Relative squared output errors ||X_k W_k - T||^2 / ||T||^2.
@@ -142,16 +159,18 @@ class LeastSquares:
             errors.append(max(0.0, residual / self.energy) if self.energy else 0.0)
         return errors
 
-    def factor(self, damping: float, where: str) -> Factor:
+    def factor(self, damping: float, where: str, attempt: int = 0) -> Factor:
         """The damped Hessian's factorisation; `damping` times the mean diagonal, tenfold again with a warning while it fails.
 
         Args:
             damping: Fraction of the mean diagonal of H.
             where: Unit name, for messages.
+            attempt: How often the damping is tenfold already; not above 0 but where something that follows has failed.
         """
-        if damping not in self._factors:
-            self._factors[damping] = _factor(self.hessian, damping, where)
-        return self._factors[damping]
+        known = self._factors.get(damping)
+        if known is None or known.attempt < attempt:
+            self._factors[damping] = known = _factor(self.hessian, damping, where, attempt)
+        return known
 
 
 @dataclass(frozen=True)
@@ -161,6 +180,7 @@ class Factor:
     hessian: Tensor
     ridge: float
     lower: Tensor  # L with L L^T = hessian
+    attempt: int = 0  # how often the damping was made tenfold
     _uppers: list[Any] = field(default_factory=list)
 
     @cached_property
@@ -189,12 +209,12 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _factor(hessian: Tensor, damping: float, where: str) -> Factor:
+def _factor(hessian: Tensor, damping: float, where: str, first: int = 0) -> Factor:
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         raise _not_finite(where)
     mean = float(diagonal.mean()) or 1.0
-    for attempt in range(6):
+    for attempt in range(first, ATTEMPTS):
         ridge = damping * 10.0**attempt * mean
         raised = hessian.clone()
         raised.diagonal().add_(ridge)
@@ -202,9 +222,10 @@ def _factor(hessian: Tensor, damping: float, where: str) -> Factor:
         if int(info) == 0:
             if attempt:
                 log.warning("%s: Cholesky failed; damping raised from %g to %g", where, damping, damping * 10.0**attempt)
-            return Factor(raised, ridge, lower)
+            return Factor(raised, ridge, lower, attempt)
     raise InputError(
-        f"{where}: the Hessian is not positive definite even with damping {damping * 1e5:g}; use more calibration text"
+        f"{where}: the Hessian is not positive definite even with damping {damping * 10.0 ** (ATTEMPTS - 1):g}; "
+        "use more calibration text"
     )
 
 
@@ -221,6 +242,7 @@ class Damped:
 
     factor: Factor
     moment: Tensor  # (d_in, d_out)
+    known: Tensor | None = None  # the solution, where no solving is needed, which would round it
 
     @property
     def hessian(self) -> Tensor:
@@ -235,10 +257,10 @@ class Damped:
     @property
     def solution(self) -> Tensor:
         """The unpruned optimum W, (d_in, d_out)."""
-        return torch.cholesky_solve(self.moment, self.factor.lower)
+        return torch.cholesky_solve(self.moment, self.factor.lower) if self.known is None else self.known
 
 
-def damped(problem: LeastSquares, dense: Tensor, damping: float, where: str) -> Damped:
+def damped(problem: LeastSquares, dense: Tensor, damping: float, where: str, attempt: int = 0) -> Damped:
     """Add a ridge of `damping` times the mean diagonal; see `LeastSquares.factor`.
 
     Args:
@@ -246,9 +268,31 @@ def damped(problem: LeastSquares, dense: Tensor, damping: float, where: str) -> 
         dense: (d_in, d_out), the dense weight transposed. Inputs that were never active get zero weight.
         damping: Fraction of the mean diagonal of H.
         where: Unit name, for messages.
+        attempt: See `LeastSquares.factor`.
     """
-    factor = problem.factor(damping, where)
+    factor = problem.factor(damping, where, attempt)
     if not bool(torch.isfinite(problem.moment).all()):
         raise _not_finite(where)
-    alive = (problem.upper.diagonal() > 0).unsqueeze(1)
-    return Damped(factor, problem.moment + factor.ridge * (dense.float() * alive))
+    anchor = dense.float() * (problem.upper.diagonal() > 0).unsqueeze(1)
+    return Damped(factor, problem.moment + factor.ridge * anchor, anchor if problem.own_output else None)
+
+
+def solved(problem: LeastSquares, dense: Tensor, damping: float, where: str, solve: Callable[[Damped], R]) -> R:
+    """What `solve` makes of the damped problem, which gets ten times the ridge, with a warning, while its own steps fail.
+
+    A Hessian that is close to singular may pass the first factorisation and not those of its parts, or in another order.
+
+    Args:
+        problem: As for `damped`, like `dense`, `damping` and `where`.
+        solve: Raises torch.linalg.LinAlgError where a step fails; it is called again then.
+
+    Raises:
+        InputError: Where the largest damping is not enough either.
+    """
+    attempt = 0
+    while True:
+        one = damped(problem, dense, damping, where, attempt)
+        try:
+            return solve(one)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            attempt = one.factor.attempt + 1

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from local_prune.pruner import NoSurvey, Task
-from local_prune.statistics import LeastSquares, damped
+from local_prune.statistics import Damped, LeastSquares, check_number, solved
 from supernet.architecture import SubBlock
 from supernet.encoding import Candidate, Members, member_columns
-from supernet.errors import InputError
 from supernet.prunables import Prunable, member_prunables
 
 BLOCK = 32  # removals between two updates of the whole inverse: their corrections are applied as one matrix product
@@ -120,7 +119,7 @@ def _order_of_groups(inverse: Tensor, weight: Tensor, moment: Tensor, width: int
     return torch.stack(order) if order else names[:0]
 
 
-def refit(hessian: Tensor, moment: Tensor, order: Tensor, kept: list[int], width: int) -> list[tuple[Tensor, Tensor]]:
+def solve_levels(hessian: Tensor, moment: Tensor, order: Tensor, kept: list[int], width: int) -> list[tuple[Tensor, Tensor]]:
     """The exact least-squares weights of every level of a trajectory, from one factorisation.
 
     With the rows sorted so that the last to go comes first, every level keeps a leading part: H = L L^T and the forward
@@ -171,11 +170,8 @@ class ObsPruner(NoSurvey):
     query_heads: bool = False
 
     def __post_init__(self) -> None:
-        if self.damping <= 0 or self.first_order < 0:
-            raise InputError(
-                f"prune.pruner.damping={self.damping} must be above 0 and first_order={self.first_order} not below 0; "
-                "0.01 and 0 are the usual choice"
-            )
+        check_number("damping", self.damping, "0.01")
+        check_number("first_order", self.first_order, "0", zero=True)
 
     def prunables(self, parts: Sequence[SubBlock]) -> tuple[Prunable, ...]:
         """See `Pruner`."""
@@ -190,13 +186,11 @@ class ObsPruner(NoSurvey):
         if not kept:
             return []
         assert isinstance(task.statistics, LeastSquares)
-        solved = damped(task.statistics, task.dense.T, self.damping, task.where)
-        members = task.dense.shape[1] // task.width
-        try:
-            order = removal_order(solved.inverse, solved.moment, task.width, members - min(kept), self.first_order)
-            levels = refit(solved.hessian, solved.moment, order, list(kept), task.width)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise InputError(
-                f"{task.where}: the Hessian is too close to singular; raise prune.pruner.damping={self.damping}"
-            ) from error
+        removed = task.dense.shape[1] // task.width - min(kept)
+
+        def solve(problem: Damped) -> list[tuple[Tensor, Tensor]]:
+            order = removal_order(problem.inverse, problem.moment, task.width, removed, self.first_order)
+            return solve_levels(problem.hessian, problem.moment, order, list(kept), task.width)
+
+        levels = solved(task.statistics, task.dense.T, self.damping, task.where, solve)
         return [Members(groups, weight.T.to(task.dense.dtype).contiguous()) for groups, weight in levels]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from local_prune.gradients import COST, weight_gradient_norms
 from local_prune.pruner import Calibration, NoSurvey, Task, Track
-from local_prune.statistics import LeastSquares, Moments
+from local_prune.statistics import LeastSquares, Moments, check_number
 from supernet.architecture import SubBlock
 from supernet.encoding import Candidate, Weights
 from supernet.errors import InputError
@@ -70,7 +70,7 @@ def rank_in_groups(scores: Tensor, dim: int) -> Tensor:
 
 def patterned_mask(scores: Tensor, pattern: Pattern) -> Tensor:
     """The best `keep` of every `of` neighbouring inputs of an output: (d_out, d_in) bool."""
-    groups = scores.view(-1, pattern.of)
+    groups = scores.reshape(-1, pattern.of)
     parts = groups.split(max(1, PAIRS // pattern.of**2))
     return torch.cat([rank_in_groups(part, 1) >= pattern.of - pattern.keep for part in parts]).view(scores.shape)
 
@@ -81,6 +81,8 @@ def parse_patterns(pattern: str | Sequence[str] | None) -> tuple[Pattern, ...]:
     for text in texts:
         if not isinstance(text, str):
             raise InputError(f'prune.pruner.pattern={text} is a number; quote patterns, YAML reads 2:4 as one: pattern="2:4"')
+    if pattern is not None and not texts:
+        raise InputError('prune.pruner.pattern=[] names no pattern; leave it null for unstructured, or give one such as "2:4"')
     patterns = tuple(Pattern.parse(text) for text in texts)
     if len({one.keep / one.of for one in patterns}) < len(patterns):
         raise InputError(f"prune.pruner.pattern={','.join(texts)} has two patterns of the same density; leave one of them out")
@@ -138,7 +140,7 @@ class ScoredPruner(WeightPruner):
         """One candidate a level, without weights; see `Pruner.candidates`."""
         if not kept:
             return []
-        scores = self.scores(task)
+        scores = self.scores(task).contiguous()  # dense weights may be transposed
         if self.patterns:
             return [Weights(patterned_mask(scores, pattern_of(k, scores.numel(), self.patterns)), None) for k in kept]
         rank = self.rank(scores)
@@ -175,6 +177,8 @@ class WandaPruner(ScoredPruner):
 class GblmPruner(ScoredPruner):
     """|W_ij| ||X_j||_2 + `gradient_weight` |W_ij| |g_ij|, compared per output (Das et al. 2023, section 3.2): `prune=gblm`.
 
+    ||X_j||_2 is the root of the mean over the calibration sequences of the squared norm over their tokens, see `survey`.
+
     Attributes:
         gradient_weight: The paper's alpha: activations and gradients differ in size.
         norm: g is the l1 (1) or l2 (2) norm of the gradients of the loss over the calibration sequences.
@@ -185,23 +189,27 @@ class GblmPruner(ScoredPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gradient_weight < 0:
-            raise InputError(f"prune.pruner.gradient_weight={self.gradient_weight} must not be below 0; 100 is the usual choice")
+        check_number("gradient_weight", self.gradient_weight, "100", zero=True)
         if self.norm not in (1, 2):
             raise InputError(f"prune.pruner.norm={self.norm} must be 1 or 2, the norm over the sequences' gradients")
 
     def survey(
         self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
     ) -> Mapping[str, Tensor]:
-        """The norms g of every linear layer, by unit."""
-        return weight_gradient_norms(model, calibration, device, track, self.norm)
+        """The norms g of every linear layer, by unit, times the root of the number of sequences.
+
+        In the authors' code ||X_j||^2 is a mean over sequences, of sums over tokens, and g a sum over sequences. `Moments` knows
+        tokens alone, so g is scaled instead: a factor common to all scores changes no order.
+        """
+        found = weight_gradient_norms(model, calibration, device, track, self.norm)
+        return {name: norms.mul_(len(calibration.ids) ** 0.5) for name, norms in found.items()}
 
     def survey_tokens(self, calibration: Calibration) -> int:
         """See `Pruner`."""
         return COST * calibration.ids.numel()
 
     def scores(self, task: Task) -> Tensor:
-        """|W_ij| (||X_j||_2 + gradient_weight |g_ij|)."""
+        """|W_ij| (||X_j||_2 + gradient_weight |g_ij|), times the root of the number of sequences."""
         if task.scores is None:
             raise InputError(f"{task.where}: gblm needs the gradients of its survey, and there are none for this layer")
         gradients = task.scores.to(task.dense.device).float()

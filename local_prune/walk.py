@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.activations import SHARE, Activations, free_memory
+from local_prune.devices import on_device
 from local_prune.pruner import Calibration, Pruner, Statistics, Task, Track
 from local_prune.statistics import LeastSquares
-from supernet.architecture import SubBlock, blocks, entry, sub_blocks
-from supernet.encoding import Candidate, Dropped, Members, Weights, member_columns
+from local_prune.streams import OWN_OUTPUT, Streams
+from supernet.architecture import SubBlock, blocks
+from supernet.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
+from supernet.errors import InputError
 from supernet.placement import Place, full_weight, is_absent, places
 from supernet.space import Unit
 from supernet.store import Supernet
@@ -65,13 +65,22 @@ def build(
         if supernet.complete:
             return
         walk = Walk(model, calibration, pruner, supernet, mixture, torch.device(device))
+        if walk.behind_norms:
+            log.info("prune.fit=residual is fitted as pruned: a norm follows the sub-blocks")
         walk.survey(track)
         for place in track(places(model, supernet.space), title):
             walk.step(place)
 
 
 class Walk:
-    """A build under way; `step` takes one sub-block after the other."""
+    """A build under way; `step` takes one sub-block after the other.
+
+    Attributes:
+        streams: The calibration text in the model pruned so far; None for methods that look at no inputs.
+        behind_norms: The fit was to be to the residual stream, but a norm stands between it and every layer that is pruned.
+        scores: What the survey found, by unit.
+        pruning: Seconds spent on candidates rather than on passes over the text.
+    """
 
     def __init__(
         self,
@@ -85,13 +94,15 @@ class Walk:
         self.model, self.calibration, self.pruner, self.supernet = model, calibration, pruner, supernet
         self.mixture, self.device = mixture, device
         self.scores: Mapping[str, Tensor] = {}
-        self.pruning = 0.0  # seconds spent on candidates rather than on passes over the text
-        part = places(model, supernet.space)[0].part
-        self.streams: Streams | None = None  # not made for methods that look at no inputs
-        if (statistics := pruner.statistics(part.weight(part.column), 1)) is not None:
+        self.pruning = 0.0
+        parts = [place.part for place in places(model, supernet.space) if place.units]
+        self.streams: Streams | None = None
+        self.behind_norms = False
+        if (statistics := pruner.statistics(parts[0].weight(parts[0].column), 1)) is not None:
             accumulates = any(weights[0] < 1.0 for weights in mixture.values())
             fit = calibration.fit if accumulates and isinstance(statistics, LeastSquares) else "pruned"
-            self.streams = Streams(model, calibration, fit, device, supernet.path)
+            self.behind_norms = fit == "residual" and all(part.post_norm is not None for part in parts)
+            self.streams = Streams(model, calibration, "pruned" if self.behind_norms else fit, device, supernet.path)
 
     def survey(self, track: Track) -> None:
         """Scores that are taken from the dense model as a whole."""
@@ -124,7 +135,7 @@ class Walk:
         """Write the candidates of a stage's units that the supernet does not hold."""
         layers = [layer for _, layer in stage]
         width = part.groups.width if part.groups and self._unit(stage[0][0]).name == part.name else 1
-        statistics = self._statistics(part, layers, width, replaced)
+        statistics, target = self._statistics(part, layers, width, replaced)
         start = 0
         for index, layer in stage:
             unit, dense = self._unit(index), part.weight(layer)
@@ -136,19 +147,24 @@ class Walk:
             task = Task(unit.name, dense, own, self.scores.get(unit.name), width, part.bias(layer))
             begun = time.perf_counter()
             candidates = self.pruner.candidates(task, [level.kept for level in unit.levels[1:]])
+            if not all(_is_finite(candidate) for candidate in candidates):
+                raise InputError(f"{unit.name}: what is left is not finite; check the model's weights, or use dtype=float32")
             record: dict[str, Any] = {"seconds": round(time.perf_counter() - begun, 3)}
             if isinstance(own, LeastSquares):
                 record["errors"] = [round(error, 6) for error in own.errors(_kept_and_weight(task, one) for one in candidates)]
+                record["target"] = target  # what they are relative to
             self.supernet.write(unit.name, candidates, record)
             self.pruning += time.perf_counter() - begun
             log.debug("%s: %s", unit.name, record)
 
-    def _statistics(self, part: SubBlock, layers: Sequence[str], width: int, replaced: Mapping[str, Tensor]) -> Statistics | None:
-        """Sums over the calibration tokens of the inputs that a stage's layers share."""
+    def _statistics(
+        self, part: SubBlock, layers: Sequence[str], width: int, replaced: Mapping[str, Tensor]
+    ) -> tuple[Statistics | None, str]:
+        """Sums over the calibration tokens of the inputs that a stage's layers share, and what a fit to them aims at."""
         dense = torch.cat([part.weight(layer) for layer in layers])
         statistics = self.pruner.statistics(dense, width)
         if statistics is None or self.streams is None:
-            return None
+            return None, OWN_OUTPUT
         aimed = False
         for X, target in self.streams.inputs_and_targets(part, layers, dense, replaced):
             if isinstance(statistics, LeastSquares):
@@ -158,7 +174,7 @@ class Walk:
                 statistics.add(X)
         if isinstance(statistics, LeastSquares) and not aimed:
             statistics.target_own_output(dense.T)
-        return statistics
+        return statistics, self.streams.target if aimed else OWN_OUTPUT
 
 
 def _stages(place: Place) -> list[Stage]:
@@ -178,6 +194,12 @@ def _kept_and_weight(task: Task, candidate: Candidate) -> tuple[Tensor | slice, 
     assert not isinstance(candidate, Dropped)
     weight = candidate.weight
     return slice(None), (task.dense * candidate.mask if isinstance(candidate, Weights) and weight is None else weight).T  # type: ignore[union-attr]
+
+
+def _is_finite(candidate: Candidate) -> bool:
+    """Of all values that it stores."""
+    values = [getattr(candidate, name, None) for name in ("bias", "scale" if isinstance(candidate, Quantised) else "weight")]
+    return all(bool(torch.isfinite(value).all()) for value in values if value is not None)
 
 
 def mean_parameters(
@@ -211,105 +233,3 @@ def mean_parameters(
             shift += weights[level] / share * own.to(shift)
             shifted = True
     return part.replaced(layer, mean.to(dense.dtype), shift.to(dense.dtype) if shifted else None), share
-
-
-@contextmanager
-def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Lend a module to the device, and put it back where it was."""
-    home = next(module.parameters()).device
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)
-
-
-def stream_bytes(model: PreTrainedModel, calibration: Calibration, fit: str) -> int:
-    """What the residual streams of the calibration text take: the pruned model's and, where the fit needs it, the dense one's."""
-    token = int(model.config.hidden_size) * _stream_dtype(model).itemsize
-    return calibration.ids.numel() * token * (1 if fit == "pruned" else 2)
-
-
-def _stream_dtype(model: PreTrainedModel) -> torch.dtype:
-    return torch.float32 if sub_blocks(model)[0].wide_residual else model.dtype
-
-
-class Streams:
-    """The residual stream of the calibration text in the pruned model and, where the fit needs it, in the dense one."""
-
-    def __init__(self, model: PreTrainedModel, calibration: Calibration, fit: str, device: torch.device, folder: Path) -> None:
-        self.device, self.fit = device, fit
-        batches = calibration.ids.split(calibration.batch)
-        shapes, dtype = [(*ids.shape, int(model.config.hidden_size)) for ids in batches], _stream_dtype(model)
-        in_memory = stream_bytes(model, calibration, fit) <= SHARE * free_memory()
-        self.pruned = Activations(shapes, dtype, in_memory, folder)
-        self.dense = Activations(shapes, dtype, in_memory, folder) if fit != "pruned" else None
-        self._ahead = False  # whether the dense stream is behind the sub-block at work already
-        # Sequences are equally long and unpadded, so masks and positions of a whole batch serve every batch but a short last one.
-        self._contexts: list[list[dict[str, Any]]] = []
-        for index, ids in enumerate(batches):
-            hidden, contexts = entry(model, ids.to(model.device))
-            self.pruned[index] = hidden
-            if self.dense is not None:
-                self.dense[index] = hidden
-            if index in (0, len(batches) - 1):
-                self._contexts.append(moved(contexts, device))
-
-    def _context(self, part: SubBlock, hidden: Tensor) -> dict[str, Any]:
-        return self._contexts[0 if len(hidden) == len(self.pruned[0]) else 1][part.block]
-
-    def inputs_and_targets(
-        self, part: SubBlock, layers: Sequence[str], dense: Tensor, replaced: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """For each batch the inputs X (tokens, d_in) of the layers, and what the fit aims at, (tokens, d_out).
-
-        The target is None where it is the output of the dense layers, stacked weight `dense` (d_out, d_in), on X itself.
-        """
-        for index in range(len(self.pruned)):
-            hidden = self.pruned[index].to(self.device)
-            X = part.inputs(layers[0], hidden, self._context(part, hidden), replaced)
-            yield X, self._target(part, layers, dense, index)
-        self._ahead = self._ahead or self._at_residual(part, layers)
-
-    def _at_residual(self, part: SubBlock, layers: Sequence[str]) -> bool:
-        """Whether the fit is to the stream behind the sub-block: a norm between the layer and the stream stands in the way."""
-        return self.fit == "residual" and layers[0] == part.column and part.post_norm is None
-
-    def _target(self, part: SubBlock, layers: Sequence[str], dense: Tensor, index: int) -> Tensor | None:
-        if self.dense is None or self._ahead:
-            return None
-        hidden = self.dense[index].to(self.device)
-        context = self._context(part, hidden)
-        if self.fit == "dense":
-            return part.inputs(layers[0], hidden, context) @ dense.T
-        if not self._at_residual(part, layers):
-            return None
-        behind = part(hidden, context)
-        self.dense[index] = behind  # nothing behind this layer will ask for what was before
-        target = (behind.float() - self.pruned[index].to(self.device).float()).flatten(0, 1)
-        bias = part.bias(part.column)
-        return target if bias is None else target - bias
-
-    def advance(self, part: SubBlock, replaced: Mapping[str, Tensor], present: float) -> None:
-        """Move behind the sub-block with these parameters, what it adds taken `present` times."""
-        for index in range(len(self.pruned)):
-            hidden = self.pruned[index].to(self.device)
-            context = self._context(part, hidden)
-            if present == 1.0:
-                self.pruned[index] = part(hidden, context, replaced)
-            elif present > 0.0:
-                self.pruned[index] = hidden + present * part.change(hidden, context, replaced)
-            if self.dense is not None and not self._ahead:
-                self.dense[index] = part(self.dense[index].to(self.device), context)
-        self._ahead = False
-
-
-def moved(contexts: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """What `entry` says of the blocks, on another device."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device)
-        return tuple(move(v) for v in value) if isinstance(value, tuple) else value
-
-    return [{key: move(value) for key, value in context.items()} for context in contexts]

@@ -121,8 +121,9 @@ class Job:
 
     @property
     def accumulation(self) -> str:
-        """What the next sub-block sees while candidates are built."""
-        return str(self.config.prune.accumulation)
+        """What the next sub-block sees while candidates are built; methods that look at no inputs have no such setting."""
+        prune = self.config.prune
+        return str(prune.accumulation) if "accumulation" in prune else "none"
 
     @cached_property
     def grid(self) -> Grid:
@@ -138,8 +139,8 @@ class Job:
     @cached_property
     def calibration(self) -> Calibration:
         """The calibration text and how it is used."""
-        prune = self.config.prune
-        return Calibration(self.tokens["calibration"].ids, int(prune.batch), str(prune.fit))
+        given = {key: self.config.prune[key] for key in ("batch", "fit") if key in self.config.prune}
+        return Calibration(self.tokens["calibration"].ids, **given)
 
     def rebuild(self, kept: Mapping[str, int], title: str) -> Supernet:
         """The candidates of one allocation, built once more along it with exact error accumulation."""

@@ -22,7 +22,6 @@ LEAST = {  # whole numbers
     "data.sequences.search": 1,
     "data.sequences.evaluation": 1,
     "supernet.levels": 2,
-    "prune.batch": 1,
     "fitness.batch": 1,
     "evaluate.batch": 1,
 }
@@ -42,8 +41,9 @@ def check_settings(config: DictConfig) -> None:
         raise InputError(f"{key} is not given; add {key}=VALUE to the command")
     for key, least in LEAST.items():
         _check_whole(config, key, least)
-    if OmegaConf.select(config, "prune.multiple") is not None:
-        _check_whole(config, "prune.multiple", 1)
+    for name in ("batch", "multiple"):  # not every method has them
+        if name in config.prune:
+            _check_whole(config, f"prune.{name}", 1)
     numbers = NUMBERS | {f"budget.{name}": example for name, example in BUDGETS.items() if name in config.budget}
     for key, example in numbers.items():
         value = _value(config, key)

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from supernet.errors import InputError
 from supernet.families import ATTENTION as ATTENTION
 from supernet.families import MIXER as MIXER
 from supernet.families import MLP as MLP
@@ -344,6 +346,36 @@ def head_of(model: PreTrainedModel) -> Head:
     linear = model.get_output_embeddings()
     assert isinstance(linear, nn.Linear)
     return Head(linear, getattr(model.config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def check_walk(model: PreTrainedModel) -> None:
+    """InputError if the sub-blocks of a few tokens, one after the other, and the head are not what the model itself computes.
+
+    So an entry in `FAMILIES` that does not fit, or a model that does more (scales what a sub-block adds, or the logits), is told
+    before any work. Differences may be half of the dtype's digits; output that is not finite is told later, with its unit.
+    """
+    ids = (torch.arange(8, device=model.device) % int(model.config.vocab_size)).unsqueeze(0)
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits
+    try:
+        hidden, contexts = entry(model, ids)
+        for part in sub_blocks(model):
+            hidden = part(hidden, contexts[part.block])
+        normed, head = final_norm_and_head(model, hidden)
+        walked = head.linear(normed)
+    except (AttributeError, AssertionError, KeyError, TypeError) as error:
+        raise _does_not_fit(model, f"modules are called or made differently ({str(error) or type(error).__name__})") from error
+    walked = walked if head.cap is None else head.cap * torch.tanh(walked / head.cap)
+    for what, own, found in (("last hidden states", states, normed), ("logits", logits, walked)):
+        difference, largest = float((own - found).abs().max()), float(own.abs().max())
+        if largest < torch.inf and not difference <= torch.finfo(model.dtype).eps ** 0.5 * largest:
+            raise _does_not_fit(model, f"its sub-blocks, one by one, end in other {what} than the model's own code")
+
+
+def _does_not_fit(model: PreTrainedModel, why: str) -> InputError:
+    where = f"the entry '{model.config.model_type}' in supernet/families.py does not fit this model"
+    return InputError(f"{where}: {why}; correct it, or choose another model: sub-blocks must be x + post_norm(module(norm(x)))")
 
 
 @contextmanager

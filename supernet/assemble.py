@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from supernet.architecture import ATTENTION, SubBlock, heads_of
 from supernet.encoding import Members
+from supernet.errors import InputError
 from supernet.families import Family, family_of
 from supernet.modeling_pruned import PRUNED_CLASSES
 from supernet.placement import Place, places
@@ -47,6 +48,29 @@ class Shape:
     blocks: tuple[int, ...]
 
 
+def check_family(model: PreTrainedModel, structured: bool) -> None:
+    """InputError if the model's family is not known, or cannot have layers of different sizes though that is asked for.
+
+    Args:
+        model: The dense model.
+        structured: Whether units are members (KV groups, query heads, neurons) or single sub-blocks, not weights, bits or blocks.
+    """
+    family = family_of(model)
+    if structured and not family.mixer:  # a mixer is present or not, and so is its block
+        _pruned_class(str(model.config.model_type))
+
+
+def _pruned_class(model_type: str) -> type[PreTrainedModel]:
+    """That can have layers of different sizes."""
+    if model_type not in PRUNED_CLASSES:
+        raise InputError(
+            f"the family '{model_type}' has an entry in supernet/families.py but no classes in supernet/modeling_pruned.py, "
+            "which layers of different sizes need; add its two, or prune weights (prune=sparsegpt), bits (prune=gptq) "
+            "or whole blocks"
+        )
+    return PRUNED_CLASSES[model_type]
+
+
 @torch.no_grad()
 def assemble(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[int]) -> PreTrainedModel:
     """The pruned model of an allocation; what is not pruned shares its memory with the dense model.
@@ -59,7 +83,7 @@ def assemble(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[in
     shape = pruned_shape(model.config, family, changes)
     pruned_class: type[PreTrainedModel] = type(model)
     if shape.config.is_heterogeneous:
-        pruned_class = PRUNED_CLASSES[shape.config.model_type]
+        pruned_class = _pruned_class(str(shape.config.model_type))
     with torch.device("meta"):
         pruned = pruned_class(shape.config)
     pruned.load_state_dict(_numbered(_state(model, changes), family.blocks, shape.blocks), assign=True)

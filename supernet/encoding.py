@@ -136,7 +136,8 @@ def decode(read: Callable[[str], Tensor], names: Sequence[str], level: int) -> C
     if f"{level}.codes" in names:
         scale, planes = read(f"{level}.scale"), read(f"{level}.codes")
         codes = _unpacked(planes, read(f"{level}.shape"))
-        return Quantised(codes, scale, read(f"{level}.zero"), len(planes))
+        zero = optional("zero")
+        return Quantised(codes, scale, _middle(scale, len(planes)) if zero is None else zero, len(planes))
     if "order" in names:
         order = _unpacked(read("order"), read("shape"))
         chosen = (order == 0) | (order > level)
@@ -164,9 +165,16 @@ def _tensors(candidate: Candidate, with_choice: bool) -> dict[str, Tensor]:
         case Quantised():
             shape = torch.tensor(candidate.codes.shape)
             codes = _packed(candidate.codes, candidate.bits)
-            return {"codes": codes, "shape": shape, "scale": candidate.scale, "zero": candidate.zero}
+            named = {"codes": codes, "shape": shape, "scale": candidate.scale}
+            middle = torch.equal(candidate.zero, _middle(candidate.scale, candidate.bits))
+            return named if middle else named | {"zero": candidate.zero}
         case Dropped():
             return {"dropped": torch.empty(0)}
+
+
+def _middle(scale: Tensor, bits: int) -> Tensor:
+    """The zeros of symmetric grids, which need not be stored: (d_out, groups) uint8, of scales of that shape."""
+    return torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
 
 
 def _chosen(candidate: Candidate) -> Tensor | None:

@@ -57,6 +57,9 @@ GEMMA = Family(
 )
 MAMBA = Family(blocks="backbone.layers", final_norm="backbone.norm_f", mixer="mixer")
 
+# By `config.model_type`. An entry is all that pruning of weights, of whole blocks and to fewer bits takes. Pruning of members and
+# of single sub-blocks leaves layers of different sizes, for which the family also needs its two classes in `modeling_pruned`
+# (`supernet.assemble.check_family`); a state-space mixer is a block of its own and needs none.
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
@@ -112,7 +115,8 @@ def family_of(model: PreTrainedModel) -> Family:
     if model_type not in FAMILIES:
         raise InputError(
             f"the model's architecture '{model_type}' is not known; known are {', '.join(FAMILIES)}; "
-            "a family with the same structure needs one entry in supernet/families.py"
+            "a family with the same structure needs one entry in supernet/families.py, and to lose heads, neurons or sub-blocks "
+            "two classes in supernet/modeling_pruned.py"
         )
     for key, (known, why) in VARIANTS.items():
         if getattr(model.config, key, known) != known:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
 
 from supernet.architecture import ATTENTION, SubBlock, by_query_heads
 from supernet.errors import InputError
@@ -99,12 +98,19 @@ def weight_prunables(parts: Sequence[SubBlock], patterns: Sequence[Pattern]) -> 
 
 
 def group_size(d_in: int, group: int) -> int:
-    """Inputs that share a scale: `group`, or the largest number below it that divides both."""
-    return gcd(d_in, group)
+    """Inputs that share a scale: the largest divisor of `d_in` that is at most `group`."""
+    return next(size for size in range(min(d_in, group), 0, -1) if d_in % size == 0)
 
 
-def bit_prunables(parts: Sequence[SubBlock], bits: Sequence[int], group: int) -> tuple[Prunable, ...]:
-    """Bit width: every linear layer; the cost is in bits, with a scale and a zero for every group."""
+def bit_prunables(parts: Sequence[SubBlock], bits: Sequence[int], group: int, symmetric: bool = False) -> tuple[Prunable, ...]:
+    """Bit width: every linear layer; the cost is in bits.
+
+    Args:
+        parts: The model's sub-blocks.
+        bits: The widths, 2 to 8.
+        group: Inputs that share a scale, and a zero of 8 bits; see `group_size`.
+        symmetric: The zero is the same in all groups and takes no space.
+    """
     if not bits or not set(bits) <= set(range(2, 9)):
         raise InputError(f"prune.pruner.bits={list(bits)} must be a list of widths from 2 to 8, such as [8,6,4,3,2]")
     if group < 1:
@@ -114,14 +120,16 @@ def bit_prunables(parts: Sequence[SubBlock], bits: Sequence[int], group: int) ->
         weight = part.weight(layer)
         d_out, d_in = weight.shape
         dense = weight.element_size() * 8
-        per_group = dense + 8
-        groups = d_out * d_in // group_size(d_in, group)
+        per_group = dense if symmetric else dense + 8
+        size = group_size(d_in, group)
+        groups = d_out * d_in // size
         levels = [Level(dense, dense * d_out * d_in)]
         levels += [Level(width, width * d_out * d_in + groups * per_group) for width in sorted(set(bits), reverse=True)]
         if levels[1].cost >= levels[0].cost:
+            remedy = f"use a larger group that divides {d_in}, or leave out that width" if size < d_in else "leave out that width"
             raise InputError(
-                f"prune.pruner.group={group}: scales and zeros of {part.name}.{layer} ({d_in} inputs) take as much as "
-                f"{levels[1].kept} bits save; use a larger group, or leave out that width"
+                f"prune.pruner.group={group}: scales of {part.name}.{layer}, one for {size} of its {d_in} inputs, take as much "
+                f"as {levels[1].kept} bits save; {remedy}"
             )
         found.append(Prunable(f"{part.name}.{layer}", BITS, dense, d_out * d_in, 1, tuple(levels)))
     return tuple(found)

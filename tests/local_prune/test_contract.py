@@ -15,8 +15,7 @@ from local_prune.bonsai import BonsaiPruner
 from local_prune.depth import DepthPruner
 from local_prune.pruner import Calibration, Pruner
 from local_prune.quantize import GptqPruner, RtnPruner
-from local_prune.scores import AmpPruner, FlapPruner, TaylorPruner, WandaSpPruner
-from local_prune.scores import MagnitudePruner as MembersMagnitudePruner
+from local_prune.scores import AmpPruner, FlapPruner, MagnitudeMembersPruner, TaylorPruner, WandaSpPruner
 from local_prune.sparsegpt import SparseGptPruner
 from local_prune.statistics import LeastSquares
 from local_prune.structured import ObsPruner
@@ -35,7 +34,7 @@ STRUCTURED: dict[str, Pruner] = {
     "obs": ObsPruner(multiple=8),
     "obs with the first-order term": ObsPruner(first_order=1.0, multiple=8),
     "obs by query heads": ObsPruner(multiple=8, query_heads=True),
-    "magnitude of members": MembersMagnitudePruner(8),
+    "magnitude of members": MagnitudeMembersPruner(8),
     "wanda_sp": WandaSpPruner(8),
     "flap": FlapPruner(8),
     "flap without compensation": FlapPruner(8, compensate=False),
@@ -213,6 +212,24 @@ def measured(case: Case, place: Place, unit: int, X: Tensor, dense: Tensor) -> l
         output = X[:, columns] @ candidate.weight.double().T
         errors.append(float((output - T).square().sum() / T.square().sum()))
     return errors
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "gemma2"])
+@torch.no_grad()
+def test_families_that_differ(
+    model_of: Callable[..., PreTrainedModel], built: Callable[..., Supernet], tmp_path: Path, family: str, name: str
+) -> None:
+    """Weights that are stored transposed, fused layers, and norms behind the sub-blocks: all that a method can make is sound."""
+    model, pruner = model_of(family), PRUNERS[name]
+    case = Case(model, pruner, built(model, tmp_path, pruner, IDS, weights=first_level))
+    test_every_level_keeps_what_was_asked_for(case)
+    test_weights_are_finite_and_zero_where_they_are_removed(case)
+    test_the_survey_speaks_of_units(case)
+    dense = assemble(model, case.supernet, [0] * len(case.names))(IDS).logits
+    for level in (1, -1):
+        pruned = assemble(model, case.supernet, [range(len(unit.levels))[level] for unit in case.space.units])(IDS).logits
+        assert pruned.shape == dense.shape and bool(pruned.isfinite().all()) and not torch.equal(pruned, dense)
 
 
 class InterruptionError(Exception):

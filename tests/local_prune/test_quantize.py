@@ -1,8 +1,9 @@
 """Grids, rounding and GPTQ against brute force in float64, and what every quantiser must keep to."""
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import gcd
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_rtn_is_the_nearest_point_of_the_best_grid(layer: MakeLayer, bits: int, 
 
 @pytest.mark.parametrize("activation_order", [True, False], ids=["by activation", "as they come"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
-@pytest.mark.parametrize("group", [16, 20, 80])
+@pytest.mark.parametrize("group", [16, 20, 40, 80])
 def test_gptq_is_the_textbook_one(layer: MakeLayer, group: int, symmetric: bool, activation_order: bool) -> None:
     """More inputs than one piece and, with blocks of 48, than one block; groups smaller and larger than both."""
     case = layer(members=80, tokens=200, shift=0.5, dead=(3, 40))
@@ -220,10 +221,21 @@ class TestSettings:
             kind(group=0)
 
 
-@pytest.mark.parametrize("settings", [{"damping": 0.0}, {"damping": -1.0}, {"damping": float("nan")}, {"block": 0}], ids=str)
+@pytest.mark.parametrize("settings", [*({"damping": x} for x in (0.0, -1.0, math.nan, math.inf)), {"block": 0}], ids=str)
 def test_impossible_settings_of_gptq_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"^prune\.pruner\.(damping|block)=.* must be .*is the usual choice$"):
         GptqPruner(**settings)
+
+
+@pytest.mark.parametrize("activation_order", [True, False])
+def test_singular_problems_are_damped_until_they_are_solved(
+    layer: MakeLayer, activation_order: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = layer(members=72, tokens=10)
+    with caplog.at_level(logging.WARNING):
+        (found,) = quantised(GptqPruner(group=24, activation_order=activation_order, damping=1e-7), case, [4])
+    assert any("damping raised from 1e-07" in record.getMessage() for record in caplog.records)
+    assert error_of(case, found) < 0.05
 
 
 def test_activations_that_are_not_finite_are_refused(layer: MakeLayer) -> None:
@@ -285,7 +297,7 @@ class TestEveryQuantiser:
 
     def test_every_width_is_what_was_asked_for(self, pruner: Any, case: Any, candidates: list[Quantised]) -> None:
         d_out, d_in = case.dense.shape
-        groups = d_in // gcd(d_in, pruner.group)
+        groups = d_in // max(size for size in range(1, min(d_in, pruner.group) + 1) if d_in % size == 0)
         assert [candidate.bits for candidate in candidates] == WIDTHS
         for candidate in candidates:
             assert candidate.codes.dtype == candidate.zero.dtype == torch.uint8
@@ -300,6 +312,13 @@ class TestEveryQuantiser:
             assert candidate.weight.isfinite().all()
             if pruner.symmetric:
                 assert (candidate.zero == 2 ** (candidate.bits - 1)).all()
+
+    def test_transposed_weights_give_the_same(self, pruner: Any, case: Any, candidates: list[Quantised]) -> None:
+        """As those of GPT-2 are."""
+        transposed = replace(case, dense=case.dense.T.contiguous().T)
+        for plain, other in zip(candidates, quantised(pruner, transposed), strict=True):
+            assert same(plain.codes, other.codes) >= 0.99
+            assert all(x.is_contiguous() for x in (other.codes, other.scale, other.zero))
 
     def test_eight_bits_are_nearly_dense(self, pruner: Any, case: Any, candidates: list[Quantised]) -> None:
         if not case.T.any():

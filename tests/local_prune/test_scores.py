@@ -14,7 +14,16 @@ from transformers import PreTrainedModel
 from local_prune.gradients import member_saliencies
 from local_prune.members import best
 from local_prune.pruner import Calibration, Task
-from local_prune.scores import AmpPruner, FlapPruner, MagnitudePruner, TaylorPruner, WandaSpPruner, magnitudes
+from local_prune.scores import (
+    AmpPruner,
+    FlapPruner,
+    MagnitudeMembersPruner,
+    TaylorPruner,
+    WandaSpPruner,
+    fluctuation,
+    magnitudes,
+    wanda_sp,
+)
 from search.models import LoadedModel
 from supernet.architecture import SubBlock, sub_blocks
 from supernet.encoding import Members, member_columns
@@ -78,18 +87,21 @@ def make_layer(
 
 
 def wanda_sp_score(layer: Layer, m: int) -> float:
+    """As in the authors' code: the mean of |W| ||X|| over the outputs, and over the columns of a head."""
     total = 0.0
     for j in range(m * layer.width, (m + 1) * layer.width):
         norm = float(layer.X[:, j].square().sum().sqrt())
-        total += sum((abs(float(layer.W[i, j])) * norm) ** 2 for i in range(len(layer.W))) ** 0.5
+        total += sum(abs(float(layer.W[i, j])) * norm for i in range(len(layer.W))) / len(layer.W)
     return total / layer.width
 
 
 def flap_score(layer: Layer, m: int) -> float:
+    """As in the authors' code: for heads the mean of the squares over the columns, for neurons the metric itself."""
     total = 0.0
     for j in range(m * layer.width, (m + 1) * layer.width):
         x = layer.X[:, j]
-        total += float((x - x.mean()).square().mean()) * float(layer.W[:, j].double().square().sum())
+        metric = float((x - x.mean()).square().mean()) * float(layer.W[:, j].double().square().sum())
+        total += metric if layer.width == 1 else metric**2
     return total / layer.width
 
 
@@ -116,6 +128,22 @@ def test_members_of_the_highest_scores_stay(pruner: Any, score: Callable[[Layer,
     ranking = sorted(range(layer.members), key=lambda m: -score(layer, m))
     for count, candidate in zip(LEVELS, pruner.candidates(layer.task(pruner), LEVELS), strict=True):
         assert candidate.kept.tolist() == sorted(ranking[:count])
+
+
+def test_heads_are_ranked_by_the_squares_of_what_fluctuates() -> None:
+    """Where the mean of the columns themselves says otherwise, and no square is lost that float32 does not hold."""
+    variance = torch.tensor([5.0, 1.0, 4.0, 4.0])
+    for scale in (1.0, 1e-30):
+        first, second = fluctuation(torch.eye(4), variance * scale, 2).tolist()
+        assert first == pytest.approx(13**0.5 * scale) and second == pytest.approx(4.0 * scale)
+    first, second = fluctuation(torch.eye(4), torch.tensor([5.0, 0.0, 3.0, 3.0]), 2)
+    assert first > second  # of the means, 2.5 < 3
+
+
+def test_wanda_sp_takes_the_mean_of_absolute_values() -> None:
+    dense = torch.tensor([[3.0, 2.5], [0.0, 2.5]])  # by the L2 norm the first column comes second, too; by the mean 1.5 < 2.5
+    torch.testing.assert_close(wanda_sp(dense, torch.tensor([2.0, 1.0]), 1), torch.tensor([3.0, 2.5]))
+    torch.testing.assert_close(wanda_sp(dense, torch.tensor([2.0, 1.0]), 2), torch.tensor([2.75]))
 
 
 def test_methods_rank_differently() -> None:
@@ -163,7 +191,7 @@ def test_a_constant_input_is_made_up_for_in_full() -> None:
 
 
 PRUNERS: dict[str, Any] = {name: pruner for name, (pruner, _) in SCORES.items()} | {
-    "magnitude": MagnitudePruner(),
+    "magnitude": MagnitudeMembersPruner(),
     "taylor": TaylorPruner(),
 }
 LAYERS: dict[str, dict[str, Any]] = {
@@ -221,6 +249,14 @@ class TestEveryRanking:
             assert torch.equal(a.kept, b.kept)
             assert (a.bias is None and b.bias is None) or torch.equal(a.bias, b.bias)
         assert torch.equal(layer.W, W)
+
+    def test_transposed_weights_give_the_same(self, pruner: Any, layer: Layer) -> None:
+        """As those of GPT-2 are."""
+        transposed = replace(layer, W=layer.W.T.contiguous().T)
+        found = (pruner.candidates(one.task(pruner), self.levels(layer)) for one in (layer, transposed))
+        for plain, other in zip(*found, strict=True):
+            assert torch.equal(plain.kept, other.kept)
+            assert plain.bias is None or torch.allclose(plain.bias, other.bias, rtol=1e-2, atol=1e-3)
 
     def test_activations_that_are_not_finite_are_refused(self, pruner: Any, layer: Layer) -> None:
         for value in (torch.nan, torch.inf):
@@ -295,7 +331,7 @@ def test_magnitudes_count_all_that_goes_with_a_member(model_of: Callable[..., Pr
 def test_surveys(family_model: PreTrainedModel, ids: Tensor) -> None:
     calibration = Calibration(ids)
     parts = sub_blocks(family_model)
-    found = MagnitudePruner().survey(family_model, calibration, CPU, track)
+    found = MagnitudeMembersPruner().survey(family_model, calibration, CPU, track)
     assert list(found) == [part.name for part in parts]
     assert all(torch.equal(found[part.name], magnitudes(part)) for part in parts)
     found = TaylorPruner().survey(family_model, calibration, CPU, track)
@@ -307,7 +343,7 @@ def test_surveys(family_model: PreTrainedModel, ids: Tensor) -> None:
 
 
 def test_surveys_of_query_heads(tiny_llama: LoadedModel, ids: Tensor) -> None:
-    for pruner in (MagnitudePruner(query_heads=True), TaylorPruner(query_heads=True)):
+    for pruner in (MagnitudeMembersPruner(query_heads=True), TaylorPruner(query_heads=True)):
         totals = {prunable.name: prunable.total for prunable in pruner.prunables(sub_blocks(tiny_llama.model))}
         found = pruner.survey(tiny_llama.model, Calibration(ids), CPU, track)
         assert totals["model.layers.0.self_attn"] == 8
@@ -316,7 +352,7 @@ def test_surveys_of_query_heads(tiny_llama: LoadedModel, ids: Tensor) -> None:
 
 def test_what_surveys_cost() -> None:
     calibration = Calibration(torch.zeros(6, 10, dtype=torch.int64))
-    costs = [pruner.survey_tokens(calibration) for pruner in (MagnitudePruner(), WandaSpPruner(), TaylorPruner())]
+    costs = [pruner.survey_tokens(calibration) for pruner in (MagnitudeMembersPruner(), WandaSpPruner(), TaylorPruner())]
     assert costs == [0, 0, 4 * 60]
 
 
@@ -326,4 +362,4 @@ def test_scores_that_are_missing_are_a_clear_error() -> None:
 
 
 def test_a_model_without_members_has_no_scores(mixer_model: PreTrainedModel, ids: Tensor) -> None:
-    assert MagnitudePruner().survey(mixer_model, Calibration(ids), CPU, track) == {}
+    assert MagnitudeMembersPruner().survey(mixer_model, Calibration(ids), CPU, track) == {}

@@ -1,5 +1,6 @@
 """SparseGPT and APT against the algorithm as it is written, and against least squares on the data, in float64."""
 
+import logging
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any
@@ -248,5 +249,18 @@ def test_a_singular_problem_is_named(kind: type[Any], layer: MakeLayer, monkeypa
 
     monkeypatch.setattr(sparsegpt, "sweep", fail)
     case, pruner = layer(), kind()
-    with pytest.raises(InputError, match=r"^unit: the Hessian is too close to singular; raise prune.pruner.damping=0.01"):
+    with pytest.raises(InputError, match=r"^unit: the Hessian is not positive definite even with damping 1000; use more calib"):
         pruner.candidates(Task("unit", case.dense, case.problem), [12])
+
+
+@pytest.mark.parametrize("kind", [SparseGptPruner, AptPruner])
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_singular_problems_are_damped_until_they_are_solved(
+    kind: type[Any], pattern: str | None, layer: MakeLayer, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = layer(members=72, tokens=10)
+    with caplog.at_level(logging.WARNING):
+        (found,) = kind(pattern, damping=1e-7).candidates(case.task, [216])
+    assert any("damping raised from 1e-07" in record.getMessage() for record in caplog.records)
+    assert found.weight.isfinite().all()
+    assert case.error(torch.arange(72), found.weight) <= 1.0

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from local_prune.statistics import PANELS, LeastSquares, Moments, add_gram, damped, symmetric
+from local_prune.statistics import PANELS, Damped, LeastSquares, Moments, add_gram, damped, solved, symmetric
 from supernet.errors import InputError
 
 MakeLayer = Callable[..., Any]
@@ -124,6 +124,38 @@ def test_damping_is_not_raised_for_ever() -> None:
         damped(indefinite(1e9), torch.ones(2, 1), 0.01, "model.layers.3.mlp")
 
 
+def test_what_fails_behind_the_first_factorisation_gets_more_damping(layer: MakeLayer, caplog: pytest.LogCaptureFixture) -> None:
+    case = layer()
+    ridges = []
+
+    def solve(problem: Damped) -> float:
+        ridges.append(problem.factor.ridge)
+        if len(ridges) < 3:
+            raise torch.linalg.LinAlgError("singular")  # type: ignore[attr-defined]
+        return problem.factor.ridge
+
+    with caplog.at_level(logging.WARNING):
+        found = solved(case.problem, case.dense.T, 0.01, "unit", solve)
+    first = 0.01 * float(case.problem.hessian.diagonal().mean())
+    assert ridges == pytest.approx([first, 10 * first, 100 * first]) and found == ridges[-1]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"unit: Cholesky failed; damping raised from 0.01 to {to}" for to in ("0.1", "1")
+    ]
+    assert case.problem.factor(0.01, "another").ridge == found  # layers with the same inputs begin where this one ended
+
+
+def test_what_fails_with_any_damping_is_told(layer: MakeLayer) -> None:
+    case, calls = layer(), []
+
+    def fail(problem: Damped) -> None:
+        calls.append(problem)
+        raise torch.linalg.LinAlgError("singular")  # type: ignore[attr-defined]
+
+    with pytest.raises(InputError, match="^unit: the Hessian is not positive definite even with damping 1000; use more"):
+        solved(case.problem, case.dense.T, 0.01, "unit", fail)
+    assert len(calls) == 6
+
+
 def spoil_inputs(X: Tensor, T: Tensor) -> None:
     X[3, 1] = torch.nan
 
@@ -164,6 +196,16 @@ def test_moments_are_those_of_each_input(layer: MakeLayer, dtype: torch.dtype) -
         (sums.variance, X.var(0, unbiased=False).float()),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_small_variances_beside_large_means_are_not_lost() -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = 1000.0 + torch.randn(5000, 8, generator=generator)
+    sums = Moments.zeros(8)
+    for part in X.split(2000):
+        sums.add(part)
+    expected = X.double().var(0, unbiased=False)
+    assert float(((sums.variance - expected) / expected).abs().max()) < 1e-5
 
 
 def test_moments_of_nothing_and_of_constants_are_defined() -> None:

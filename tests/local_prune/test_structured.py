@@ -1,14 +1,18 @@
 """Removal and refit against brute force in float64, and what every pruner must keep to."""
 
+import logging
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from local_prune import structured
 from local_prune.pruner import Pruner
-from local_prune.structured import BLOCK, ObsPruner, _order_of_groups, refit, removal_order
+from local_prune.structured import BLOCK, ObsPruner, _order_of_groups, removal_order, solve_levels
 from supernet.encoding import Members, member_columns
 from supernet.errors import InputError
 
@@ -105,11 +109,11 @@ def test_float32_goes_as_far_as_float64_on_an_ill_conditioned_problem(layer: Mak
 
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("kept", [(9, 6, 3, 1, 0), (12, 5), (2, 7), (0,), (4, 4)], ids=str)
-def test_refit_is_the_least_squares_optimum(layer: MakeLayer, width: int, kept: tuple[int, ...]) -> None:
+def test_levels_are_the_least_squares_optimum(layer: MakeLayer, width: int, kept: tuple[int, ...]) -> None:
     A, B = layer(members=12, width=width, shift=1.0).augmented(DAMPING)
     H, G = normal_equations(A, B)
     order = removal_order(H.inverse(), G, width, 12 - min(kept))
-    levels = refit(H, G, order, list(kept), width)
+    levels = solve_levels(H, G, order, list(kept), width)
     assert len(levels) == len(kept)
     for count, (members, weight) in zip(kept, levels, strict=True):
         removed = set(order[: 12 - count].tolist())
@@ -118,10 +122,61 @@ def test_refit_is_the_least_squares_optimum(layer: MakeLayer, width: int, kept: 
         torch.testing.assert_close(weight, expected)
 
 
-@pytest.mark.parametrize("settings", [{"damping": 0.0}, {"damping": -1.0}, {"first_order": -0.1}], ids=str)
-def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(InputError, match=r"damping=.* must be above 0 and .*first_order=.*usual choice"):
-        ObsPruner(**settings)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_impossible_damping_is_refused(value: float) -> None:
+    with pytest.raises(InputError, match=rf"^prune\.pruner\.damping={value} must be finite and above 0; 0\.01 is the usual"):
+        ObsPruner(damping=value)
+
+
+@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
+def test_an_impossible_first_order_term_is_refused(value: float) -> None:
+    with pytest.raises(InputError, match=rf"^prune\.pruner\.first_order={value} must be finite and not below 0; 0 is the usual"):
+        ObsPruner(first_order=value)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_transposed_weights_give_the_same(layer: MakeLayer, width: int) -> None:
+    """As those of GPT-2 are."""
+    case = layer(members=12, width=width)
+    transposed = replace(case.task, dense=case.dense.T.contiguous().T)
+    for plain, other in zip(*(ObsPruner().candidates(task, [9, 4]) for task in (case.task, transposed)), strict=True):
+        assert torch.equal(plain.kept, other.kept)
+        torch.testing.assert_close(plain.weight, other.weight)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_singular_problems_are_damped_until_they_are_solved(
+    layer: MakeLayer, width: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = layer(members=72 // width, width=width, tokens=10)
+    with caplog.at_level(logging.WARNING):
+        candidates = ObsPruner(damping=1e-7).candidates(case.task, [60 // width, 6])
+    assert any("damping raised from 1e-07" in record.getMessage() for record in caplog.records)
+    for candidate in candidates:
+        assert candidate.weight.isfinite().all()
+        assert case.error_of(candidate) <= 1.0
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_failure_behind_the_first_factorisation_raises_the_damping(
+    layer: MakeLayer, failures: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = []
+
+    def fail(hessian: torch.Tensor, *given: Any) -> Any:
+        seen.append(float(hessian.diagonal().sum()))
+        if len(seen) <= failures:
+            raise torch.linalg.LinAlgError("singular")
+        return solve_levels(hessian, *given)
+
+    monkeypatch.setattr(structured, "solve_levels", fail)
+    case = layer()
+    (found,) = ObsPruner(damping=1e-4).candidates(case.task, [12])
+    monkeypatch.undo()
+    (expected,) = ObsPruner(damping=1e-4 * 10.0**failures).candidates(case.task, [12])
+    assert torch.equal(found.kept, expected.kept)
+    torch.testing.assert_close(found.weight, expected.weight, rtol=1e-4, atol=1e-5)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * failures
 
 
 @pytest.mark.parametrize("width", [1, 3])

@@ -1,6 +1,8 @@
 """Pruning of single weights against brute force in float64, and what every such pruner must keep to."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,6 +122,29 @@ def test_gblm_asks_for_the_norm_of_the_gradients(monkeypatch: pytest.MonkeyPatch
         GblmPruner().candidates(Task("unit", case.dense, moments(case.X), case.dense / 0), [4])
 
 
+@pytest.mark.parametrize("sequences", [1, 6])
+def test_gblm_weighs_activations_and_gradients_as_the_authors_do(
+    sequences: int, layer: MakeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the squared norms are a running mean over the sequences, of sums over tokens, and gradients a sum."""
+    case = layer(members=60, tokens=120)
+    gradients = gradients_of(case)
+    monkeypatch.setattr(unstructured, "weight_gradient_norms", lambda *given: {"unit": gradients.clone()})
+    pruner = GblmPruner(gradient_weight=30.0)
+    survey = pruner.survey(None, Calibration(torch.zeros(sequences, 20, dtype=torch.int64)), None, None)  # type: ignore[arg-type]
+    scaler_row = torch.zeros(60, dtype=torch.float64)
+    for count, X in enumerate(case.X.chunk(sequences)):
+        scaler_row *= count / (count + 1)
+        scaler_row += X.norm(dim=0) ** 2 / (count + 1)
+    scores = case.dense.double().abs() * (scaler_row.sqrt() + 30.0 * gradients)
+    (candidate,) = pruner.candidates(Task("unit", case.dense, moments(case.X), survey["unit"]), [180])
+    expected = torch.zeros(6, 60, dtype=torch.bool).scatter_(1, scores.topk(30, 1).indices, True)
+    assert torch.equal(candidate.mask, expected)
+    sums = case.dense.double().abs() * (case.X.norm(dim=0) + 30.0 * gradients)  # what differs from it with many sequences
+    other = torch.zeros(6, 60, dtype=torch.bool).scatter_(1, sums.topk(30, 1).indices, True)
+    assert torch.equal(other, expected) == (sequences == 1)
+
+
 # Settings.
 
 BAD = [
@@ -127,11 +152,16 @@ BAD = [
     (MagnitudePruner, {"pattern": ["2:4", "x"]}, "pattern=x is not N:M"),
     (WandaPruner, {"pattern": 124}, "pattern=124 is a number; quote"),
     (WandaPruner, {"pattern": ["2:4", "4:8"]}, "two patterns of the same density"),
-    (GblmPruner, {"gradient_weight": -1.0}, "gradient_weight=-1.0 must not be below 0; 100"),
+    (WandaPruner, {"pattern": []}, r"pattern=\[\] names no pattern; leave it null for unstructured"),
+    (GblmPruner, {"gradient_weight": -1.0}, "gradient_weight=-1.0 must be finite and not below 0; 100"),
+    (GblmPruner, {"gradient_weight": math.nan}, "gradient_weight=nan must be finite and not below 0; 100"),
+    (GblmPruner, {"gradient_weight": math.inf}, "gradient_weight=inf must be finite and not below 0; 100"),
     (GblmPruner, {"norm": 3}, "norm=3 must be 1 or 2"),
-    (SparseGptPruner, {"damping": 0.0}, "damping=0.0 must be above 0; 0.01 is the usual choice"),
+    (SparseGptPruner, {"damping": 0.0}, "damping=0.0 must be finite and above 0; 0.01 is the usual choice"),
     (SparseGptPruner, {"block": 0}, "block=0 must be at least 1"),
-    (AptPruner, {"damping": -1.0}, "damping=-1.0 must be above 0"),
+    (SparseGptPruner, {"damping": math.inf}, "damping=inf must be finite and above 0"),
+    (AptPruner, {"damping": -1.0}, "damping=-1.0 must be finite and above 0"),
+    (AptPruner, {"damping": math.nan}, "damping=nan must be finite and above 0"),
     (AptPruner, {"pattern": "2"}, "pattern=2 is not N:M"),
 ]
 
@@ -259,6 +289,16 @@ class TestEveryPruner:
             if candidate.weight is not None:
                 assert candidate.weight.dtype == dtype
                 assert candidate.weight.is_contiguous()
+
+    def test_transposed_weights_give_the_same(self, pruner: Any, layer: MakeLayer) -> None:
+        """As those of GPT-2 are."""
+        case = layer(members=48, d_out=16, tokens=300)
+        transposed = replace(case, dense=case.dense.T.contiguous().T)
+        found = (pruner.candidates(task_of(pruner, one), levels_of(pruner, case.dense)) for one in (case, transposed))
+        for plain, other in zip(*found, strict=True):
+            assert torch.equal(plain.mask, other.mask)
+            assert other.mask.is_contiguous()
+            torch.testing.assert_close(final_weight(case, plain), final_weight(case, other), rtol=1e-4, atol=1e-5)
 
     def test_no_levels_give_no_candidates(self, pruner: Any, layer: MakeLayer) -> None:
         assert pruner.candidates(task_of(pruner, layer()), []) == []

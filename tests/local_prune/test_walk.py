@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from local_prune.depth import DepthPruner
 from local_prune.pruner import FITS, Calibration, Pruner, Task
@@ -20,14 +18,13 @@ from local_prune.quantize import GptqPruner
 from local_prune.scores import FlapPruner, TaylorPruner
 from local_prune.sparsegpt import SparseGptPruner
 from local_prune.statistics import LeastSquares, Moments
+from local_prune.streams import Streams, stream_bytes
 from local_prune.structured import ObsPruner
 from local_prune.unstructured import GblmPruner, WandaPruner
-from local_prune.walk import Streams, mean_parameters, stream_bytes
 from search.models import LoadedModel
 from supernet.architecture import entry, sub_blocks
 from supernet.assemble import assemble
-from supernet.encoding import Members, member_columns
-from supernet.placement import full_weight
+from supernet.encoding import member_columns
 from supernet.space import Unit
 from supernet.store import Supernet
 
@@ -185,44 +182,6 @@ def test_what_comes_next_sees_the_mean_over_levels(model: PreTrainedModel, tmp_p
         X = (nn.functional.silu(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)).double()
     second = recorder.problem(supernet.space.units[1].name)
     torch.testing.assert_close(second.hessian.double(), X.T @ X, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("compensated", [False, True])
-@torch.no_grad()
-def test_the_mean_parameters_give_the_mean_output(
-    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, compensated: bool
-) -> None:
-    weights = [0.4, 0.3, 0.2, 0.1]  # the last level drops the sub-block, and its bias with it
-    hidden, contexts = entry(family_model, ids)
-    for index, part in enumerate(sub_blocks(family_model)):
-        X, column = part.inputs(part.column, hidden, contexts[part.block]), part.column
-        candidates = {level: family_supernet.candidate(index, level) for level in (1, 2, 3)}
-        if compensated:
-            bias = torch.randn(len(part.weight(column)), generator=torch.Generator().manual_seed(index))
-            candidates[2] = Members(candidates[2].kept, candidates[2].weight, bias)
-        found, share = mean_parameters(part, column, candidates, weights)
-        expected = weights[0] * linear(X, part.weight(column), part.bias(column))
-        for level in (1, 2):
-            one = candidates[level]
-            own = part.bias(column) if one.bias is None else one.bias
-            expected += weights[level] * linear(X[:, member_columns(one.kept, part.groups.width)], one.weight, own)
-        weight = found[f"{column}.weight"]
-        weight = weight.T if isinstance(part.module.get_submodule(column), Conv1D) else weight
-        assert share == pytest.approx(0.9)
-        assert set(found) <= {f"{column}.weight", f"{column}.bias"}
-        output = share * linear(X, weight, found.get(f"{column}.bias"))
-        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_mean_over_one_level_is_that_level(family_model: PreTrainedModel, family_supernet: Supernet) -> None:
-    for index, part in enumerate(sub_blocks(family_model)):
-        one = {level: family_supernet.candidate(index, level) for level in (1, 3)}
-        assert mean_parameters(part, part.column, {}, [1.0, 0.0, 0.0, 0.0]) == ({}, 1.0)
-        assert mean_parameters(part, part.column, {3: one[3]}, [0.0, 0.0, 0.0, 1.0]) == ({}, 0.0)
-        assert mean_parameters(part, part.column, {3: one[3]}, [0.25, 0.0, 0.0, 0.75]) == ({}, 0.25)
-        found, share = mean_parameters(part, part.column, {1: one[1]}, [0.0, 1.0, 0.0, 0.0])
-        expected = part.replaced(part.column, full_weight(part, part.column, one[1]))
-        assert share == 1.0 and torch.equal(found[f"{part.column}.weight"], expected[f"{part.column}.weight"])
 
 
 def test_a_bias_that_makes_up_for_members_reaches_what_comes_next(model: PreTrainedModel, tmp_path: Path, built: Built) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,13 @@ def test_a_choice_composes_and_its_targets_accept_its_keys(choice: Path) -> None
         keys = set(target) - {"_target_"}
         given = keys | ({"dtype"} if choice.parent.name == "model" else set())  # the job adds the run's dtype
         inspect.signature(get_object(target["_target_"])).bind(**dict.fromkeys(given))
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in CONF.glob("prune/*.yaml")))
+def test_every_setting_of_a_pruner_is_written_out(choice: str) -> None:
+    """Else `--cfg job` would not show it, and to set it would take a plus sign."""
+    pruner = without_hydra(composed(f"prune={choice}"))["prune"]["pruner"]
+    assert set(pruner) - {"_target_"} == {field.name for field in fields(get_object(pruner["_target_"]))}
 
 
 def test_the_cache_is_where_the_variable_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from supernet.architecture import (
@@ -19,6 +19,7 @@ from supernet.architecture import (
     SubBlock,
     blocks,
     by_query_heads,
+    check_walk,
     entry,
     final_norm_and_head,
     heads_of,
@@ -27,6 +28,7 @@ from supernet.architecture import (
 )
 from supernet.encoding import Members, member_columns
 from supernet.errors import InputError
+from supernet.families import FAMILIES, Family
 from supernet.modeling_pruned import PRUNED_CLASSES
 from supernet.placement import parameters, sliced, zeroed
 
@@ -300,7 +302,7 @@ def test_heads(family_model: PreTrainedModel) -> None:
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 11}
     model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
-    known = r"'gpt_neox' is not known; known are llama, .*mamba2; .*one entry in supernet/families.py"
+    known = r"'gpt_neox' is not known; known are llama, .*mamba2; .*one entry in supernet/families\.py, and .*two classes in supernet/modeling_pruned\.py"
     with pytest.raises(InputError, match=known):
         sub_blocks(model)
 
@@ -318,6 +320,57 @@ def test_unknown_variants_of_a_family_are_refused(model_of: ModelOf, name: str, 
     model = model_of(name, **change)
     with pytest.raises(InputError, match=f"this variant of '{name}' is not known: .*{why}"):
         sub_blocks(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_family_is_walked_as_it_computes(any_model: PreTrainedModel, dtype: torch.dtype) -> None:
+    check_walk(copy.deepcopy(any_model).to(dtype))
+
+
+@pytest.fixture
+def granite(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Makes a model of Llama's modules, which may do more with what they compute, with an entry of its own: (entry, **changes)."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 11}
+
+    def make(family: Family, **changes: Any) -> Any:
+        monkeypatch.setitem(FAMILIES, "granite", family)
+        model: Any = GraniteForCausalLM(GraniteConfig(**sizes, pad_token_id=0, **changes)).eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter.detach(), std=0.2, generator=generator)
+        return model
+
+    return make
+
+
+def test_an_entry_that_fits_is_all_that_a_family_takes(granite: Callable[..., Any]) -> None:
+    check_walk(granite(Family(), embedding_multiplier=3.0, attention_multiplier=0.5))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        (Family(), {"residual_multiplier": 0.2}, "end in other last hidden states"),
+        (Family(), {"logits_scaling": 4.0}, "end in other logits"),
+        (Family(mlp_norm="input_layernorm"), {}, "end in other last hidden states"),
+        (Family(mlp="feed_forward"), {}, "no attribute `feed_forward`"),
+        (Family(final_norm="model"), {}, "does not fit this model"),
+    ],
+)
+def test_an_entry_that_does_not_fit_is_refused(
+    granite: Callable[..., Any], family: Family, changes: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(
+        InputError, match=f"^the entry 'granite' in supernet/families.py does not fit this model: .*{why}"
+    ) as told:
+        check_walk(granite(family, **changes))
+    assert "\n" not in str(told.value)
+
+
+def test_what_is_not_finite_is_left_to_the_build(granite: Callable[..., Any]) -> None:
+    model = granite(Family())
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    check_walk(model)
 
 
 def test_a_model_that_is_pruned_already_is_refused() -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from search.export.huggingface import export
 from supernet.architecture import entry, final_norm_and_head, parameter_count, sub_blocks
-from supernet.assemble import assemble
+from supernet.assemble import assemble, check_family
+from supernet.errors import InputError
+from supernet.families import FAMILIES, Family
 from supernet.modeling_pruned import PRUNED_CLASSES, PrunedMixin
 from supernet.placement import places
 from supernet.space import Space
@@ -314,3 +316,32 @@ def test_variants_of_the_families(
     torch.testing.assert_close(pruned(ids).logits, with_zeros(model, supernet, allocation)(ids).logits, rtol=1e-4, atol=1e-4)
     stock = name in ("llama", "gemma3") and len(set(allocation)) == 1
     assert_export_is(pruned, stock, ids, byte_tokenizer, tmp_path / "export")
+
+
+def test_every_family_can_have_what_is_asked_of_it(any_model: PreTrainedModel) -> None:
+    for structured in (False, True):
+        check_family(any_model, structured)
+
+
+WITHOUT_CLASSES = r"^the family 'granite' has an entry in supernet/families\.py but no classes in supernet/modeling_pruned\.py, "
+
+
+def test_a_family_with_an_entry_alone(
+    supernet_of: SupernetOf, random_supernet: Callable[..., Supernet], monkeypatch: pytest.MonkeyPatch, ids: Tensor
+) -> None:
+    """It can lose weights and blocks; that heads and neurons need classes is told before any work, and by the assembly itself."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "vocab_size": 97}
+    config = GraniteConfig(**sizes, num_attention_heads=8, num_key_value_heads=4, head_dim=8, pad_token_id=0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    with pytest.raises(InputError, match="'granite' is not known"):
+        check_family(model, False)
+    monkeypatch.setitem(FAMILIES, "granite", Family())
+    check_family(model, False)
+    for kind in ("weights", "bits", "blocks"):
+        supernet = supernet_of(model, kind)
+        allocation = [1 if kind == "blocks" and index == 1 else 0 for index in range(len(supernet.space.units))]
+        assert bool(assemble(model, supernet, allocation)(ids).logits.isfinite().all())
+    with pytest.raises(InputError, match=WITHOUT_CLASSES):
+        check_family(model, True)
+    with pytest.raises(InputError, match=WITHOUT_CLASSES):
+        assemble(model, random_supernet(model), MIXED)

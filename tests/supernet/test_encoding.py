@@ -119,14 +119,19 @@ def test_weights_round_trip(
     group=st.integers(1, 7),
     bits=st.lists(st.integers(2, 8), min_size=1, max_size=7, unique=True),
     dtype=st.sampled_from(DTYPES),
+    symmetric=st.booleans(),
 )
-def test_codes_round_trip(seed: int, d_out: int, groups: int, group: int, bits: list[int], dtype: torch.dtype) -> None:
+def test_codes_round_trip(
+    seed: int, d_out: int, groups: int, group: int, bits: list[int], dtype: torch.dtype, symmetric: bool
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     candidates: list[Candidate] = []
     for width in sorted(bits, reverse=True):
         codes, zero = (
             torch.randint(2**width, (d_out, columns), generator=generator).byte() for columns in (groups * group, groups)
         )
+        if symmetric:
+            zero.fill_(2 ** (width - 1))
         candidates.append(Quantised(codes, random_bits((d_out, groups), dtype, generator), zero, width))
     assert_round_trip(candidates)
 
@@ -219,6 +224,8 @@ def test_codes_take_their_width(bits: int) -> None:
     scale, zero = torch.ones(16, 4, dtype=torch.bfloat16), torch.zeros(16, 4, dtype=torch.uint8)
     tensors = encode([Quantised(codes, scale, zero, bits)])
     assert size(tensors) == bits * 16 * 64 // 8 + 16 * 4 * (2 + 1)  # with a scale and a zero for each group
+    symmetric = encode([Quantised(codes, scale, torch.full_like(zero, 2 ** (bits - 1)), bits)])
+    assert size(symmetric) == bits * 16 * 64 // 8 + 16 * 4 * 2  # zeros in the middle go without saying
 
 
 def test_dropped_takes_nothing() -> None:

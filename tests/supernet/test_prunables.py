@@ -1,8 +1,10 @@
 """What can be pruned of a model, at which levels, and what each costs; what cannot is told in one line."""
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from supernet.architecture import ATTENTION, MIXER, MLP, SubBlock, parameter_count, sub_blocks
@@ -85,17 +87,18 @@ def test_patterns_are_levels_whatever_their_order(llama: tuple[SubBlock, ...]) -
         assert found["model.layers.0.self_attn.k_proj"].choices == tuple(Level(count, count) for count in counts)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("name", "dense"), [("llama", 32), ("mamba", 32), ("gpt2", 32)])
-def test_bits_cost_codes_scales_and_zeros(model_of: ModelOf, name: str, dense: int) -> None:
-    parts = sub_blocks(model_of(name))
-    found = by_name(bit_prunables(parts, (3, 8, 4, 4), 24))
+def test_bits_cost_codes_scales_and_zeros(model_of: ModelOf, name: str, dense: int, symmetric: bool) -> None:
+    parts, zero = sub_blocks(model_of(name)), 0 if symmetric else 8
+    found = by_name(bit_prunables(parts, (3, 8, 4, 4), 24, symmetric))
     assert list(found) == linear_layers(parts)
     for part in parts:
         for layer in (layer for stage in part.stages for layer in stage):
             d_out, d_in = part.weight(layer).shape
             groups = d_in // group_size(d_in, 24)
             expected = [Level(dense, dense * d_out * d_in)]
-            expected += [Level(bits, d_out * (bits * d_in + groups * (dense + 8))) for bits in (8, 4, 3)]
+            expected += [Level(bits, d_out * (bits * d_in + groups * (dense + zero))) for bits in (8, 4, 3)]
             one = found[f"{part.name}.{layer}"]
             assert (one.kind, one.total, one.choices) == (BITS, dense, tuple(expected))
 
@@ -106,7 +109,9 @@ def test_the_dense_width_is_that_of_the_weights(model_of: ModelOf) -> None:
     assert level == Level(16, 16 * 64 * 64)
 
 
-@pytest.mark.parametrize(("d_in", "group", "size"), [(4096, 128, 128), (64, 128, 64), (96, 64, 32), (7, 128, 1), (10, 1, 1)])
+@pytest.mark.parametrize(
+    ("d_in", "group", "size"), [(4096, 128, 128), (64, 128, 64), (96, 64, 48), (7, 128, 7), (7, 6, 1), (10, 1, 1)]
+)
 def test_groups_divide_the_inputs(d_in: int, group: int, size: int) -> None:
     assert group_size(d_in, group) == size
 
@@ -172,11 +177,18 @@ def test_impossible_groups_are_refused(llama: tuple[SubBlock, ...], group: int) 
 def test_groups_whose_scales_take_what_codes_save_are_refused(model_of: ModelOf, group: int) -> None:
     """In bfloat16 8 bits save 8 a weight, and a scale and a zero take 24: 12 a weight in groups of two."""
     parts = sub_blocks(model_of("llama").bfloat16())
-    with pytest.raises(
-        InputError, match=rf"^prune\.pruner\.group={group}: .* \(64 inputs\) take as much as 8 bits save; use a larger"
-    ):
+    taken = f"one for {group} of its 64 inputs, take as much as 8 bits save"
+    with pytest.raises(InputError, match=rf"^prune\.pruner\.group={group}: .* {taken}; use a larger group that divides 64, or"):
         bit_prunables(parts, (8, 4), group)
     assert len(bit_prunables(parts, (8, 4), 4)) == 21
+
+
+def test_a_larger_group_is_not_asked_for_where_there_is_none() -> None:
+    part = SimpleNamespace(name="mlp", stages=(("up",),), weight=lambda layer: torch.zeros(4, 1, dtype=torch.bfloat16))
+    with pytest.raises(
+        InputError, match=r"^prune\.pruner\.group=128: .* one for 1 of its 1 inputs, .* bits save; leave out that"
+    ):
+        bit_prunables([part], (8,), 128)  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("multiple", [0, -32, 97])

@@ -1,0 +1,35 @@
+"""Lending modules and what blocks are told to the device that does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Lend a module to the device, and put it back where it was."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def moved(contexts: Sequence[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """What `entry` says of the blocks, on another device; masks and rotary tables that blocks share are moved once and shared."""
+    known: dict[int, Tensor] = {}  # by id: `contexts` keeps the tensors alive meanwhile, so that no other takes their place
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in known:
+                known[id(value)] = value.to(device)
+            return known[id(value)]
+        return tuple(move(v) for v in value) if isinstance(value, tuple) else value
+
+    return [{key: move(value) for key, value in context.items()} for context in contexts]
