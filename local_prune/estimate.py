@@ -32,7 +32,7 @@ FITTED = 6.0  # of a layer's weight: moment, damped, optimum, and what makes the
 RANKED = 9.0  # of a layer's weight where weights are only scored: scores, their orders and ranks as int64
 SCORED = 3.0  # where members are only scored
 LEVELS = {WEIGHTS: (1.25, 6.0), BITS: (0.8, 2.0)}  # of a level's weight: throughout, and of the inputs in the block at work
-ACTIVATIONS = 4  # of the widest layer while a batch passes: gate, up, their product, and that in float32
+ACTIVATIONS = 3  # of the widest layer while a batch passes: gate, up and their product; besides, one of them in float32
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def working_bytes(place: Place, pruner: Pruner, space: Space, batch: Calibration
     """At the peak of a sub-block, besides its own parameters: its largest unit, or the passing of one batch (its text)."""
     part, most = place.part, 0.0
     shapes = {layer: part.weight(layer).shape for stage in part.stages for layer in stage}
-    passing = 4 * ACTIVATIONS * batch.ids.numel() * max(size for shape in shapes.values() for size in shape)
+    bytes_each = ACTIVATIONS * part.weight(part.column).element_size() + 4
+    passing = bytes_each * batch.ids.numel() * max(size for shape in shapes.values() for size in shape)
     for index, layer in place.units:
         d_out, d_in = shapes[layer or part.column]
         statistics = pruner.statistics(part.weight(layer or part.column)[:1], 1)

@@ -172,6 +172,10 @@ class FlapPruner(MembersPruner):
 
     compensate: bool = True
 
+    def prunables(self, parts: Sequence[SubBlock]) -> tuple[Prunable, ...]:
+        """See `Pruner`; a bias is paid for."""
+        return member_prunables(parts, self.multiple, self.query_heads, self.compensate)
+
     def statistics(self, dense: Tensor, width: int) -> Moments:
         """Of each input."""
         return Moments.zeros(dense.shape[1], dense.device)

@@ -138,24 +138,26 @@ class Walk:
         statistics, target = self._statistics(part, layers, width, replaced)
         start = 0
         for index, layer in stage:
-            unit, dense = self._unit(index), part.weight(layer)
-            rows = slice(start, start + len(dense))
+            rows = slice(start, start + len(part.weight(layer)))
             start = rows.stop
-            if self.supernet.has(unit.name):
-                continue
-            own = statistics.outputs(rows) if isinstance(statistics, LeastSquares) else statistics
-            task = Task(unit.name, dense, own, self.scores.get(unit.name), width, part.bias(layer))
-            begun = time.perf_counter()
-            candidates = self.pruner.candidates(task, [level.kept for level in unit.levels[1:]])
-            if not all(_is_finite(candidate) for candidate in candidates):
-                raise InputError(f"{unit.name}: what is left is not finite; check the model's weights, or use dtype=float32")
-            record: dict[str, Any] = {"seconds": round(time.perf_counter() - begun, 3)}
-            if isinstance(own, LeastSquares):
-                record["errors"] = [round(error, 6) for error in own.errors(_kept_and_weight(task, one) for one in candidates)]
-                record["target"] = target  # what they are relative to
-            self.supernet.write(unit.name, candidates, record)
-            self.pruning += time.perf_counter() - begun
-            log.debug("%s: %s", unit.name, record)
+            if not self.supernet.has(self._unit(index).name):
+                own = statistics.outputs(rows) if isinstance(statistics, LeastSquares) else statistics
+                self._build_unit(part, layer, self._unit(index), own, target, width)
+
+    def _build_unit(self, part: SubBlock, layer: str, unit: Unit, statistics: Statistics | None, target: str, width: int) -> None:
+        """Write the candidates of one unit; nothing of them stays in memory."""
+        task = Task(unit.name, part.weight(layer), statistics, self.scores.get(unit.name), width, part.bias(layer))
+        begun = time.perf_counter()
+        candidates = self.pruner.candidates(task, [level.kept for level in unit.levels[1:]])
+        if not all(_is_finite(candidate) for candidate in candidates):
+            raise InputError(f"{unit.name}: what is left is not finite; check the model's weights, or use dtype=float32")
+        record: dict[str, Any] = {"seconds": round(time.perf_counter() - begun, 3)}
+        if isinstance(statistics, LeastSquares):
+            errors = statistics.errors(_kept_and_weight(task, one) for one in candidates)
+            record |= {"errors": [round(error, 6) for error in errors], "target": target}  # what they are relative to
+        self.supernet.write(unit.name, candidates, record)
+        self.pruning += time.perf_counter() - begun
+        log.debug("%s: %s", unit.name, record)
 
     def _statistics(
         self, part: SubBlock, layers: Sequence[str], width: int, replaced: Mapping[str, Tensor]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from supernet.errors import InputError
 from supernet.prunables import Prunable
-from supernet.space import Allocation, Level, Space, Unit, kept_counts
+from supernet.space import Allocation, Space, Unit, kept_counts
 
 Mixture = dict[str, tuple[float, ...]]
 ACCUMULATIONS = ("none", "chosen", "expectation")
@@ -71,8 +71,7 @@ def _window(prunables: Sequence[Prunable], ticks: range, step: float, centres: M
 
 
 def _unit(one: Prunable, counts: Sequence[int]) -> Unit:
-    costs = {level.kept: level.cost for level in one.choices or ()}
-    return Unit(one.name, one.kind, one.total, tuple(Level(kept, costs.get(kept, kept * one.each)) for kept in counts))
+    return Unit(one.name, one.kind, one.total, tuple(one.level(kept) for kept in counts))
 
 
 def mixture(window: Window, accumulation: str, around: Allocation) -> Mixture:

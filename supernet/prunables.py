@@ -21,6 +21,7 @@ class Prunable:
         kind: Of the unit.
         total: Members: KV groups, query heads, neurons, weights; bits of a weight; or 1, which is present or not.
         each: Cost of one member.
+        added: Cost that comes with leaving some out but not all: a bias that makes up for them.
         multiple: Kept numbers of members are multiples of this.
         choices: All levels there are, dense first, where they are not a free number of members.
     """
@@ -31,6 +32,14 @@ class Prunable:
     each: int
     multiple: int = 1
     choices: tuple[Level, ...] | None = None
+    added: int = 0
+
+    def level(self, kept: int) -> Level:
+        """The level that keeps so many members."""
+        for choice in self.choices or ():
+            if choice.kept == kept:
+                return choice
+        return Level(kept, kept * self.each + (self.added if 0 < kept < self.total else 0))
 
 
 @dataclass(frozen=True)
@@ -53,13 +62,16 @@ class Pattern:
         return weights // self.of * self.keep
 
 
-def member_prunables(parts: Sequence[SubBlock], multiple: int, query_heads: bool = False) -> tuple[Prunable, ...]:
+def member_prunables(
+    parts: Sequence[SubBlock], multiple: int, query_heads: bool = False, bias: bool = False
+) -> tuple[Prunable, ...]:
     """Structured: the members of every sub-block that has some; neurons in multiples of `multiple`.
 
     Args:
         parts: The model's sub-blocks.
         multiple: Kept neurons are multiples of this.
         query_heads: Take single query heads with their part of the output projection (Týr-the-Pruner) instead of KV groups.
+        bias: Candidates bring a bias of their own where the projection has none (FLAP).
     """
     found = []
     for part in by_query_heads(parts) if query_heads else parts:
@@ -72,7 +84,8 @@ def member_prunables(parts: Sequence[SubBlock], multiple: int, query_heads: bool
             )
         step = 1 if part.kind == ATTENTION else multiple
         kind = HEADS if query_heads and part.kind == ATTENTION else part.kind
-        found.append(Prunable(part.name, kind, part.groups.members, part.member_parameters, step))
+        added = len(part.weight(part.column)) if bias and part.bias(part.column) is None else 0
+        found.append(Prunable(part.name, kind, part.groups.members, part.member_parameters, step, added=added))
     if not found:
         raise InputError("the model has neither attention nor MLPs to take heads or neurons from; prune its weights or blocks")
     return tuple(found)

@@ -112,16 +112,27 @@ ROWS = [
         for name in ("rtn", "gptq")
     ),
 ]
+
+
+def refinements(title: str, name: str, sparsity: float, accumulations: Sequence[str], *overrides: str) -> list[Row]:
+    """Lines for every fit, by accumulation; without accumulation the fits are one."""
+    return [
+        Row(
+            f"{title}: {name}, fit {fit}, accumulation {accumulation}",
+            name,
+            sparsity,
+            (f"prune.fit={fit}", f"prune.accumulation={accumulation}", *overrides),
+        )
+        for accumulation in accumulations
+        for fit in (("pruned",) if accumulation == "none" else ("pruned", "dense", "residual"))
+    ]
+
+
+ACCUMULATIONS = ("none", "expectation", "chosen")
 REFINEMENTS = [
-    Row(
-        f"{title}: {name}, fit {fit}, accumulation {accumulation}",
-        name,
-        sparsity,
-        (f"prune.fit={fit}", f"prune.accumulation={accumulation}"),
-    )
-    for title, name, sparsity in (("50 % unstructured", "sparsegpt", 0.5), ("25 % structured", "obs", 0.25))
-    for accumulation in ("none", "expectation", "chosen")
-    for fit in (("pruned",) if accumulation == "none" else ("pruned", "dense", "residual"))
+    *refinements("50 % unstructured", "sparsegpt", 0.5, ACCUMULATIONS),
+    *refinements("25 % structured", "obs", 0.25, ACCUMULATIONS),
+    *refinements("3 bits", "gptq", math.nan, ("none", "chosen"), "prune.pruner.bits=[3]"),
 ]
 
 

@@ -3,26 +3,31 @@
 import copy
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from local_prune.apt import AptPruner
 from local_prune.bonsai import BonsaiPruner
 from local_prune.depth import DepthPruner
-from local_prune.estimate import Estimate, estimate
+from local_prune.estimate import Estimate, estimate, working_bytes
 from local_prune.pruner import FITS, Calibration, Pruner
 from local_prune.quantize import GptqPruner, RtnPruner
 from local_prune.scores import AmpPruner, FlapPruner, TaylorPruner
 from local_prune.sparsegpt import SparseGptPruner
 from local_prune.structured import ObsPruner
 from local_prune.unstructured import GblmPruner, MagnitudePruner, WandaPruner
+from local_prune.walk import build
 from search.models import random_llama
 from supernet.errors import InputError
+from supernet.placement import places
 from supernet.space import Space, Unit
 from supernet.store import Supernet
 
@@ -136,8 +141,73 @@ def test_what_a_build_could_not_do_is_told_at_once(model_of: ModelOf, space_of: 
         estimated(model, space_of, ObsPruner())
 
 
+class Meter(TorchDispatchMode):
+    """Bytes of all tensors that are made while it is on, now and at the peak."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in model.state_dict().values()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.note(tensor.untyped_storage())
+        return output
+
+    def note(self, storage: Any) -> None:
+        name, size = storage._cdata, storage.nbytes()
+        if name not in self.known:
+            self.known[name] = weakref.ref(storage, lambda _: self.forget(name, size))
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def forget(self, name: int, size: int) -> None:
+        del self.known[name]
+        self.live -= size
+
+
+EIGHT = [1 - level / 9 for level in range(1, 9)]
+DOWN, UP = ("mlp.down_proj",), ("mlp.gate_proj", "mlp.up_proj")
+WORKING = [
+    ("obs", ("mlp",)),
+    ("flap", ("mlp",)),
+    *((name, units) for name in ("sparsegpt", "apt", "gptq", "wanda") for units in (DOWN, UP)),
+]
+
+
+@pytest.mark.parametrize(("name", "units"), WORKING, ids=[f"{name}, {units[0]}" for name, units in WORKING])
+def test_the_working_memory_is_about_right(space_of: SpaceOf, tmp_path: Path, name: str, units: tuple[str, ...]) -> None:
+    """Of a layer 1536 -> 512, and of two side by side of 512 -> 1536, at eight levels."""
+    pruners: dict[str, Pruner] = PRUNERS | {"apt": AptPruner(), "gptq": GptqPruner([8, 7, 6, 5, 4, 3, 2])}
+    pruner, sizes = pruners[name], {"num_attention_heads": 16, "num_key_value_heads": 16, "dtype": torch.float32}
+    model = random_llama(seed=0, hidden_size=512, intermediate_size=1536, num_hidden_layers=1, **sizes).model
+    ids = torch.randint(97, (2, 128), generator=torch.Generator().manual_seed(3))
+    space = space_of(model, pruner, EIGHT)
+    space = Space(tuple(unit for unit in space.units if unit.name.endswith(units)))
+    place = next(place for place in places(model, space) if place.units)
+    supernet = Supernet.open_or_create(tmp_path, space, {})
+    with Meter(model) as meter:
+        build(model, Calibration(ids, 2), pruner, supernet, mixture(space), CPU, lambda items, _: items, "build")
+    streams = ids.numel() * 512 * 4
+    found = working_bytes(place, pruner, space, Calibration(ids, 2))
+    assert (meter.peak - streams) / 1.5 < found < (meter.peak - streams) * 1.5
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_what_a_survey_keeps_is_told(model_of: ModelOf, space_of: SpaceOf, name: str) -> None:
+    model = model_of("llama")
+    linear = sum(parameter.numel() for key, parameter in model.named_parameters() if "_proj" in key)
+    found = estimated(model, space_of, PRUNERS[name])
+    assert found.survey == (4 * linear if name in ("taylor", "gblm") else 0)
+    assert ("for the survey" in str(found)) == (name in ("taylor", "gblm"))
+
+
 def test_it_is_one_line_to_read() -> None:
     found = Estimate(1234.5, 12_345_678, 3_210_000_000, 900, 538_000_000)
     assert str(found) == (
         "about 1,234 s, 12 MB on disk; in memory 538 MB for the model, 1 kB for activations, 3.2 GB for a block at work"
     )
+    surveyed = Estimate(1234.5, 12_345_678, 3_210_000_000, 900, 538_000_000, 425_000_000)
+    assert "1 kB for activations, 425 MB for the survey, 3.2 GB for a block at work" in str(surveyed)

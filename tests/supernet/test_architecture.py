@@ -302,7 +302,10 @@ def test_heads(family_model: PreTrainedModel) -> None:
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 11}
     model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
-    known = r"'gpt_neox' is not known; known are llama, .*mamba2; .*one entry in supernet/families\.py, and .*two classes in supernet/modeling_pruned\.py"
+    known = (
+        r"'gpt_neox' is not known; known are llama, .*mamba2; .*one entry in supernet/families\.py, "
+        r"and .*two classes in supernet/modeling_pruned\.py"
+    )
     with pytest.raises(InputError, match=known):
         sub_blocks(model)
 
@@ -329,7 +332,7 @@ def test_every_family_is_walked_as_it_computes(any_model: PreTrainedModel, dtype
 
 @pytest.fixture
 def granite(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Makes a model of Llama's modules, which may do more with what they compute, with an entry of its own: (entry, **changes)."""
+    """Makes a model of Llama's modules, which may do more with what they compute: (entry, **changes of its config)."""
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 11}
 
     def make(family: Family, **changes: Any) -> Any:
@@ -354,7 +357,7 @@ def test_an_entry_that_fits_is_all_that_a_family_takes(granite: Callable[..., An
         (Family(), {"logits_scaling": 4.0}, "end in other logits"),
         (Family(mlp_norm="input_layernorm"), {}, "end in other last hidden states"),
         (Family(mlp="feed_forward"), {}, "no attribute `feed_forward`"),
-        (Family(final_norm="model"), {}, "does not fit this model"),
+        (Family(final_norm="norm"), {}, "no attribute `norm`"),
     ],
 )
 def test_an_entry_that_does_not_fit_is_refused(

@@ -211,3 +211,12 @@ def test_a_model_without_members_is_refused(mixer_model: PreTrainedModel, query_
         InputError, match="neither attention nor MLPs to take heads or neurons from; prune its weights or blocks$"
     ):
         member_prunables(parts, 1, query_heads)
+
+
+def test_a_bias_that_candidates_bring_is_paid_for(model_of: ModelOf) -> None:
+    without, own = (sub_blocks(model_of(name)) for name in ("llama", "llama_with_biases"))
+    for part, one in zip(without, member_prunables(without, 1, bias=True), strict=True):
+        assert one.added == len(part.weight(part.column))
+        assert [one.level(kept).cost for kept in (one.total, 1, 0)] == [one.total * one.each, one.each + one.added, 0]
+    assert all(one.added == 0 for one in member_prunables(own, 1, bias=True))  # takes the place of the one there is
+    assert all(one.added == 0 for one in member_prunables(without, 1))
