@@ -45,6 +45,7 @@ def build(
     device: torch.device | str,
     track: Track,
     title: str,
+    scores: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Fill the supernet with the candidates of every unit.
 
@@ -59,6 +60,7 @@ def build(
         device: Where the block at work lies.
         track: Draws progress.
         title: What the progress is called.
+        scores: What `pruner.survey` found before on the same model and text; None to survey now.
     """
     with supernet.building():
         supernet.refresh()
@@ -67,7 +69,7 @@ def build(
         walk = Walk(model, calibration, pruner, supernet, mixture, torch.device(device))
         if walk.behind_norms:
             log.info("prune.fit=residual is fitted as pruned: a norm follows the sub-blocks")
-        walk.survey(track)
+        walk.scores = pruner.survey(model, calibration, walk.device, track) if scores is None else scores
         for place in track(places(model, supernet.space), title):
             walk.step(place)
 
@@ -103,10 +105,6 @@ class Walk:
             fit = calibration.fit if accumulates and isinstance(statistics, LeastSquares) else "pruned"
             self.behind_norms = fit == "residual" and all(part.post_norm is not None for part in parts)
             self.streams = Streams(model, calibration, "pruned" if self.behind_norms else fit, device, supernet.path)
-
-    def survey(self, track: Track) -> None:
-        """Scores that are taken from the dense model as a whole."""
-        self.scores = self.pruner.survey(self.model, self.calibration, self.device, track)
 
     def step(self, place: Place) -> None:
         """Build what is missing of a sub-block's units, and move on."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from local_prune.estimate import estimate
@@ -27,9 +28,10 @@ from search.progress import track
 from search.run_directory import RunDirectory
 from search.settings import check_types
 from search.strategies.base import Strategy
-from supernet.architecture import sub_blocks
+from supernet.architecture import ATTENTION, MLP, check_walk, sub_blocks
+from supernet.assemble import check_family
 from supernet.errors import InputError
-from supernet.prunables import BITS, Prunable
+from supernet.prunables import BITS, HEADS, Prunable
 from supernet.space import Allocation, Space
 from supernet.store import Supernet
 
@@ -73,7 +75,11 @@ class Job:
     @cached_property
     def prunables(self) -> tuple[Prunable, ...]:
         """What the pruner prunes of the model."""
-        return self.pruner.prunables(sub_blocks(self.loaded.model))
+        model = self.loaded.model
+        check_walk(model)
+        found = self.pruner.prunables(sub_blocks(model))
+        check_family(model, structured=found[0].kind in (ATTENTION, MLP, HEADS))
+        return found
 
     @cached_property
     def budget_sparsity(self) -> float:
@@ -142,6 +148,11 @@ class Job:
         given = {key: self.config.prune[key] for key in ("batch", "fit") if key in self.config.prune}
         return Calibration(self.tokens["calibration"].ids, **given)
 
+    @cached_property
+    def scores(self) -> Mapping[str, Tensor]:
+        """What the pruner's survey of the dense model found: once for all supernets of a run."""
+        return self.pruner.survey(self.loaded.model, self.calibration, self.device, track)
+
     def rebuild(self, kept: Mapping[str, int], title: str) -> Supernet:
         """The candidates of one allocation, built once more along it with exact error accumulation."""
         return self.supernet(*exact(self.prunables, kept, self.accumulation), f"{title} model: last rebuild")
@@ -167,10 +178,9 @@ class Job:
         elif not may_build:
             raise InputError(f"{title}: there is no finished supernet in {supernet.path}; add build to stages")
         else:
-            calibration = self.calibration
             model = self.loaded.model
             model.cpu()  # also where a search had it on the device: a resumed run finds it here, and must round alike
-            log.info("%s: %s", title, estimate(model, calibration, self.pruner, space, weights, self.device))
+            log.info("%s: %s", title, estimate(model, self.calibration, self.pruner, space, weights, self.device))
             with self.directory.stage("build"):
-                build(model, calibration, self.pruner, supernet, weights, self.device, track, title)
+                build(model, self.calibration, self.pruner, supernet, weights, self.device, track, title, self.scores)
         return supernet

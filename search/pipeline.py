@@ -67,6 +67,7 @@ def run(config: DictConfig, path: Path) -> None:
         job = Job(config, RunDirectory(path, _settings(config), bool(config.fresh)))
         _ = job.strategy, job.pruner  # a mistake in their settings should not wait for hours of building
         job.directory.identify(job.identity)
+        _ = job.prunables  # nor should a model that cannot be pruned so
         found = _rounds(job, stages)
         if found is None:
             return

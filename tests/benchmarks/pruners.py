@@ -28,7 +28,8 @@ from torch import Tensor
 from local_prune.pruner import Calibration, Pruner, Task
 from local_prune.sparsegpt import SparseGptPruner
 from local_prune.statistics import LeastSquares
-from local_prune.walk import Streams, build
+from local_prune.streams import Streams
+from local_prune.walk import build
 from search.budget import Budget, uniform
 from search.config import conf_dir
 from search.fitness import negative_log_likelihood
