@@ -26,6 +26,7 @@ class Budget:
     target: int
     dense: int
     kind: str = "parameters"
+    dense_bits: int = 0  # of a weight, where bits are counted
 
     @classmethod
     def from_sparsity(cls, sparsity: float, space: Space, kind: str = "parameters") -> Budget:
@@ -34,7 +35,11 @@ class Budget:
         target = int(space.dense_cost * (1.0 - sparsity))
         if target < space.lowest_cost:
             raise InputError(_unreachable(sparsity, space, kind))
-        return cls(target, space.dense_cost, kind)
+        return cls(target, space.dense_cost, kind, space.units[0].total if kind == "bits" else 0)
+
+    def __str__(self) -> str:
+        share = f"{self.target:,} of {self.dense:,} prunable {self.kind} to keep, {self.target / self.dense:.1%}"
+        return f"{share} ({self.dense_bits * self.target / self.dense:.2f} bits a weight)" if self.dense_bits else share
 
     def met(self, space: Space, allocation: Allocation) -> bool:
         """Not above the budget, and less than one smallest step below it."""

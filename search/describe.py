@@ -18,7 +18,7 @@ def describe(job: Job) -> None:
     space, budget = window.space, job.budget(window.space)
     rounds, strategy = int(job.config.rounds), job.strategy
     log.info("%s: %d units, %d levels", job.loaded.name, len(space.units), sum(len(unit.levels) for unit in space.units))
-    log.info("budget: %s of %s prunable %s", f"{budget.target:,}", f"{budget.dense:,}", budget.kind)
+    log.info("budget: %s", budget)
     weights = mixture(window, job.accumulation, uniform(space, budget))
     cost = estimate(job.loaded.model, job.calibration, job.pruner, space, weights, job.device)
     log.info("build: %s", cost)

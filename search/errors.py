@@ -10,6 +10,18 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from supernet.errors import InputError
 
 
+# Settings that only other choices have.
+ELSEWHERE = {
+    "budget.bits": "needs budget=bits",
+    "budget.sparsity": "needs budget=parameters",
+    "prune.fit": "is only for the methods that fit weights: prune=obs, sparsegpt, apt or gptq",
+    "prune.accumulation": "is only for methods that look at activations; this one does not",
+    "prune.multiple": "is only for structured methods: prune=obs, magnitude_sp, wanda_sp, flap, taylor, amp or bonsai",
+    "prune.query_heads": "is only for structured methods: prune=obs, magnitude_sp, wanda_sp, flap, taylor, amp or bonsai",
+    "prune.batch": "is only for methods that look at text; this one does not",
+}
+
+
 def reason(error: Exception) -> str:
     """The first line of what an exception says, or the name of its class if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -36,6 +48,8 @@ def _translated(error: BaseException) -> str:
     match error:
         case MissingMandatoryValue(full_key=str(key)):
             return f"{key} is not given; add {key}=VALUE to the command"
+        case ConfigKeyError() | ConfigAttributeError() if error.full_key in ELSEWHERE:
+            return f"{error.full_key} {ELSEWHERE[str(error.full_key)]}"
         case ConfigKeyError() | ConfigAttributeError() if isinstance(error.parent_node, DictConfig):
             group = str(error.full_key).removesuffix(str(error.key))
             known = [f"{group}{key!s}" for key in error.parent_node]

@@ -98,6 +98,10 @@ def _rounds(job: Job, stages: list[str]) -> Found | None:
     window = job.grid.first(job.prunables)
     budget = job.budget(window.space)
     start = uniform(window.space, budget)
+    log.info("budget: %s", budget)
+    if not budget.met(window.space, start):
+        nearest = window.space.cost(start) / window.space.dense_cost
+        log.warning("no allocation of the first round comes that near; the search begins at %.1f %% kept", 100 * nearest)
     tokens = 0
     for index in range(int(job.config.rounds)):
         title = f"round {index + 1} of {job.config.rounds}"
