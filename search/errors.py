@@ -9,7 +9,6 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from supernet.errors import InputError
 
-
 # Settings that only other choices have.
 ELSEWHERE = {
     "budget.bits": "needs budget=bits",
