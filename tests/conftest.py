@@ -46,6 +46,8 @@ NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
 TINY: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 3, **NO_TOKENS}
 MLP_SIZE: dict[str, Any] = {"intermediate_size": 96}
 SIZES: dict[str, Any] = TINY | MLP_SIZE | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)  # for fixtures that live longer than a test, too: the number of threads changes the last bits
 WINDOW = 5  # tokens that a sliding attention sees: less than `ids` has, so that masks matter
 GEMMA: dict[str, Any] = {"sliding_window": WINDOW, "query_pre_attn_scalar": 6}
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -81,11 +83,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """One thread for the tiny tensors of most tests: several would wait for each other a hundred times longer than they work."""
-    threads = torch.get_num_threads()
-    if "smollm2" not in request.fixturenames:
-        torch.set_num_threads(1)
+    if "smollm2" in request.fixturenames:
+        torch.set_num_threads(THREADS)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,14 @@ def test_other_settings_are_refused(run: Path, changed: dict[str, Any], told: st
     assert f"{run} holds a run with other settings {told};" in str(refusal.value)
 
 
+def test_another_kind_of_thing_is_one_change(tmp_path: Path) -> None:
+    """Not one for each of its settings, which the other kind has not."""
+    advance(opened(tmp_path, prune={"_target_": "a.One", "damping": 0.1}), 0, 1.0)
+    with pytest.raises(InputError) as refusal:
+        opened(tmp_path, prune={"_target_": "a.Two", "norm": 2})
+    assert '(prune._target_: "a.One" there, "a.Two" now)' in str(refusal.value)
+
+
 def test_a_directory_without_results_takes_any_settings(tmp_path: Path) -> None:
     opened(tmp_path).write("checkpoint/identity.json", {})
     with pytest.raises(InterruptedError), opened(tmp_path).stage("build"):
