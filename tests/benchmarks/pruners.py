@@ -304,7 +304,7 @@ def memory() -> None:
 
 def memory_of(method: str, layers: int) -> None:
     """One build in this process; prints megabytes."""
-    loaded = random_llama(0, 1024, 4096, layers, 16, 8, dtype=torch.bfloat16)
+    loaded = random_llama(0, 512, 2048, layers, 8, 4, dtype=torch.bfloat16)
     prunables = (pruner := _pruner(method)).prunables(sub_blocks(loaded.model))
     window = Grid(9, 0.125).first(prunables)
     even = uniform(window.space, Budget.from_sparsity(0.5, window.space))
