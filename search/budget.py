@@ -82,9 +82,16 @@ def uniform(space: Space, budget: Budget) -> Allocation:
         alike = unit.kind, unit.levels[0].cost
         removed = np.array([1.0 - level.cost / unit.levels[0].cost for level in unit.levels])
         owed[alike] += sparsity
-        wish[index] = int(np.abs(removed - owed[alike]).argmin())
+        away = np.abs(removed - owed[alike]).round(9)
+        wish[index] = int(np.flatnonzero(away == away.min())[-1])  # the sparser of two as near
         owed[alike] -= removed[wish[index]]
-    return closest(space, tuple(wish), budget)
+    # What must give way for the budget: distance to the wish alone would as soon take a unit's second step as another's first.
+    shares = [(1.0 - sparsity) * unit.levels[0].cost for unit in space.units]
+    losses = [
+        a + 1e-3 * b
+        for a, b in zip(_distances(space, budget, _costs(space, wish)), _distances(space, budget, shares), strict=True)
+    ]
+    return knapsack(space, losses, budget)
 
 
 def closest(space: Space, wish: Allocation, budget: Budget) -> Allocation:
@@ -92,11 +99,19 @@ def closest(space: Space, wish: Allocation, budget: Budget) -> Allocation:
 
     Distance is the sum over units of the squared difference in cost.
     """
-    distances = [
-        np.array([((level.cost - unit.levels[want].cost) / budget.dense) ** 2 for level in unit.levels])
-        for unit, want in zip(space.units, wish, strict=True)
+    return knapsack(space, _distances(space, budget, _costs(space, wish)), budget)
+
+
+def _costs(space: Space, allocation: Sequence[int]) -> list[float]:
+    return [float(unit.levels[level].cost) for unit, level in zip(space.units, allocation, strict=True)]
+
+
+def _distances(space: Space, budget: Budget, costs: Sequence[float]) -> list[np.ndarray]:
+    """For each unit the squared distance of each of its levels from a cost, as a share of the dense model's."""
+    return [
+        np.array([((level.cost - cost) / budget.dense) ** 2 for level in unit.levels])
+        for unit, cost in zip(space.units, costs, strict=True)
     ]
-    return knapsack(space, distances, budget)
 
 
 def knapsack(space: Space, losses: Sequence[np.ndarray], budget: Budget) -> Allocation:
