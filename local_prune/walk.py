@@ -22,7 +22,7 @@ from local_prune.pruner import Calibration, Pruner, Statistics, Task, Track
 from local_prune.statistics import LeastSquares
 from local_prune.streams import OWN_OUTPUT, Streams
 from supernet.architecture import SubBlock, blocks
-from supernet.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
+from supernet.encoding import Candidate, Members, Quantised, member_columns
 from supernet.errors import InputError
 from supernet.placement import Place, full_weight, is_absent, places
 from supernet.space import Unit
@@ -151,7 +151,7 @@ class Walk:
             raise InputError(f"{unit.name}: what is left is not finite; check the model's weights, or use dtype=float32")
         record: dict[str, Any] = {"seconds": round(time.perf_counter() - begun, 3)}
         if isinstance(statistics, LeastSquares):
-            errors = statistics.errors(_kept_and_weight(task, one) for one in candidates)
+            errors = statistics.errors(_kept_and_weight(task, part, layer, one) for one in candidates)
             record |= {"errors": [round(error, 6) for error in errors], "target": target}  # what they are relative to
         self.supernet.write(unit.name, candidates, record)
         self.pruning += time.perf_counter() - begun
@@ -186,14 +186,12 @@ def _stages(place: Place) -> list[Stage]:
     return whole + [stage for stage in shared if stage]
 
 
-def _kept_and_weight(task: Task, candidate: Candidate) -> tuple[Tensor | slice, Tensor]:
+def _kept_and_weight(task: Task, part: SubBlock, layer: str, candidate: Candidate) -> tuple[Tensor | slice, Tensor]:
     """The input columns that a candidate keeps, and their weights (k, d_out)."""
     if isinstance(candidate, Members):
         columns = member_columns(candidate.kept, task.width)
         return columns, task.dense.T[columns] if candidate.weight is None else candidate.weight.T
-    assert not isinstance(candidate, Dropped)
-    weight = candidate.weight
-    return slice(None), (task.dense * candidate.mask if isinstance(candidate, Weights) and weight is None else weight).T  # type: ignore[union-attr]
+    return slice(None), full_weight(part, layer, candidate).T
 
 
 def _is_finite(candidate: Candidate) -> bool:
