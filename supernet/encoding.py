@@ -1,18 +1,31 @@
 """What a candidate is, one class a kind, and the compact tensors that it is stored as.
 
 Values that are the dense model's own are never stored: a method that only chooses what stays gives candidates without weights,
-and all of a unit's levels share one order of removal.
+and all of a unit's levels share one order of removal where they are nested. Tensors of a level, by name behind its number:
+
+    kept, [weight], [bias]              members: indices and their columns
+    [bias]                              members or weights whose choice is in the shared `order`, with its `shape`
+    mask, shape, [values]               weights: a bit for each, and the values that stay
+    ranks, shape, pattern, [values]     weights of N:M: the set that each group keeps (`supernet.patterns`)
+    codes, shape, scale, [zero]         quantised groups
+    dropped                             nothing
+
+and `contents`: what the level counts, and how many other tensors it has. Masks, orders, ranks and codes are bit planes; shape,
+pattern, dropped and contents are headers (`supernet.tensors`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from supernet.packing import at_least, gathered, keeps, plane_bytes, scattered, unpacked
+from supernet.patterns import find_pattern, mask_of, rank_bits, ranks_of
+from supernet.tensors import Stored, header, planes
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,8 @@ class Dropped:
 Candidate = Members | Weights | Quantised | Dropped
 
 MOST_ORDERED = 255  # levels that share one order of removal: it is kept in bytes while it is made
+INDEX = torch.int32  # of kept members
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def member_columns(kept: Tensor, width: int) -> Tensor:
@@ -88,88 +103,93 @@ def count(candidate: Candidate) -> int:
         case Members():
             return len(candidate.kept)
         case Weights():
-            return int(candidate.mask.sum())
+            return int(candidate.mask.count_nonzero())
         case Quantised():
             return candidate.bits
         case Dropped():
             return 0
 
 
-def moved(candidate: Candidate, device: torch.device | str) -> Candidate:
-    """The same on another device."""
-    values = {field.name: getattr(candidate, field.name) for field in fields(candidate)}
-    there: dict[str, Any] = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
-    return type(candidate)(**there)
-
-
 def encode(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
-    """The candidates of levels 1, 2, ... as named tensors for one file; `decode` reads one of them back.
+    """The candidates of levels 1, 2, ... as named tensors on the CPU for one file; `decode` reads one of them back.
 
     Level 0 is the dense model's own weight and is never stored. Where all levels are nested and keep dense values, what is stored
-    is the level at which each member or weight goes.
+    is the last level that keeps each member or weight, unless the levels take less one by one.
     """
-    order = _order([_chosen(candidate) for candidate in candidates])
+    masks = _ordered_masks(candidates)
     tensors: dict[str, Tensor] = {}
-    if order is not None:
-        bits = len(candidates).bit_length()
-        tensors |= {"order": _packed(order, bits), "shape": torch.tensor(order.shape)}
+    if masks is not None:
+        order = masks[0].to(torch.uint8)
+        for mask in masks[1:]:
+            order += mask
+        tensors = planes("order", order, len(masks).bit_length())
     for level, candidate in enumerate(candidates, start=1):
-        named = _tensors(candidate, order is None)
-        tensors |= {f"{level}.{name}": tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-    return tensors
+        parts = (_choice(candidate) if masks is None else {}) | _values(candidate)
+        parts["contents"] = header(count(candidate), len(parts))
+        tensors |= {f"{level}.{name}": tensor for name, tensor in parts.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def decode(read: Callable[[str], Tensor], names: Sequence[str], level: int) -> Candidate:
-    """The candidate of a level.
-
-    Args:
-        read: Gives the tensor of a name.
-        names: Of all tensors there are.
-        level: At least 1.
-    """
-
-    def optional(name: str) -> Tensor | None:
-        return read(f"{level}.{name}") if f"{level}.{name}" in names else None
-
-    if f"{level}.dropped" in names:
-        return Dropped()
-    if f"{level}.codes" in names:
-        scale, planes = read(f"{level}.scale"), read(f"{level}.codes")
-        codes = _unpacked(planes, read(f"{level}.shape"))
-        zero = optional("zero")
-        return Quantised(codes, scale, _middle(scale, len(planes)) if zero is None else zero, len(planes))
-    if "order" in names:
-        order = _unpacked(read("order"), read("shape"))
-        chosen = (order == 0) | (order > level)
-    elif f"{level}.mask" in names:
-        chosen = _unpacked(read(f"{level}.mask"), read(f"{level}.shape")).bool()
-    else:
-        return Members(read(f"{level}.kept").long(), optional("weight"), optional("bias"))
-    if chosen.dim() == 1:
-        return Members(chosen.nonzero().flatten(), None, optional("bias"))
-    values = optional("values")
-    weight = None if values is None else torch.zeros(chosen.shape, dtype=values.dtype).masked_scatter_(chosen, values)
-    return Weights(chosen, weight)
+def encoded_bytes(candidates: Sequence[Candidate]) -> int:
+    """Of all tensors that `encode` gives, without making them."""
+    values = sum(_value_bytes(candidate) for candidate in candidates)
+    masks = _ordered_masks(candidates)
+    return values + (sum(map(_choice_bytes, candidates)) if masks is None else _order_bytes(masks))
 
 
-def _tensors(candidate: Candidate, with_choice: bool) -> dict[str, Tensor]:
+def _choice(candidate: Candidate) -> dict[str, Tensor]:
+    """Which members or weights stay."""
     match candidate:
         case Members():
-            named = {"kept": candidate.kept.int()} if with_choice else {}
-            named |= {} if candidate.weight is None else {"weight": candidate.weight}
-            return named | ({} if candidate.bias is None else {"bias": candidate.bias})
+            return {"kept": candidate.kept.to(INDEX)}
         case Weights():
-            mask = candidate.mask
-            named = {"mask": _packed(mask, 1), "shape": torch.tensor(mask.shape)} if with_choice else {}
-            return named | ({} if candidate.weight is None else {"values": candidate.weight[mask]})
+            mask = candidate.mask.cpu()
+            pattern = find_pattern(mask)
+            if pattern is None:
+                return planes("mask", mask, 1)
+            return planes("ranks", ranks_of(mask, *pattern), rank_bits(*pattern)) | {"pattern": header(*pattern)}
+        case _:
+            return {}
+
+
+def _choice_bytes(candidate: Candidate) -> int:
+    match candidate:
+        case Members():
+            return len(candidate.kept) * INDEX.itemsize
+        case Weights():
+            weights, pattern = candidate.mask.numel(), find_pattern(candidate.mask.cpu())
+            return plane_bytes(weights, 1) if pattern is None else plane_bytes(weights // pattern[1], rank_bits(*pattern))
+        case _:
+            return 0
+
+
+def _values(candidate: Candidate) -> dict[str, Tensor]:
+    """What the dense model does not have."""
+    match candidate:
+        case Members():
+            both = {"weight": candidate.weight, "bias": candidate.bias}
+            return {name: tensor for name, tensor in both.items() if tensor is not None}
+        case Weights():
+            return {} if candidate.weight is None else {"values": gathered(candidate.weight, candidate.mask)}
         case Quantised():
-            shape = torch.tensor(candidate.codes.shape)
-            codes = _packed(candidate.codes, candidate.bits)
-            named = {"codes": codes, "shape": shape, "scale": candidate.scale}
-            middle = torch.equal(candidate.zero, _middle(candidate.scale, candidate.bits))
-            return named if middle else named | {"zero": candidate.zero}
+            codes = candidate.codes.reshape(*candidate.scale.shape, -1)
+            named = planes("codes", codes, candidate.bits) | {"scale": candidate.scale}
+            return named if _is_symmetric(candidate) else named | {"zero": candidate.zero}
         case Dropped():
-            return {"dropped": torch.empty(0)}
+            return {"dropped": header()}
+
+
+def _value_bytes(candidate: Candidate) -> int:
+    match candidate:
+        case Members():
+            return sum(tensor.nbytes for tensor in (candidate.weight, candidate.bias) if tensor is not None)
+        case Weights():
+            return 0 if candidate.weight is None else count(candidate) * candidate.weight.element_size()
+        case Quantised():
+            zeros = 0 if _is_symmetric(candidate) else candidate.zero.nbytes
+            return plane_bytes(candidate.codes.numel(), candidate.bits) + candidate.scale.nbytes + zeros
+        case Dropped():
+            return 0
 
 
 def _middle(scale: Tensor, bits: int) -> Tensor:
@@ -177,46 +197,127 @@ def _middle(scale: Tensor, bits: int) -> Tensor:
     return torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
 
 
+def _is_symmetric(candidate: Quantised) -> bool:
+    return torch.equal(candidate.zero, _middle(candidate.scale, candidate.bits))
+
+
+def _ordered_masks(candidates: Sequence[Candidate]) -> list[Tensor] | None:
+    """What each level keeps as masks on the CPU, where one order tells it all and is the smaller form.
+
+    None where levels are not nested, not only chosen, more than `MOST_ORDERED`, or take less one by one.
+    """
+    chosen = [_chosen(candidate) for candidate in candidates]
+    masks = [mask for mask in chosen if mask is not None]
+    if not 0 < len(masks) == len(chosen) <= MOST_ORDERED:
+        return None
+    if masks[0].dtype != torch.bool:
+        size = max(int(kept.max()) + 1 if len(kept) else 0 for kept in masks)
+        masks = [torch.zeros(size, dtype=torch.bool).index_fill_(0, kept, True) for kept in masks]
+    if any(bool((after & ~before).any()) for before, after in pairwise(masks)):
+        return None
+    return masks if _order_bytes(masks) <= sum(map(_choice_bytes, candidates)) else None
+
+
 def _chosen(candidate: Candidate) -> Tensor | None:
     """What stays, as a mask or as indices, where the values that stay are the dense ones."""
     if isinstance(candidate, Members | Weights) and candidate.weight is None:
-        return candidate.kept if isinstance(candidate, Members) else candidate.mask
+        return (candidate.kept if isinstance(candidate, Members) else candidate.mask).cpu()
     return None
 
 
-def _order(chosen: Sequence[Tensor | None]) -> Tensor | None:
-    """The level at which each member or weight goes, 0 for those that stay.
+def _order_bytes(masks: Sequence[Tensor]) -> int:
+    return plane_bytes(masks[0].numel(), len(masks).bit_length())
 
-    None where levels are not nested, not only chosen, or more than `MOST_ORDERED`.
+
+def decode(read: Callable[[str], Tensor], names: Sequence[str], level: int) -> Candidate:
+    """The candidate of a level, on the device of the tensors that `read` gives.
+
+    ValueError where tensors are missing or do not fit together. What only their values show is looked for on the CPU alone: on
+    other devices nothing waits for them.
+
+    Args:
+        read: Gives the tensor of a name.
+        names: Of all tensors there are.
+        level: At least 1.
     """
-    if not 0 < len(chosen) <= MOST_ORDERED or any(one is None for one in chosen):
-        return None
-    if chosen[0].dtype != torch.bool:  # type: ignore[union-attr]
-        size = max((int(one.max()) + 1 for one in chosen if len(one)), default=0)  # type: ignore[union-attr, arg-type]
-        masks = [torch.zeros(size, dtype=torch.bool).index_fill_(0, one.cpu(), True) for one in chosen]  # type: ignore[union-attr]
+    there = frozenset(names)
+    own = Stored(read, there, f"{level}.")
+    kept, others = own.header("contents", (2,))
+    own.check(len(own) == 1 + others, "contents", f"has {others} others, and there are {len(own) - 1}")
+    if "dropped" in own:
+        own.check(own.header("dropped", (0,)) == () and kept == 0, "contents", f"has {kept} kept of what is dropped")
+        return Dropped()
+    if "codes" in own:
+        return _quantised(own, kept)
+    if "kept" in own:
+        return _members(own, kept)
+    if "mask" in own or "ranks" in own:
+        return _weights(own, kept)
+    return _ordered(own, Stored(read, there, ""), level, kept)
+
+
+def _ordered(own: Stored, shared: Stored, level: int, count: int) -> Candidate:
+    order, shape = shared.planes("order", (1, 2))
+    chosen = unpacked(at_least(order, level), shape)
+    shared.check(count <= chosen.numel() and keeps(chosen, count), "order", f"does not keep {count} at level {level}")
+    mask = chosen.view(torch.bool)
+    return Members(_indices(mask, count), None, _optional(own, "bias", 1)) if mask.dim() == 1 else Weights(mask, None)
+
+
+def _indices(mask: Tensor, count: int) -> Tensor:
+    """(count,) int64, where a mask (n,) is True: `nonzero` would wait for the device to tell how many there are."""
+    places = torch.where(mask, mask.cumsum(0) - 1, count).clamp_(max=count)  # the last one takes what is not kept
+    indices = torch.zeros(count + 1, dtype=torch.int64, device=mask.device)
+    return indices.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:count]
+
+
+def _members(own: Stored, count: int) -> Members:
+    kept = own.tensor("kept", (INDEX,), 1)
+    own.check(len(kept) == count, "kept", f"has {len(kept)} members, not {count}")
+    if _on_cpu(kept) and len(kept):
+        own.check(int(kept[0]) >= 0 and bool((kept[1:] > kept[:-1]).all()), "kept", "does not rise from 0 or more")
+    weight, bias = _optional(own, "weight", 2), _optional(own, "bias", 1)
+    if weight is not None:
+        columns = weight.shape[1]
+        whole = columns >= count and columns % count == 0 if count else columns == 0
+        own.check(whole, "weight", f"has {columns} columns for {count} members")
+    if weight is not None and bias is not None:
+        own.check(len(bias) == len(weight), "bias", f"has {len(bias)} numbers for {len(weight)} outputs")
+    return Members(kept.long(), weight, bias)
+
+
+def _weights(own: Stored, count: int) -> Weights:
+    values = _optional(own, "values", 1)
+    own.check(values is None or len(values) == count, "values", f"is not one for each of {count} weights")
+    if "ranks" in own:
+        ranks, (d_out, groups) = own.planes("ranks", (2,))
+        keep, of = own.header("pattern", (2,))
+        own.check(len(ranks) == rank_bits(keep, of), "ranks", f"has {len(ranks)} bits for {keep}:{of}")
+        own.check(d_out * groups * keep == count, "ranks", f"does not keep {count} weights")
+        mask = mask_of(unpacked(ranks, (d_out, groups)), keep, of)
     else:
-        masks = [one.cpu() for one in chosen]  # type: ignore[union-attr]
-    order = torch.zeros(masks[0].shape, dtype=torch.uint8)
-    before = torch.ones_like(masks[0])
-    for level, mask in enumerate(masks, start=1):
-        if bool((mask & ~before).any()):
-            return None
-        order[before & ~mask] = level
-        before = mask
-    return order
+        bits, shape = own.planes("mask", (2,))
+        own.check(len(bits) == 1, "mask", f"has {len(bits)} bits")
+        mask = unpacked(bits, shape).view(torch.bool)
+        own.check(keeps(mask, count), "mask", f"does not keep {count} weights")
+    return Weights(mask, None if values is None else scattered(values, mask))
 
 
-def _packed(values: Tensor, bits: int) -> Tensor:
-    """Whole numbers below 2 ** bits as bit planes, (bits, ceil(n / 8)) uint8."""
-    flat = values.detach().to("cpu", torch.uint8).flatten().numpy()
-    return torch.from_numpy(np.stack([np.packbits((flat >> bit) & 1) for bit in range(bits)]))
+def _quantised(own: Stored, bits: int) -> Quantised:
+    codes, (d_out, groups, size) = own.planes("codes", (3,))
+    own.check(len(codes) == bits <= 8, "codes", f"has {len(codes)} bits, not {bits}")
+    scale = own.tensor("scale", FLOATS, 2)
+    own.check(scale.shape == (d_out, groups), "scale", f"is of shape {tuple(scale.shape)}, not {(d_out, groups)}")
+    zero = own.tensor("zero", (torch.uint8,), 2) if "zero" in own else _middle(scale, bits)
+    right = zero.shape == scale.shape and (not _on_cpu(zero) or not zero.numel() or int(zero.max()) < 2**bits)
+    own.check(right, "zero", f"is not a code of {bits} bits for each group")
+    return Quantised(unpacked(codes, (d_out, groups * size)), scale, zero, bits)
 
 
-def _unpacked(planes: Tensor, shape: Tensor) -> Tensor:
-    """The inverse of `_packed`, uint8."""
-    size = [int(length) for length in shape]
-    length = int(np.prod(size))
-    flat = np.zeros(length, dtype=np.uint8)
-    for bit, plane in enumerate(planes.numpy()):
-        flat |= np.unpackbits(plane, count=length) << bit
-    return torch.from_numpy(flat).view(size)
+def _optional(own: Stored, name: str, dim: int) -> Tensor | None:
+    return own.tensor(name, FLOATS, dim) if name in own else None
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    """Whether looking at values makes nothing wait."""
+    return tensor.device.type == "cpu"
