@@ -22,11 +22,13 @@ from local_prune.walk import METHOD, build
 from search.budget import Budget
 from search.config import cache_dir
 from search.data import TokenSet, prepare, split_record
+from search.evaluator import Resources
+from search.fitness import Fitness
 from search.levels import Grid, Mixture, Window, check_accumulation, exact, mixture
 from search.models import LoadedModel
 from search.progress import track
 from search.run_directory import RunDirectory
-from search.settings import check_types
+from search.settings import check_types, read_bytes
 from search.strategies.base import Strategy
 from supernet.architecture import ATTENTION, MLP, check_walk, sub_blocks
 from supernet.assemble import check_family
@@ -112,6 +114,20 @@ class Job:
         return {"model": model, "data": split_record(self.tokens)}
 
     @cached_property
+    def fitness(self) -> Fitness:
+        """What the search minimises."""
+        check_types(self.config, "fitness")
+        fitness: Fitness = instantiate(self.config.fitness)
+        return fitness
+
+    @property
+    def resources(self) -> Resources:
+        """Where things lie while allocations are measured."""
+        given = self.config.evaluator
+        memory, cache = (read_bytes(f"evaluator.{key}", given[key]) for key in ("memory", "cache"))
+        return Resources(self.device, str(given.resident), memory, cache)
+
+    @cached_property
     def strategy(self) -> Strategy:
         """The search."""
         strategy: Strategy = instantiate(self.config.strategy)
@@ -172,7 +188,12 @@ class Job:
             "mixture": {name: list(of_levels) for name, of_levels in weights.items()},
         }
         root = self.config.supernet.root
-        supernet = Supernet.open_or_create(Path(root).expanduser() if root else cache_dir() / "supernets", space, description)
+        folder = Path(root).expanduser() if root else cache_dir() / "supernets"
+        labels = {"model": self.loaded.name, "method": type(self.pruner).__name__.removesuffix("Pruner")}
+        supernet = Supernet.open_or_create(folder, space, description, labels)
+        if supernet.complete or may_build:
+            supernet.note_use(self.directory.note_supernet(supernet.fingerprint, supernet.path))
+            supernet.refresh()  # until it was noted, another process may have removed what no run referred to
         if supernet.complete:
             log.info("%s: found in %s", title, supernet.path)
         elif not may_build:

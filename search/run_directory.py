@@ -20,10 +20,12 @@ from search.strategies.base import Row, State
 from supernet.errors import InputError
 from supernet.space import Space
 from supernet.store import write_atomic
+from supernet.uses import note_use
 
 SETTINGS = "checkpoint/settings.json"
 IDENTITY = "checkpoint/identity.json"
 COSTS = "checkpoint/costs.json"
+SUPERNETS = "checkpoint/supernets.json"
 HISTORY = "history.parquet"
 
 
@@ -55,6 +57,7 @@ class RunDirectory:
         self.path = path
         self.identity: Any = None
         self.settings = json.loads(json.dumps(settings))
+        self._supernets: dict[str, str] | None = None
         if fresh and (path / SETTINGS).exists():
             _move_aside(path)
         before = self.read(SETTINGS)
@@ -75,17 +78,22 @@ class RunDirectory:
 
     def read(self, name: str) -> Any:
         """The content of a JSON file, or None where it is not there."""
-        file = self.path / name
-        if not file.exists():
-            return None
-        try:
-            return json.loads(file.read_text())
-        except ValueError as error:
-            raise _damaged(file, error) from error
+        return _read(self.path / name)
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file."""
         write_atomic(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
+
+    def note_supernet(self, fingerprint: str, path: Path) -> Path:
+        """Add to the supernets that the run uses; the file that lists them, for `Supernet.note_use`.
+
+        The list of a directory that is not claimed yet may be of other settings: it starts anew.
+        """
+        if self._supernets is None:
+            self._supernets = dict(self.read(SUPERNETS) or {}) if (self.path / SETTINGS).exists() else {}
+        self._supernets[fingerprint] = str(path.resolve())
+        self.write(SUPERNETS, self._supernets)
+        return self.path / SUPERNETS
 
     def load_state(self, round_index: int, space: Space) -> State | None:
         """Where the search of a round stands; InputError where it was a search of another space."""
@@ -149,6 +157,15 @@ class RunDirectory:
             self.write(SETTINGS, self.settings)
 
 
+def _read(file: Path) -> Any:
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise _damaged(file, error) from error
+
+
 def _damaged(file: Path, error: Exception) -> InputError:
     return InputError(f"{file} is damaged ({reason(error)}); delete it, or start over with fresh=true")
 
@@ -168,7 +185,10 @@ def _table(round_index: int, rows: list[Row]) -> pd.DataFrame:
 
 
 def _move_aside(path: Path) -> None:
-    """Move a run's files to the first free `<path>.old-<n>`. Hydra's own files of this job stay: they are being written."""
+    """Move a run's files to the first free `<path>.old-<n>`, from where they refer to their supernets again.
+
+    Hydra's own files of this job stay: they are being written.
+    """
     number = 1
     while (target := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
@@ -176,6 +196,10 @@ def _move_aside(path: Path) -> None:
     for name in (HISTORY, "allocation.json", "metrics.json", "export", "checkpoint"):  # the checkpoint last: it makes a run
         if (path / name).exists():
             (path / name).rename(target / name)
+    listed = target / SUPERNETS
+    for fingerprint, supernet in dict(_read(listed) or {}).items():
+        if Path(supernet).is_dir():
+            note_use(Path(supernet), fingerprint, listed)
 
 
 def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:

@@ -1,61 +1,66 @@
-"""The supernet on disk: one safetensors file per unit, and a manifest with space, checksums and fingerprint.
+"""The supernet on disk: one safetensors file per unit, a manifest with space, checksums and fingerprint, and who uses it.
 
-    <root>/<fingerprint>/manifest.json
-    <root>/<fingerprint>/units/<unit name>.safetensors
+    <root>/<fingerprint>/manifest.json                      `supernet.manifest`
+    <root>/<fingerprint>/units/<unit name>.safetensors      `supernet.unit_file`
+    <root>/<fingerprint>/uses/<hash of a path>.json         `supernet.uses`
 
 The fingerprint covers everything that candidates depend on (model, data, method, settings, space), so the same settings find
 the same supernet. Every write is atomic and a unit counts only once the manifest names it with its checksum: an interrupted
-build continues after its last whole unit, and a damaged file is never taken for a candidate.
+build continues after its last whole unit, and a damaged file is never taken for a candidate. Files are replaced and never
+changed, so any number of processes may read, without a lock and without being allowed to write, while one builds.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from torch import Tensor
 
-from supernet.encoding import Candidate, count, decode, encode, moved
+from supernet.atomic import make_folder
+from supernet.atomic import write_atomic as write_atomic
+from supernet.encoding import Candidate, count, decode, encode
 from supernet.errors import InputError
+from supernet.manifest import LOCK, MANIFEST, damaged, new_manifest, read_manifest, unit_path
 from supernet.space import Space
+from supernet.unit_file import UnitFile, serialised
+from supernet.uses import note_use
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
-
 
 class Supernet:
-    """The candidates of one space, read lazily. `open_or_create` makes one."""
+    """The candidates of one space, read lazily and by any number of threads. `open_or_create` makes one."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
-        self.manifest = manifest
+        self.manifest = manifest  # replaced as a whole, never changed: other threads read it
         self.space = Space.from_json(manifest["space"])
         self._index = {unit.name: i for i, unit in enumerate(self.space.units)}
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, UnitFile] = {}
+        self._changing = threading.RLock()  # held by the thread that replaces the manifest, or opens a file
 
     @classmethod
-    def open_or_create(cls, root: Path, space: Space, description: Mapping[str, Any]) -> Supernet:
+    def open_or_create(
+        cls, root: Path, space: Space, description: Mapping[str, Any], labels: Mapping[str, Any] | None = None
+    ) -> Supernet:
         """The supernet of these settings below `root`: the one on disk, whole or begun, or a new empty one.
 
         Args:
             root: Folder of all supernets.
             space: Units and levels.
             description: JSON-able record of all that the candidates depend on besides the space.
+            labels: JSON-able, for people (`python -m supernet ls`): of a new supernet only, and no part of what it is found by.
         """
-        identity = {"format": FORMAT, "description": dict(description), "space": space.to_json()}
-        fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
-        path = root / fingerprint[:16]
-        supernet = cls(path, identity | {"fingerprint": fingerprint, "units": {}})
+        manifest = new_manifest(space, description, labels or {})
+        supernet = cls(root / manifest["fingerprint"][:16], manifest)
         supernet.refresh()
         return supernet
 
@@ -67,45 +72,53 @@ class Supernet:
     @property
     def complete(self) -> bool:
         """Whether every unit has its candidates."""
-        return all(unit.name in self.manifest["units"] for unit in self.space.units)
+        return all(self.has(unit.name) for unit in self.space.units)
 
     def has(self, name: str) -> bool:
         """Whether the unit of this name is built."""
         return name in self.manifest["units"]
 
+    def note_use(self, referrer: Path) -> None:
+        """Note that a run's file lists this fingerprint: see `supernet.uses`."""
+        note_use(self.path, self.fingerprint, referrer)
+
     def lock(self) -> FileLock:
         """Held while building, so that two runs with the same settings do not both build. The kernel frees a dead owner's."""
-        _make_folder(self.path)
-        return FileLock(self.path / ".lock")
+        make_folder(self.path)
+        return FileLock(self.path / LOCK)
 
     @contextmanager
     def building(self) -> Iterator[None]:
         """Hold the lock; where another process holds it, say so and wait."""
+        try:
+            try:
+                lock = self._acquired()
+            except FileNotFoundError:  # another process was removing the folder
+                lock = self._acquired()
+        except OSError as error:
+            why = f"cannot lock {self.path / LOCK}: {error.strerror}"
+            raise InputError(f"{why}; free some space or choose another folder") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _acquired(self) -> FileLock:
         lock = self.lock()
         try:
             lock.acquire(timeout=0)
         except Timeout:
             log.info("another process is building %s; waiting for it", self.path)
             lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+        return lock
 
     def refresh(self) -> None:
         """Read what is on disk, built before or by another process; InputError where that is damaged."""
-        manifest_path = self.path / "manifest.json"
-        if not manifest_path.exists():
-            return
-        try:
-            manifest = json.loads(manifest_path.read_text())
-            same = all(manifest[key] == value for key, value in self.manifest.items() if key != "units")
-            whole = all({"file", "bytes", "checksum"} <= set(entry) for entry in manifest["units"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(manifest_path, f"unreadable ({error})") from error
-        if not same or not whole:
-            raise _damaged(manifest_path, "its settings do not match its fingerprint" if whole else "a unit's entry is not whole")
-        self.manifest = manifest
+        with self._changing:
+            manifest = read_manifest(self.path)
+            if manifest is not None and manifest["fingerprint"] != self.fingerprint:
+                raise damaged(self.path / MANIFEST, "it is another supernet's")
+            self.manifest = manifest or self.manifest | {"units": {}}
 
     def write(self, name: str, candidates: Sequence[Candidate], record: Mapping[str, Any]) -> None:
         """Store a unit's candidates of levels 1, 2, ... (level 0 is dense), then name them in the manifest.
@@ -119,62 +132,45 @@ class Supernet:
         kept = [count(candidate) for candidate in candidates]
         if kept != [level.kept for level in unit.levels[1:]]:
             raise ValueError(f"{name}: candidates keep {kept}, the levels ask for {unit.levels[1:]}")
-        data = save(encode(candidates))
-        file = f"units/{name}.safetensors"
-        write_atomic(self.path / file, data)
-        entry = {"file": file, "bytes": len(data), "checksum": xxhash.xxh3_128_hexdigest(data), **record}
-        self.manifest["units"][name] = entry
-        write_atomic(self.path / "manifest.json", json.dumps(self.manifest, indent=1).encode())
+        data, entry = serialised(encode(candidates))
+        write_atomic(unit_path(self.path, name), data)
+        with self._changing:
+            manifest = self.manifest | {"units": self.manifest["units"] | {name: {**record, **entry}}}
+            write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=1).encode())
+            self.manifest = manifest
 
     def candidate(self, unit: int, level: int, device: torch.device | str = "cpu") -> Candidate:
-        """The candidate of a unit (index in the space) at a level of at least 1."""
-        reader = self._reader(self.space.units[unit].name)
-        return moved(decode(reader.get_tensor, reader.keys(), level), device)
+        """The candidate of a unit (index in the space) at a level of at least 1, decoded on `device` from what is stored.
+
+        What is read is verified when this process reads it first. On the CPU a candidate may share its memory with the file: it
+        is not to be changed.
+        """
+        file = self.unit_file(self.space.units[unit].name)
+
+        def read(name: str) -> Tensor:
+            return file.tensor(name).to(device)
+
+        try:
+            return decode(read, file.names, level)
+        except ValueError as error:
+            raise damaged(file.path, f"level {level} cannot be decoded ({error})") from error
+
+    def unit_file(self, name: str) -> UnitFile:
+        """The file of a unit's candidates, mapped when it is first asked for; InputError where it is not built yet."""
+        if (file := self._open.get(name)) is not None:
+            return file
+        with self._changing:
+            if name not in self._open:
+                if not self.has(name):
+                    self.refresh()  # another process may have built it meanwhile
+                if not self.has(name):
+                    raise InputError(
+                        f"the supernet {self.path} has no candidates of {name}: its build is not finished; add build to stages"
+                    )
+                self._open[name] = UnitFile(unit_path(self.path, name), self.manifest["units"][name])
+            return self._open[name]
 
     def release(self) -> None:
         """Let go of the files that are mapped, and of their pages; they are mapped again when they are read."""
-        self._open.clear()
-
-    def _reader(self, name: str) -> Any:
-        """A memory-mapped file of candidates; its checksum is verified when it is first read."""
-        if name not in self._open:
-            if not self.has(name):
-                raise InputError(
-                    f"the supernet {self.path} has no candidates of {name}: its build is not finished; add build to stages"
-                )
-            entry = self.manifest["units"][name]
-            path = self.path / entry["file"]
-            try:
-                if xxhash.xxh3_128_hexdigest(path.read_bytes()) != entry["checksum"]:
-                    raise _damaged(path, "its checksum does not match the manifest")
-                self._open[name] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise _damaged(path, f"unreadable ({error})") from error
-        return self._open[name]
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; a full disk or a read-only folder is an InputError and leaves nothing behind."""
-    _make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {path}: {error.strerror}; choose another one") from error
-
-
-def _damaged(path: Path, why: str) -> InputError:
-    folder = path.parent.parent if path.parent.name == "units" else path.parent  # the whole supernet: its manifest names the file
-    return InputError(f"the supernet file {path} is damaged: {why}; delete the folder {folder} and build again")
+        with self._changing:
+            self._open = {}

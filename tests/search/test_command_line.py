@@ -73,6 +73,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
         "settings.json",
         "identity.json",
         "costs.json",
+        "supernets.json",
         "round-0.json",
         "round-1.json",
     }

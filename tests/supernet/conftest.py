@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,77 @@ def supernet_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTraine
         return supernet
 
     return make
+
+
+D_OUT, D_IN = 5, 12
+NUMBERS = torch.arange(D_OUT * D_IN).view(D_OUT, D_IN)
+
+
+def one_of_each() -> dict[Unit, list[Candidate]]:
+    """A tiny unit of every kind with the candidates of its levels behind the dense one."""
+    generator = torch.Generator().manual_seed(4)
+    values = torch.randn(D_OUT, D_IN, generator=generator)
+    return {
+        Unit("0.attention", "attention", 4, (Level(4, 40), Level(2, 20), Level(0, 0))): [
+            Members(torch.tensor([1, 3]), values[:, :6].bfloat16(), values[:, 0]),
+            Members(torch.arange(0), values[:, :0].bfloat16()),
+        ],
+        Unit("0.heads", "heads", 4, (Level(4, 40), Level(2, 20), Level(1, 10))): [
+            Members(torch.tensor([1, 3]), None),
+            Members(torch.tensor([3]), None),
+        ],
+        Unit("1.chosen", "weights", 60, (Level(60, 60), Level(33, 33), Level(7, 7))): [
+            Weights(NUMBERS < 33, None),
+            Weights(NUMBERS < 7, None),
+        ],
+        Unit("1.refitted", "weights", 60, (Level(60, 60), Level(30, 30), Level(13, 13))): [
+            Weights(NUMBERS % 2 == 0, values.half() * (NUMBERS % 2 == 0)),
+            Weights(NUMBERS < 13, values.half() * (NUMBERS < 13)),
+        ],
+        Unit("2.bits", "bits", 16, (Level(16, 16 * 60), Level(4, 4 * 60), Level(2, 2 * 60))): [
+            Quantised((NUMBERS % 2**bits).byte(), values[:, :3].abs(), torch.ones(D_OUT, 3).byte(), bits) for bits in (4, 2)
+        ],
+        Unit("3", "block", 1, (Level(1, 1), Level(0, 0))): [Dropped()],
+    }
+
+
+@dataclass(frozen=True)
+class EachKind:
+    """A supernet of all kinds of candidates, and whether what is read of it is what was written."""
+
+    root: Path
+    units: dict[Unit, list[Candidate]]
+
+    def open(self, **labels: str) -> Supernet:
+        """As a process that starts."""
+        return Supernet.open_or_create(self.root, Space(tuple(self.units)), {"model": "a"}, labels)
+
+    def build(self, *names: str, **labels: str) -> Supernet:
+        """The units of these names, or all."""
+        supernet = self.open(**labels)
+        for unit, candidates in self.units.items():
+            if unit.name in names or not names:
+                supernet.write(unit.name, candidates, {"errors": [0.5]})
+        return supernet
+
+    def read(self, supernet: Supernet, unit: int, level: int) -> None:
+        """InputError, or the candidate that was written."""
+        expected = list(self.units.values())[unit][level - 1]
+        found = supernet.candidate(unit, level)
+        assert type(found) is type(expected)
+        for name, value in vars(expected).items():
+            got = getattr(found, name)
+            if isinstance(value, torch.Tensor):
+                assert got.dtype == value.dtype and torch.equal(got, value), name
+            else:
+                assert got == value, name
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """All units and levels."""
+        return [(index, level) for index, unit in enumerate(self.units) for level in range(1, len(unit.levels))]
+
+
+@pytest.fixture
+def each_kind(tmp_path: Path) -> EachKind:
+    return EachKind(tmp_path / "supernets", one_of_each())

@@ -133,7 +133,9 @@ def test_damage_to_any_byte_of_any_kind_is_seen(tmp_path: Path, kind: str) -> No
     for at in range(0, len(data), max(1, len(data) // 20)):
         file.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
         with pytest.raises(InputError, match="is damaged: its checksum does not match"):
-            Supernet.open_or_create(tmp_path, Space((unit,)), {}).candidate(0, 1)
+            damaged = Supernet.open_or_create(tmp_path, Space((unit,)), {})
+            for level in range(1, len(unit.levels)):
+                damaged.candidate(0, level)
     file.write_bytes(data)
     Supernet.open_or_create(tmp_path, Space((unit,)), {}).candidate(0, 1)
 

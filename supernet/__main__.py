@@ -1,0 +1,89 @@
+"""The command line: `python -m supernet ls|verify|size|gc PATH`. Exit status 0, or 1 where something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from supernet.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see python -m supernet --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line, by default the one in `sys.argv`."""
+    try:
+        given = _parser().parse_args(arguments)
+        if not given.command(given):
+            sys.exit(1)
+    except (InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m supernet", description="Look after the supernets that runs leave on disk.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    helps: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
+        "ls": (_ls, "what is there, the supernet that was used last first"),
+        "verify": (_verify, "check every byte against its checksum, and decode every level"),
+        "size": (_size, "bytes by unit and level"),
+        "gc": (_gc, "remove what no run refers to, and what killed processes left"),
+    }
+    for name, (command, what) in helps.items():
+        added = commands.add_parser(name, help=what, description=what)
+        added.add_argument("path", metavar="PATH", type=Path, help="a supernet, or a folder of supernets")
+        added.set_defaults(command=command)
+        if command is _gc:
+            added.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    return parser
+
+
+# What a command needs is imported when it runs: torch takes seconds, and `ls` can do without.
+
+
+def _ls(given: argparse.Namespace) -> bool:
+    from supernet.listing import listing
+
+    print(listing(given.path.resolve()))
+    return True
+
+
+def _verify(given: argparse.Namespace) -> bool:
+    from supernet.inspection import verify
+
+    all_well = True
+    for line, well in verify(given.path.resolve()):
+        print(line, flush=True)
+        all_well &= well
+    return all_well
+
+
+def _size(given: argparse.Namespace) -> bool:
+    from supernet.inspection import sizes
+
+    print("\n\n".join(sizes(given.path.resolve())))
+    return True
+
+
+def _gc(given: argparse.Namespace) -> bool:
+    from supernet.removal import collect
+
+    for line in collect(given.path.resolve(), given.dry_run):
+        print(line, flush=True)
+    return True
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as other tools: `... | head` ends it without a word
+    main()

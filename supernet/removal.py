@@ -1,0 +1,121 @@
+"""`python -m supernet gc`: takes away what no run refers to, and what killed processes left.
+
+A supernet that is being built stays, and so does everything that is not ours. What goes is renamed first, so that a kill in
+between leaves nothing that could be taken for a whole supernet; the next call takes away the rest.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from supernet.atomic import left_behind
+from supernet.errors import InputError
+from supernet.folders import Folder, inspect, is_locked, like_one, size_of, supernet_folders
+from supernet.listing import readable
+from supernet.manifest import FORMAT, LOCK, UNITS
+from supernet.uses import USES
+
+REMOVED = ".removed"  # how the name of a folder ends that is on its way out; it starts with a dot
+
+
+def collect(path: Path, dry_run: bool) -> Iterator[str]:
+    """Do it, or only look: a line for each thing that goes, and one for what that comes to."""
+    remove, free = ("would remove", "would free") if dry_run else ("removed", "freed")
+    freed = stay = 0
+    rests = _half_removed(path)
+    for rest in rests:
+        freed += (size := _remove(rest, dry_run))
+        yield f"{remove} {rest.name}: an interrupted gc left it ({readable(size)})"
+    for folder in _supernets(path, or_none=bool(rests)):
+        try:
+            reason, size = _tidied(folder, dry_run)
+        except Timeout:
+            reason, size = "", 0
+            yield f"kept {folder.name}: it is being built"
+        if reason:
+            yield f"{remove} {folder.name}: {reason} ({readable(size)})"
+        elif size:
+            yield f"{remove} temporary files of killed processes in {folder.name} ({readable(size)})"
+        freed, stay = freed + size, stay + (not reason)
+    yield f"{free} {readable(freed)}; supernets that stay: {stay}"
+
+
+def _supernets(path: Path, or_none: bool) -> list[Path]:
+    try:
+        return supernet_folders(path)
+    except InputError:
+        if or_none:
+            return []
+        raise
+
+
+def _half_removed(path: Path) -> list[Path]:
+    """What an earlier call renamed but did not come to remove, in or beside `path`."""
+    pattern = f".*{REMOVED}"
+    found = [*path.glob(pattern), *path.parent.glob(f".{path.name}{REMOVED}")]
+    return sorted(folder for folder in found if folder.is_dir() and not folder.is_symlink() and like_one(folder))
+
+
+def _tidied(folder: Path, dry_run: bool) -> tuple[str, int]:
+    """Why a supernet goes, or nothing where it stays, and how much goes of it; Timeout where it is being built."""
+    with _nobody_builds(folder, dry_run):
+        reason = _why_useless(inspect(folder))
+        return reason, _remove(folder, dry_run) if reason else _sweep(folder, dry_run)
+
+
+@contextmanager
+def _nobody_builds(folder: Path, dry_run: bool) -> Iterator[None]:
+    """Keep builders out; to look, it is enough that there is none."""
+    if not dry_run:
+        try:
+            lock = FileLock(folder / LOCK)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise
+        except OSError as error:
+            raise InputError(f"cannot lock {folder / LOCK}: {error.strerror}; nothing was removed of it") from error
+        try:
+            yield
+        finally:
+            lock.release()
+    elif is_locked(folder):
+        raise Timeout(str(folder / LOCK))
+    else:
+        yield
+
+
+def _why_useless(supernet: Folder) -> str:
+    if supernet.format < FORMAT:
+        return f"it is of format {supernet.format}, which no run can read any more"
+    if supernet.format > FORMAT or supernet.uses:  # a newer version may use it, and note that in another way
+        return ""
+    return "no run refers to it"
+
+
+def _remove(folder: Path, dry_run: bool) -> int:
+    """Remove a folder; the bytes that it had."""
+    size = size_of(folder)
+    if not dry_run:
+        try:
+            gone = folder if folder.name.endswith(REMOVED) else folder.rename(folder.with_name(f".{folder.name}{REMOVED}"))
+            shutil.rmtree(gone)
+        except OSError as error:
+            raise InputError(f"cannot remove {folder}: {error.strerror}") from error
+    return size
+
+
+def _sweep(folder: Path, dry_run: bool) -> int:
+    """Remove temporary files that killed processes left; the bytes that they had."""
+    files = [file for place in (folder, folder / UNITS, folder / USES) for file in left_behind(place)]
+    size = sum(file.stat().st_size for file in files)
+    for file in files if not dry_run else ():
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot remove {file}: {error.strerror}") from error
+    return size
