@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Lend a module to the device, and put it back where it was."""
-    home = next(module.parameters()).device
-    module.to(device)
+    """Lend a module to the device, and put it back where it was: as it was, what the device has is thrown away."""
+    tensors = [*module.parameters(), *module.buffers()]
+    homes = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device)
     try:
         yield
     finally:
-        module.to(home)
+        for tensor, home in zip(tensors, homes, strict=True):
+            tensor.data = home
 
 
 def moved(contexts: Sequence[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
