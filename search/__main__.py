@@ -52,9 +52,11 @@ def _user_errors() -> Iterator[None]:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
-        if "out of memory" not in str(error):
+        from search.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
-        advice = "lower prune.batch, fitness.batch or evaluate.batch, with fresh=true"
+        advice = "lower prune.batch or evaluate.batch with fresh=true, or use evaluator.resident=blocks"
         print(f"error: {str(error).splitlines()[0]}; {advice}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -60,7 +60,7 @@ class HeldOut:
             if index == len(self.targets):
                 self.targets.append(targets(hidden.flatten(0, 1), head))
             loss += float(negative_log_likelihood(hidden, head, ids.to(hidden.device)).double().sum())
-            divergence += float(kl_divergence([hidden.flatten(0, 1)], head, self.targets[index]).double().sum())
+            divergence += float(kl_divergence(hidden.flatten(0, 1).unsqueeze(0), head, self.targets[index]).double().sum())
         return Metrics(parameter_count(model), math.exp(loss / self.predicted), max(0.0, divergence / self.tokens))
 
 

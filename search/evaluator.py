@@ -1,28 +1,55 @@
 """The fitness of many allocations at once.
 
 A generation moves through the model sub-block by sub-block, not allocation by allocation: allocations that agree so far share
-one state, and those that use the same level share its weights, loaded once. At the end all final states meet the dense
-model's targets (`search.fitness`), which are computed once a sequence and kept.
+one state, those that use the same level run as one batch with its weights, loaded once, and the next sub-block's candidates are
+read meanwhile. At the end all final states meet the dense model's targets (`search.fitness`), which are computed once a sequence
+and kept. How many sequences and allocations move together follows from the memory there is.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any, Protocol
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from search.fitness import Targets, kl_divergence, targets
-from supernet.architecture import entry, final_norm_and_head, sub_blocks
+from local_prune.devices import moved, on_device
+from search.attention import blocked_attention
+from search.fitness import NO_LABEL, Fitness, Targets, targets, token_slices
+from search.memory import available, is_out_of_memory
+from search.workers import Workers
+from supernet.architecture import blocks, entry, final_norm_and_head, head_of
+from supernet.cache import CandidateCache
 from supernet.encoding import Candidate
 from supernet.errors import InputError
+from supernet.families import family_of
 from supernet.placement import Place, places
 from supernet.space import Allocation
 from supernet.store import Supernet
+
+log = logging.getLogger(__name__)
+
+RESIDENT = ("model", "blocks")
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # in one pass through a sub-block; more gain nothing, and leave a CPU's caches
+STATES, CANDIDATES = 0.4, 0.25  # shares of the free memory
+
+Result = TypeVar("Result")
+Row = list[Tensor]  # of one path through the model: a state (tokens, hidden) for each sequence at work
+
+
+@dataclass(frozen=True)
+class Batch:
+    """States (tokens, hidden) that pass a sub-block together, with its parameters; None where it is absent."""
+
+    states: list[Tensor]
+    weights: dict[str, Tensor] | None
 
 
 class Evaluator(Protocol):
@@ -36,81 +63,209 @@ class Evaluator(Protocol):
         ...
 
 
-class GenerationEvaluator:
-    """KL divergence to the dense model, for a whole generation in one sweep."""
+@dataclass(frozen=True)
+class Resources:
+    """Where things lie while a generation is measured, and how much room they take.
 
-    def __init__(self, model: PreTrainedModel, supernet: Supernet, pool: Tensor, batch: int) -> None:
+    Attributes:
+        device: Where the work is done.
+        resident: `model`: the dense model is on the device; `blocks`: only the block at work is, and the other weights stay where
+            they are, in main memory or mapped from the checkpoint.
+        memory: Bytes of hidden states at a time; None for a share of what is free.
+        cache: Bytes of candidates kept from sweep to sweep; None for a share of what is free, or for none with `blocks`.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    resident: str = "model"
+    memory: int | None = None
+    cache: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.resident not in RESIDENT:
+            raise InputError(f"evaluator.resident={self.resident} is not known; choose one of {', '.join(RESIDENT)}")
+
+
+class GenerationEvaluator:
+    """The mean loss of a whole generation, in as few sweeps through the model as memory allows."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        supernet: Supernet,
+        pool: Tensor,
+        fitness: Fitness,
+        resources: Resources | None = None,
+    ) -> None:
         """Bind to a model and a finished supernet.
 
         Args:
-            model: The dense model, on the device where the work is done.
+            model: The dense model.
             supernet: Candidates of the model's units.
             pool: (sequences, tokens) int64 ids to measure on.
-            batch: Sequences that move through the model together.
+            fitness: The loss of a token.
+            resources: Where things lie, and how much of them.
         """
-        self.model, self.supernet, self.pool, self.batch = model, supernet, pool, batch
+        self.model, self.supernet, self.pool, self.fitness = model, supernet, pool, fitness
+        self.resources = resources or Resources()
+        self.device = self.resources.device
+        if self.resources.resident == "model":
+            model.to(self.device)  # type: ignore[arg-type]
         self.places = places(model, supernet.space)
         self.sequences, self.sequence_length = pool.shape
+        self.dense: Allocation = (0,) * len(supernet.space.units)
+        free = available(self.device)
+        self.memory = int(free * STATES) if self.resources.memory is None else self.resources.memory
+        cache = int(free * CANDIDATES) if self.resources.resident == "model" else 0
+        self.cache = CandidateCache(self._read, cache if self.resources.cache is None else self.resources.cache)
+        self.workers = Workers(self.device)
+        self._batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         self._targets: dict[int, Targets] = {}
 
     @torch.no_grad()
     def __call__(self, allocations: Sequence[Allocation], chosen: np.ndarray) -> np.ndarray:
         """See `Evaluator`."""
-        distinct = list(dict.fromkeys(allocations))
-        totals = dict.fromkeys(distinct, 0.0)
-        for start in range(0, len(chosen), self.batch):
-            rows = [int(row) for row in chosen[start : start + self.batch]]
-            ids = self.pool[rows].to(self.model.device)
-            hidden, contexts = entry(self.model, ids)
-            teacher = self._teacher(rows).to(hidden.device)
-            normed = [final_norm_and_head(self.model, state) for state in self._final_states(distinct, hidden, contexts)]
-            losses = kl_divergence([state.flatten(0, 1) for state, _ in normed], normed[0][1], teacher).double().sum(1)
-            for allocation, loss in zip(distinct, losses.tolist(), strict=True):
-                totals[allocation] += loss
-        fitness = np.array([totals[a] for a in allocations]) / (len(chosen) * self.sequence_length)
+        distinct = sorted(set(allocations))  # neighbours share beginnings, also where memory parts them
+        rows = [int(row) for row in chosen]
+        self._learn_targets([row for row in dict.fromkeys(rows) if row not in self._targets])
+        totals = dict(zip(distinct, self._sums(distinct, rows), strict=True))
+        fitness = np.array([totals[a] for a in allocations]) / (len(chosen) * self.fitness.scored(self.sequence_length))
         if not np.isfinite(fitness).all():
             raise InputError(f"the fitness of an allocation is not finite ({fitness}); try dtype=float32")
         return fitness
 
-    def _final_states(self, allocations: Sequence[Allocation], hidden: Tensor, contexts: list[dict[str, Any]]) -> list[Tensor]:
-        """The residual stream of each (distinct) allocation behind the last block."""
-        states = [hidden]
-        at = [0] * len(allocations)  # which state each allocation is in
-        for place in self.places:
-            chosen = [tuple(allocation[unit] for unit, _ in place.units) for allocation in allocations]
-            wanted: dict[tuple[int, ...], dict[int, int]] = defaultdict(dict)  # levels -> state before -> state behind
-            behind: list[Tensor] = []
-            for before, levels in zip(at, chosen, strict=True):
-                wanted[levels].setdefault(before, -1)
-            candidates: dict[tuple[int, int], Candidate] = {}  # of this sub-block: several levels of it may share a layer's
-            for levels, moves in sorted(wanted.items()):
-                weights = place.weights(
-                    [self._candidate(u, v, candidates) for (u, _), v in zip(place.units, levels, strict=True)]
-                )
-                for before in moves:
-                    moves[before] = len(behind)
-                    behind.append(_advanced(place, states[before], contexts, weights))
-            at = [wanted[levels][before] for before, levels in zip(at, chosen, strict=True)]
-            states = behind
-        return [states[i] for i in at]
+    def _sums(self, allocations: Sequence[Allocation], rows: Sequence[int]) -> np.ndarray:
+        """Losses summed over sequences, (allocations,) float64, in as many sweeps as memory asks for."""
+        room = max(1, self.memory // self._state_bytes)
+        if len(rows) > 1 and len(allocations) * len(rows) > room:
+            size = max(1, room // len(allocations))
+            parts = [self._sums(allocations, rows[i : i + size]) for i in range(0, len(rows), size)]
+            total: np.ndarray = np.stack(parts).sum(0)
+            return total
+        if len(allocations) > room:
+            return np.concatenate([self._sums(allocations[i : i + room], rows) for i in range(0, len(allocations), room)])
+        found = self._tried(
+            len(allocations) * len(rows), lambda: self._losses(self._final_states(allocations, rows, self._batch_tokens), rows)
+        )
+        return self._sums(allocations, rows) if found is None else found
 
-    def _candidate(self, unit: int, level: int, known: dict[tuple[int, int], Candidate]) -> Candidate | None:
-        if level and (unit, level) not in known:
-            known[unit, level] = self.supernet.candidate(unit, level, self.model.device)
-        return known[unit, level] if level else None
+    def _tried(self, states: int, work: Callable[[], Result]) -> Result | None:
+        """The result of work on so many states at a time; None where memory fell short, and half as many are to be tried."""
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if states == 1 or not is_out_of_memory(error):
+                raise
+        self.memory = min(self.memory, states * self._state_bytes) // 2  # out here the tensors of the failed work are gone
+        self.cache.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("out of memory with %d hidden states at a time; going on with half of them", states)
+        return None
 
-    def _teacher(self, rows: list[int]) -> Targets:
-        """Targets of the sequences, each made alone when first needed, so that no other sequence can change its rounding."""
-        for row in rows:
-            if row not in self._targets:
-                state, contexts = entry(self.model, self.pool[row : row + 1].to(self.model.device))
-                for part in sub_blocks(self.model):
-                    state = part(state, contexts[part.block])
-                normed, head = final_norm_and_head(self.model, state)
-                self._targets[row] = targets(normed[0], head).to("cpu")
-        return Targets.join([self._targets[row] for row in rows])
+    @property
+    def _state_bytes(self) -> int:
+        """Of the residual stream of one sequence, twice: before and behind the sub-block at work."""
+        width = self.model.get_input_embeddings().weight.shape[1]  # type: ignore[index]
+        return 2 * self.sequence_length * int(width) * (4 if self.places[0].part.wide_residual else self.model.dtype.itemsize)
+
+    def _learn_targets(self, rows: Sequence[int]) -> None:
+        """The dense model's side of sequences, each passed alone, so that no other can change its rounding."""
+        while rows:
+            some = rows[: max(1, self.memory // self._state_bytes)]
+            found = self._tried(len(some), lambda some=some: self._targets_of(some))  # type: ignore[misc]
+            if found is not None:
+                self._targets |= zip(some, found, strict=True)
+                rows = rows[len(some) :]
+
+    def _targets_of(self, rows: Sequence[int]) -> list[Targets]:
+        (states,) = self._final_states([self.dense], rows, self.sequence_length)
+        with self._head_on_device():
+            return self.workers.map(self._target, states)
+
+    def _target(self, state: Tensor) -> Targets:
+        normed, head = final_norm_and_head(self.model, state)
+        return targets(normed, head, self.fitness.chunk_bytes // self.workers.count).to("cpu")
+
+    def _final_states(self, allocations: Sequence[Allocation], rows: Sequence[int], batch_tokens: int) -> list[Row]:
+        """The residual stream of each allocation behind the last block, for each sequence."""
+        texts = [self.pool[row : row + 1].to(self.model.device) for row in rows]
+        contexts = moved(entry(self.model, texts[0])[1], self.device)  # the same for all: none is padded
+        paths: list[Row] = [[entry(self.model, text)[0][0].to(self.device) for text in texts]]
+        at = [0] * len(allocations)  # the path that each allocation is on
+        with blocked_attention(self.model):
+            for block, group in groupby(enumerate(self.places), key=lambda numbered: numbered[1].part.block):
+                with self._block_on_device(block):
+                    for index, place in group:
+                        if index + 1 < len(self.places):
+                            self.cache.prefetch(_keys(self.places[index + 1], allocations))
+                        paths, at = self._step(place, allocations, paths, at, contexts[block], batch_tokens)
+        return [paths[path] for path in at]
+
+    def _step(
+        self,
+        place: Place,
+        allocations: Sequence[Allocation],
+        paths: list[Row],
+        at: Sequence[int],
+        context: dict[str, Any],
+        batch_tokens: int,
+    ) -> tuple[list[Row], list[int]]:
+        """All allocations behind a sub-block: the distinct paths, and which one each is on."""
+        chosen = [tuple(allocation[unit] for unit, _ in place.units) for allocation in allocations]
+        moves = dict.fromkeys(sorted(zip(chosen, at, strict=True)))  # those with the same levels beside each other
+        candidates = {key: self.cache.get(*key) for key in _keys(place, allocations)}  # several sets of levels may share one
+        size = max(1, batch_tokens // self.sequence_length)
+        batches: list[Batch] = []
+        for levels, group in groupby(moves, key=lambda move: move[0]):
+            weights = place.weights([candidates.get((u, v)) for (u, _), v in zip(place.units, levels, strict=True)])
+            states = [state for _, before in group for state in paths[before]]
+            batches += [Batch(states[i : i + size], weights) for i in range(0, len(states), size)]
+        paths.clear()  # batches hold the states now, and let go of them as they pass
+        passed = self.workers.map(lambda batch: self._passed(place, batch, context), batches)
+        states = [state for batch in passed for state in batch]
+        sequences = len(states) // len(moves)
+        index = {move: number for number, move in enumerate(moves)}
+        behind = [states[i : i + sequences] for i in range(0, len(states), sequences)]
+        return behind, [index[move] for move in zip(chosen, at, strict=True)]
+
+    def _passed(self, place: Place, batch: Batch, context: dict[str, Any]) -> list[Tensor]:
+        """The states of a batch behind a sub-block."""
+        if batch.weights is None:
+            return batch.states
+        states = torch.stack(batch.states)
+        batch.states.clear()
+        return list(self.workers.own(place.part)(states, context, batch.weights).unbind())
+
+    def _losses(self, finals: Sequence[Row], rows: Sequence[int]) -> np.ndarray:
+        """Summed over tokens and sequences, (allocations,) float64."""
+        pieces = list(token_slices(self.sequence_length, len(finals), self.fitness.chunk_bytes // self.workers.count))
+        with self._head_on_device():
+            found = self.workers.map(
+                lambda work: self._loss([row_of[work[0]][work[2]] for row_of in finals], work[1], work[2]),
+                [(number, row, piece) for number, row in enumerate(rows) for piece in pieces],
+            )
+        return torch.stack(found).sum(0).cpu().numpy()
+
+    def _loss(self, states: Sequence[Tensor], row: int, piece: slice) -> Tensor:
+        """Of some tokens of a sequence, summed, (allocations,) float64; states (tokens, hidden) of each allocation."""
+        normed, head = final_norm_and_head(self.model, torch.stack(list(states)))
+        teacher = self._targets[row][piece].to(self.device)
+        labels = nn.functional.pad(self.pool[row, 1:], (0, 1), value=NO_LABEL)[piece].to(self.device)
+        return self.fitness(normed, head, teacher, labels).double().sum(1)
+
+    def _read(self, unit: int, level: int) -> Candidate:
+        return self.supernet.candidate(unit, level, self.device)
+
+    def _block_on_device(self, block: int) -> AbstractContextManager[None]:
+        return on_device(blocks(self.model)[block], self.device)
+
+    @contextmanager
+    def _head_on_device(self) -> Iterator[None]:
+        norm = self.model.get_submodule(family_of(self.model).final_norm)
+        with on_device(norm, self.device), on_device(head_of(self.model).linear, self.device):
+            yield
 
 
-def _advanced(place: Place, hidden: Tensor, contexts: list[dict[str, Any]], weights: dict[str, Tensor] | None) -> Tensor:
-    """The residual stream behind a sub-block with these parameters; None where it is absent."""
-    return hidden if weights is None else place.part(hidden, contexts[place.part.block], weights)
+def _keys(place: Place, allocations: Sequence[Allocation]) -> list[tuple[int, int]]:
+    """The candidates (unit, level) that a sub-block needs."""
+    return sorted({(unit, allocation[unit]) for allocation in allocations for unit, _ in place.units if allocation[unit]})

@@ -23,6 +23,7 @@ from search.evaluate import HeldOut
 from search.evaluator import GenerationEvaluator
 from search.export.huggingface import export
 from search.job import Job
+from search.memory import keep_freed_memory
 from search.progress import clock, track
 from search.report import allocation_json, metrics_table, model_card
 from search.run_directory import RunDirectory, locked
@@ -37,7 +38,7 @@ from supernet.store import Supernet
 log = logging.getLogger(__name__)
 
 STAGES = ("build", "search", "evaluate", "export")
-NOT_SETTINGS = ("stages", "dry_run", "fresh", "run_name", "device")  # may change between runs in the same directory
+NOT_SETTINGS = ("stages", "dry_run", "fresh", "run_name", "device", "evaluator")  # may change between runs in the same directory
 Kept = dict[str, int]  # members kept per unit
 
 
@@ -63,9 +64,15 @@ def run(config: DictConfig, path: Path) -> None:
     if dry:
         describe(Job(config, RunDirectory(path, _settings(config), fresh=False)))
         return
+    keep_freed_memory()
     with locked(path):  # first: fresh=true must not move a run that is at work
         job = Job(config, RunDirectory(path, _settings(config), bool(config.fresh)))
-        _ = job.strategy, job.pruner  # a mistake in their settings should not wait for hours of building
+        _ = (
+            job.strategy,
+            job.pruner,
+            job.fitness,
+            job.resources,
+        )  # a mistake in their settings should not wait for hours of building
         job.directory.identify(job.identity)
         _ = job.prunables  # nor should a model that cannot be pruned so
         found = _rounds(job, stages)
@@ -134,7 +141,7 @@ def _search(
 ) -> State:
     """Generations from the last checkpoint, if there is one, to the end."""
     pool, space = job.tokens["search"].ids, supernet.space
-    evaluator = GenerationEvaluator(job.model_on_device(), supernet, pool, int(job.config.fitness.batch))
+    evaluator = GenerationEvaluator(job.loaded.model, supernet, pool, job.fitness, job.resources)
     problem = Problem(space, budget, start, evaluator)
     seed = int(np.random.SeedSequence([int(job.config.seed), index]).generate_state(1)[0])
     state = state or job.strategy.begin(problem, seed)

@@ -5,6 +5,7 @@ What a strategy, a pruner or a source of text takes, it checks itself, but for t
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, is_dataclass
 from pydoc import locate
 from typing import Any
@@ -22,7 +23,6 @@ LEAST = {  # whole numbers
     "data.sequences.search": 1,
     "data.sequences.evaluation": 1,
     "supernet.levels": 2,
-    "fitness.batch": 1,
     "evaluate.batch": 1,
 }
 NUMBERS = {"supernet.step": 0.125, "supernet.lowest": 0.0}  # with an example
@@ -67,6 +67,17 @@ def check_types(config: DictConfig, key: str) -> None:
         kinds, words = TYPES.get(getattr(field.type, "__name__", str(field.type)), ((), ""))
         if kinds and field.name in component and type(value := component[field.name]) not in kinds:
             raise InputError(f"{key}.{field.name}={value} must be {words}")
+
+
+def read_bytes(key: str, value: Any) -> int | None:
+    """A size in bytes: a whole number, or one with a unit ("4GB", "512 MiB"); None stays None."""
+    if value is None or (type(value) is int and value >= 0):
+        return value
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT])(i?)B", str(value))
+    if not found:
+        raise InputError(f"{key}={value} is not a size; use a number of bytes, or one with a unit such as 4GB or 512MiB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("kMGT".index(unit) + 1))
 
 
 def _check_whole(config: DictConfig, key: str, least: int) -> None:

@@ -153,7 +153,14 @@ BAD = {  # arguments -> what the line must say
     "supernet.root={bad}/file/below": ["{bad}/file/below", "choose another"],
     "hydra.run.dir={bad}/file/below": ["{bad}/file/below", "Not a directory"],
     "evaluate.batch=0": ["evaluate.batch=0", "at least 1"],
-    "fitness.batch=0": ["fitness.batch=0", "at least 1"],
+    "fitness.chunk_bytes=0": ["fitness.chunk_bytes=0", "at least 1048576"],
+    "fitness.chunk_bytes=lots": ["fitness.chunk_bytes=lots", "whole number"],
+    "fitness.hidden_weight=-1": ["fitness.hidden_weight=-1", "at least 0"],
+    "fitness=topk_kl fitness.k=0": ["fitness.k=0", "at least 1"],
+    "fitness=kl_div": ["kl_div", "fitness", "kl"],
+    "evaluator.resident=disk": ["evaluator.resident=disk", "model, blocks"],
+    "evaluator.memory=lots": ["evaluator.memory=lots", "4GB"],
+    "evaluator.cache=-1": ["evaluator.cache=-1", "4GB"],
 }
 
 

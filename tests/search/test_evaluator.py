@@ -1,8 +1,10 @@
 """A generation in one sweep gives each allocation what it gets assembled and run alone."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from local_prune.sparsegpt import SparseGptPruner
 from local_prune.structured import ObsPruner
 from local_prune.unstructured import WandaPruner
 from local_prune.walk import build
-from search.evaluator import GenerationEvaluator
+from search.evaluator import GenerationEvaluator, Resources
+from search.fitness import CrossEntropy, Fitness, KlDivergence, TopKDivergence
 from search.levels import Grid, mixture
 from supernet.architecture import SubBlock, sub_blocks
 from supernet.assemble import assemble
@@ -64,11 +67,25 @@ def generation(family_supernet: Supernet, random_allocations: Draw) -> list[Allo
     return [*drawn, *related, drawn[1], *ends, drawn[1]]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Workers side by side, which the single thread that tests run with leaves no room for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def room_for(states: int, model: PreTrainedModel, ids: Tensor, **others: Any) -> Resources:
+    """Memory for so many hidden states at a time, each before and behind a sub-block."""
+    return Resources(memory=states * 2 * ids.shape[1] * int(model.config.hidden_size) * model.dtype.itemsize, **others)
+
+
+@pytest.mark.parametrize("states", [1, 2, 5, 30, 1000])
 def test_a_generation_is_measured_as_each_alone(
-    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation], batch: int
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation], states: int
 ) -> None:
-    evaluate = GenerationEvaluator(family_model, family_supernet, ids, batch)
+    evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence(), room_for(states, family_model, ids))
     chosen = np.array([3, 0, 4])
     found = evaluate(generation, chosen)
     expected = [alone(family_model, family_supernet, allocation, ids[chosen]) for allocation in generation]
@@ -77,6 +94,181 @@ def test_a_generation_is_measured_as_each_alone(
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     assert found[-1] == found[1]
     assert abs(found[-2]) < 1e-6  # the dense allocation
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_workers_side_by_side_find_the_same(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation]
+) -> None:
+    evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
+    assert evaluate.workers.count == 2
+    chosen = np.array([3, 0, 4])
+    found = evaluate(generation, chosen)
+    expected = [alone(family_model, family_supernet, allocation, ids[chosen]) for allocation in generation]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert torch.get_num_threads() == 2  # this thread and those to come keep theirs
+    np.testing.assert_array_equal(evaluate(generation, chosen), found)
+
+
+@pytest.mark.parametrize("cache", [None, 0, 3000])
+def test_only_blocks_at_work_and_any_cache_find_the_same(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation], cache: int | None
+) -> None:
+    chosen = np.array([3, 0, 4])
+    whole = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())(generation, chosen)
+    pointers = [parameter.data_ptr() for parameter in family_model.parameters()]
+    streamed = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence(), Resources(resident="blocks", cache=cache))
+    for _ in range(2):
+        np.testing.assert_array_equal(streamed(generation, chosen), whole)
+    assert streamed.cache.bytes <= (cache or 0)
+    assert [parameter.data_ptr() for parameter in family_model.parameters()] == pointers  # lent ones came back
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hidden_weight", [0.0, 0.5])
+@pytest.mark.parametrize("fitness", [CrossEntropy, TopKDivergence])
+def test_every_fitness_is_that_of_whole_logits(
+    fitness: Callable[..., Fitness],
+    hidden_weight: float,
+    family_model: PreTrainedModel,
+    family_supernet: Supernet,
+    ids: Tensor,
+    generation: list[Allocation],
+) -> None:
+    settings: dict[str, Any] = {"k": 7} if fitness is TopKDivergence else {}
+    chosen = np.array([3, 0, 4])
+    evaluate = GenerationEvaluator(family_model, family_supernet, ids, fitness(hidden_weight=hidden_weight, **settings))
+    found = evaluate(generation, chosen)
+    text = ids[chosen]
+    dense = family_model(text, output_hidden_states=True)
+    for allocation, value in zip(generation, found, strict=True):
+        pruned = assemble(family_model, family_supernet, allocation)(text, output_hidden_states=True)
+        if fitness is CrossEntropy:
+            loss = torch.nn.functional.cross_entropy(pruned.logits[:, :-1].flatten(0, 1), text[:, 1:].flatten(), reduction="none")
+            counted = slice(None, -1)
+        else:
+            words = dense.logits.topk(7, -1).indices
+            p, q = (one.logits.double().gather(-1, words).log_softmax(-1) for one in (dense, pruned))
+            loss, counted = (p.exp() * (p - q)).sum(-1), slice(None)
+        apart = 1 - torch.cosine_similarity(pruned.hidden_states[-1].double(), dense.hidden_states[-1].double(), dim=-1)
+        expected = float(loss.double().mean() + hidden_weight * apart[:, counted].mean())
+        assert value == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+class Exhausted:
+    """Fails for want of memory, as torch does, while more states than there is room for are at work."""
+
+    def __init__(self, evaluate: GenerationEvaluator, room: int, error: Exception) -> None:
+        self.room, self.error, self.failed = room, error, 0
+        self.whole = evaluate._final_states
+        evaluate._final_states = self  # type: ignore[method-assign]
+
+    def __call__(self, allocations: Sequence[Allocation], rows: Sequence[int], batch_tokens: int) -> Any:
+        if len(allocations) * len(rows) > self.room:
+            self.failed += 1
+            raise self.error
+        return self.whole(allocations, rows, batch_tokens)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+        ),
+        MemoryError(),
+    ],
+)
+def test_without_memory_half_as_much_moves_together(
+    family_model: PreTrainedModel,
+    family_supernet: Supernet,
+    ids: Tensor,
+    generation: list[Allocation],
+    error: Exception,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    chosen = np.array([3, 0, 4])
+    expected = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())(generation, chosen)
+    evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
+    evaluate(generation[:1], chosen)  # so that the targets are there
+    exhausted = Exhausted(evaluate, 5, error)
+    np.testing.assert_allclose(evaluate(generation, chosen), expected, rtol=1e-5, atol=1e-7)
+    assert exhausted.failed > 0
+    assert "out of memory" in caplog.text and caplog.text.count("going on with half") == exhausted.failed
+    failed = exhausted.failed
+    evaluate(generation, chosen)
+    assert exhausted.failed == failed  # it remembers
+
+
+def test_without_memory_for_all_targets_they_are_made_by_and_by(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation]
+) -> None:
+    expected = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())(generation, np.arange(5))
+    evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
+    exhausted = Exhausted(evaluate, 1, torch.OutOfMemoryError("CUDA out of memory"))
+    np.testing.assert_allclose(evaluate(generation, np.arange(5)), expected, rtol=1e-5, atol=1e-7)
+    assert exhausted.failed == 2  # five sequences, two, then one by one
+
+
+def test_where_one_state_is_too_much_the_error_is_passed_on(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation]
+) -> None:
+    evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
+    evaluate(generation[:1], np.arange(3))
+    Exhausted(evaluate, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(generation, np.arange(3))
+
+
+def test_other_errors_are_passed_on(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation]
+) -> None:
+    evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
+    evaluate(generation[:1], np.arange(3))
+    exhausted = Exhausted(evaluate, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        evaluate(generation, np.arange(3))
+    assert exhausted.failed == 1
+
+
+def test_the_next_candidates_are_asked_for_while_a_sub_block_is_at_work(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence(), Resources(cache=0))
+    evaluate._learn_targets([0])
+    events: list[str] = []
+    prefetch, run = evaluate.cache.prefetch, SubBlock.__call__
+
+    def asked(keys: Sequence[tuple[int, int]]) -> None:
+        events.append(f"ask {sorted(keys)}")
+        prefetch(keys)
+
+    def counted(part: SubBlock, *arguments: object) -> Tensor:
+        events.append("run")
+        return run(part, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluate.cache, "prefetch", asked)
+    monkeypatch.setattr(SubBlock, "__call__", counted)
+    evaluate([(1, 0, 2, 1, 0, 1)], np.array([0]))
+    assert events == [
+        "ask []",
+        "run",
+        "ask [(2, 2)]",
+        "run",
+        "ask [(3, 1)]",
+        "run",
+        "ask []",
+        "run",
+        "ask [(5, 1)]",
+        "run",
+        "run",
+    ]
+
+
+def test_an_unknown_residence_is_told() -> None:
+    with pytest.raises(InputError, match="evaluator.resident=disk is not known; choose one of model, blocks"):
+        Resources(resident="disk")
 
 
 METHODS: dict[str, Pruner] = {  # for every kind of candidate the methods that make it
@@ -109,7 +301,7 @@ def test_every_kind_of_candidate_is_measured_as_each_allocation_alone(
     drawn = random_allocations(window.space, 4)
     generation = [*drawn, (*drawn[0][:-1], sparsest[-1]), (sparsest[0], *drawn[1][1:]), sparsest, dense]
     chosen = np.array([3, 0, 4])
-    found = GenerationEvaluator(model, supernet, ids, 2)(generation, chosen)
+    found = GenerationEvaluator(model, supernet, ids, KlDivergence())(generation, chosen)
     expected = [alone(model, supernet, allocation, ids[chosen]) for allocation in generation]
     assert min(expected[:-1]) > 1e-3  # far above what rounding does
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
@@ -133,7 +325,9 @@ def test_a_layer_is_read_once_for_all_levels_of_the_others(
 
     monkeypatch.setattr(supernet, "candidate", counted)
     rest = dense[2:]
-    GenerationEvaluator(model, supernet, ids, 5)([(1, 1, *rest), (1, 2, *rest), (1, 0, *rest), (0, 2, *rest)], np.arange(5))
+    GenerationEvaluator(model, supernet, ids, KlDivergence())(
+        [(1, 1, *rest), (1, 2, *rest), (1, 0, *rest), (0, 2, *rest)], np.arange(5)
+    )
     assert sorted(read) == [(0, 1), (1, 1), (1, 2)]
 
 
@@ -144,7 +338,7 @@ def test_an_absent_sub_block_is_not_run(model_of: ModelOf, ids: Tensor, tmp_path
     supernet = Supernet.open_or_create(tmp_path, space, {})
     for unit in space.units:
         supernet.write(unit.name, [Dropped()], {})
-    evaluate = GenerationEvaluator(model, supernet, ids, 5)
+    evaluate = GenerationEvaluator(model, supernet, ids, KlDivergence())
     evaluate([(0,) * 6], np.arange(5))  # so that the targets are there
     calls: list[str] = []
     run = SubBlock.__call__
@@ -161,34 +355,34 @@ def test_an_absent_sub_block_is_not_run(model_of: ModelOf, ids: Tensor, tmp_path
 def test_later_calls_meet_the_targets_of_earlier_ones(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation]
 ) -> None:
-    evaluate = GenerationEvaluator(family_model, family_supernet, ids, 2)
+    evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
     for chosen in ([0, 1], [1, 2, 4], [4], [3, 2, 1, 0]):  # new, partly known, wholly known, in another order
         found = evaluate(generation[:2], np.array(chosen))
-        fresh = GenerationEvaluator(family_model, family_supernet, ids, 2)(generation[:2], np.array(chosen))
+        fresh = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())(generation[:2], np.array(chosen))
         np.testing.assert_allclose(found, fresh, rtol=1e-4)
 
 
 def test_the_pool_says_what_there_is_to_draw_from(family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor) -> None:
-    evaluate = GenerationEvaluator(family_model, family_supernet, ids, 2)
+    evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
     assert (evaluate.sequences, evaluate.sequence_length) == tuple(ids.shape)
 
 
 def test_shared_beginnings_are_run_once(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[str] = []
+    states: Counter[str] = Counter()
     run = SubBlock.__call__
 
-    def counted(part: SubBlock, *arguments: object) -> Tensor:
-        calls.append(part.name)
-        return run(part, *arguments)  # type: ignore[arg-type]
+    def counted(part: SubBlock, hidden: Tensor, *others: object) -> Tensor:
+        states[part.name] += len(hidden)
+        return run(part, hidden, *others)  # type: ignore[arg-type]
 
-    evaluate = GenerationEvaluator(family_model, family_supernet, ids, 5)
+    evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
     evaluate([(0,) * 6], np.arange(5))  # so that the targets are there
     monkeypatch.setattr(SubBlock, "__call__", counted)
     evaluate([(1, 1, 0, 0, 0, 1), (1, 1, 0, 0, 0, 2), (1, 1, 0, 2, 0, 2)], np.arange(5))
     names = [unit.name for unit in family_supernet.space.units]
-    assert [calls.count(name) for name in names] == [1, 1, 1, 2, 2, 3]
+    assert [states[name] for name in names] == [5 * paths for paths in (1, 1, 1, 2, 2, 3)]
 
 
 def test_bfloat16_finds_the_same_within_its_rounding(
@@ -201,10 +395,10 @@ def test_bfloat16_finds_the_same_within_its_rounding(
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     supernet = random_supernet(model)
-    found = GenerationEvaluator(model, supernet, ids, 2)(generation, np.arange(5))
+    found = GenerationEvaluator(model, supernet, ids, KlDivergence())(generation, np.arange(5))
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
-    expected = GenerationEvaluator(model, InFloat32(supernet), ids, 2)(generation, np.arange(5))  # type: ignore[arg-type]
+    expected = GenerationEvaluator(model, InFloat32(supernet), ids, KlDivergence())(generation, np.arange(5))  # type: ignore[arg-type]
     np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.01)
     assert abs(found[-2]) < 1e-3  # the dense allocation
 
@@ -225,11 +419,11 @@ def test_a_fitness_that_is_not_finite_is_told(
 
     monkeypatch.setattr(supernet, "candidate", overflown)
     with pytest.raises(InputError, match="fitness of an allocation is not finite.*dtype=float32"):
-        GenerationEvaluator(family_model, supernet, ids, 5)([(1,) * 6], np.arange(5))
+        GenerationEvaluator(family_model, supernet, ids, KlDivergence())([(1,) * 6], np.arange(5))
 
 
 def test_an_unfinished_supernet_is_told(family_model: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:
     space = Grid(2, 0.5).first(member_prunables(sub_blocks(family_model), 1)).space
     supernet = Supernet.open_or_create(tmp_path, space, {})
     with pytest.raises(InputError, match="its build is not finished"):
-        GenerationEvaluator(family_model, supernet, ids, 5)([(1,) * 6], np.arange(5))
+        GenerationEvaluator(family_model, supernet, ids, KlDivergence())([(1,) * 6], np.arange(5))

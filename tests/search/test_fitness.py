@@ -1,13 +1,34 @@
 """The KL divergence without stored logits is the one with them, in float64; the log-likelihood is the cross-entropy."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from search.fitness import CHUNK, Targets, kl_divergence, logits_of, negative_log_likelihood, targets
+from search.fitness import (
+    NO_LABEL,
+    TILE,
+    CrossEntropy,
+    KlDivergence,
+    Targets,
+    TopKDivergence,
+    cross_entropy,
+    kl_divergence,
+    logits_of,
+    negative_log_likelihood,
+    targets,
+    token_slices,
+    topk_divergence,
+)
 from supernet.architecture import Head
+from supernet.errors import InputError
 
-VOCABULARY, HIDDEN = 301, 16
+VOCABULARY, HIDDEN = TILE + 301, 16  # a whole tile of the vocabulary and a part of one
+CHUNK = 128  # tokens of one model
+BYTES = 4 * TILE * CHUNK
 TOKENS = 2 * CHUNK + 37  # whole chunks and a part of one
 
 
@@ -40,7 +61,7 @@ def kl_by_definition(dense: Tensor, pruned: Tensor, head: Head) -> Tensor:
 def test_kl_is_that_of_the_full_softmax(tokens: int, distance: float) -> None:
     head, dense = head_of(), normal(tokens, HIDDEN, seed=3)
     pruned = dense + normal(tokens, HIDDEN, seed=4, scale=distance)
-    found = kl_divergence([pruned], head, targets(dense, head))[0]
+    found = kl_divergence(pruned.unsqueeze(0), head, targets(dense, head), BYTES)[0]
     assert found.shape == (tokens,)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), kl_by_definition(dense, pruned, head), rtol=1e-3, atol=2e-5)
@@ -49,7 +70,7 @@ def test_kl_is_that_of_the_full_softmax(tokens: int, distance: float) -> None:
 def test_a_bias_of_the_head_counts() -> None:
     head, dense = head_of(bias=True), normal(40, HIDDEN, seed=3)
     pruned = dense + normal(40, HIDDEN, seed=4)
-    found = kl_divergence([pruned], head, targets(dense, head))[0]
+    found = kl_divergence(pruned.unsqueeze(0), head, targets(dense, head), BYTES)[0]
     torch.testing.assert_close(found.double(), kl_by_definition(dense, pruned, head), rtol=1e-3, atol=2e-5)
 
 
@@ -59,7 +80,7 @@ def test_a_bias_of_the_head_counts() -> None:
 def test_kl_of_capped_logits_is_that_of_the_full_softmax(cap: float, bias: bool, distance: float) -> None:
     head, dense = head_of(bias=bias, cap=cap), normal(TOKENS, HIDDEN, seed=3)
     pruned = [dense + normal(TOKENS, HIDDEN, seed=seed, scale=distance) for seed in (4, 5)]
-    found = kl_divergence(pruned, head, targets(dense, head))
+    found = kl_divergence(torch.stack(pruned), head, targets(dense, head), BYTES)
     for one, student in zip(found, pruned, strict=True):
         torch.testing.assert_close(one.double(), kl_by_definition(dense, student, head), rtol=1e-3, atol=2e-5)
 
@@ -79,13 +100,13 @@ def test_logits_are_capped(cap: float | None) -> None:
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_the_dense_model_is_at_no_distance_from_itself(dtype: torch.dtype, scale: float, cap: float | None) -> None:
     head, dense = head_of(dtype, cap=cap), normal(TOKENS, HIDDEN, seed=3, scale=scale).to(dtype)
-    assert kl_divergence([dense], head, targets(dense, head)).abs().max() <= 1e-5
+    assert kl_divergence(dense.unsqueeze(0), head, targets(dense, head), BYTES).abs().max() <= 1e-5
 
 
 def test_bfloat16_finds_the_mean_of_float64() -> None:
     head, dense = head_of(torch.bfloat16), normal(2_000, HIDDEN, seed=3).bfloat16()
     pruned = (dense + normal(2_000, HIDDEN, seed=4, scale=0.3)).bfloat16()
-    found = kl_divergence([pruned], head, targets(dense, head))[0].double().mean()
+    found = kl_divergence(pruned.unsqueeze(0), head, targets(dense, head), BYTES)[0].double().mean()
     assert float(found) == pytest.approx(float(kl_by_definition(dense, pruned, head).mean()), rel=0.02)
 
 
@@ -93,7 +114,7 @@ def test_bfloat16_is_right_token_by_token_where_logits_are_large() -> None:
     """Logits of 50 are rounded to quarters in bfloat16: more than the divergence of a good candidate."""
     head, dense = head_of(torch.bfloat16), normal(TOKENS, HIDDEN, seed=3, scale=4.0).bfloat16()
     pruned = (dense + normal(TOKENS, HIDDEN, seed=4, scale=0.05)).bfloat16()
-    found = kl_divergence([pruned], head, targets(dense, head))[0].double()
+    found = kl_divergence(pruned.unsqueeze(0), head, targets(dense, head), BYTES)[0].double()
     error = (found - kl_by_definition(dense, pruned, head)).square().mean().sqrt()
     assert float(error) < 0.01
     assert float(found.min()) > -0.01
@@ -102,14 +123,14 @@ def test_bfloat16_is_right_token_by_token_where_logits_are_large() -> None:
 def test_models_measured_together_come_out_as_alone() -> None:
     head, dense = head_of(), normal(TOKENS, HIDDEN, seed=3)
     students = [dense + normal(TOKENS, HIDDEN, seed=seed) for seed in (4, 5)]
-    together = kl_divergence(students, head, targets(dense, head))
-    alone = [kl_divergence([student], head, targets(dense, head))[0] for student in students]
-    torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=0)
+    together = kl_divergence(torch.stack(students), head, targets(dense, head), BYTES)
+    alone = [kl_divergence(student.unsqueeze(0), head, targets(dense, head), BYTES)[0] for student in students]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-5)  # but for rounding
 
 
 def test_large_logits_do_not_overflow() -> None:
     head, dense = head_of(), normal(5, HIDDEN, seed=3, scale=1e3)
-    found = kl_divergence([-dense], head, targets(dense, head))[0]
+    found = kl_divergence(-dense.unsqueeze(0), head, targets(dense, head), BYTES)[0]
     assert found.isfinite().all()
     torch.testing.assert_close(found.double(), kl_by_definition(dense, -dense, head), rtol=1e-4, atol=1e-2)
 
@@ -119,7 +140,10 @@ def test_targets_of_parts_are_parts_of_targets() -> None:
     whole = targets(dense, head)
     first, rest = targets(dense[:100], head), targets(dense[100:], head)
     torch.testing.assert_close(torch.cat([first.expected, rest.expected]), whole.expected)
-    torch.testing.assert_close(Targets.join([first, rest]).normaliser, whole.normaliser, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([first.normaliser, rest.normaliser]), whole.normaliser, rtol=1e-4, atol=1e-4)
+    for part, rows in ((first, slice(0, 100)), (rest, slice(100, None))):
+        assert torch.equal(whole[rows].hidden, part.hidden)
+        torch.testing.assert_close(whole[rows].expected, part.expected)
     moved = whole.to("cpu")
     assert isinstance(moved, Targets)
     assert torch.equal(moved.expected, whole.expected) and torch.equal(moved.normaliser, whole.normaliser)
@@ -135,3 +159,98 @@ def test_negative_log_likelihood_is_cross_entropy(batch: int, length: int, cap: 
     expected = [[-log_p[b, t, ids[b, t + 1]] for t in range(length - 1)] for b in range(batch)]
     assert found.shape == (batch, length - 1)
     torch.testing.assert_close(found.double(), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def labels_of(tokens: int) -> Tensor:
+    labels = torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(6))
+    labels[-1] = NO_LABEL
+    return labels
+
+
+@pytest.mark.parametrize("cap", [None, 2.0, 30.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("distance", [0.03, 10.0])
+def test_cross_entropy_is_that_of_the_following_tokens(cap: float | None, bias: bool, distance: float) -> None:
+    head, dense, labels = head_of(bias=bias, cap=cap), normal(TOKENS, HIDDEN, seed=3), labels_of(TOKENS)
+    pruned = torch.stack([dense + normal(TOKENS, HIDDEN, seed=seed, scale=distance) for seed in (4, 5)])
+    found = CrossEntropy()(pruned, head, targets(dense, head), labels)
+    log_p = exact_logits(pruned, head).log_softmax(-1)
+    expected = -log_p.gather(-1, labels.clamp_min(0).view(1, -1, 1).expand(2, -1, 1)).squeeze(-1)
+    expected[:, -1] = 0  # nothing follows
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    assert CrossEntropy().scored(TOKENS) == TOKENS - 1
+
+
+@pytest.mark.parametrize("k", [1, 8, 700, VOCABULARY, 10 * VOCABULARY])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_topk_divergence_is_over_the_dense_models_likeliest_words(k: int, cap: float | None) -> None:
+    head, dense = head_of(bias=True, cap=cap), normal(TOKENS, HIDDEN, seed=3)
+    pruned = torch.stack([dense + normal(TOKENS, HIDDEN, seed=seed) for seed in (4, 5)])
+    found = topk_divergence(pruned, head, targets(dense, head), k, BYTES)
+    own = exact_logits(dense, head)
+    words = own.topk(min(k, VOCABULARY), -1).indices
+    p = own.gather(-1, words).log_softmax(-1)
+    q = torch.stack([exact_logits(student, head).gather(-1, words).log_softmax(-1) for student in pruned])
+    torch.testing.assert_close(found.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("fitness", [KlDivergence, CrossEntropy, TopKDivergence])
+def test_the_hidden_term_adds_what_is_missing_to_full_similarity(fitness: type) -> None:
+    head, dense, labels = head_of(), normal(TOKENS, HIDDEN, seed=3), labels_of(TOKENS)
+    pruned = torch.stack([dense, 3 * dense, -dense, dense + normal(TOKENS, HIDDEN, seed=4)])
+    teacher = targets(dense, head)
+    without, with_term = (fitness(hidden_weight=weight)(pruned, head, teacher, labels) for weight in (0.0, 2.0))
+    added = (with_term - without).double()[:, :-1]
+    similarity = torch.cosine_similarity(pruned.double(), dense.double(), dim=-1)[:, :-1]
+    torch.testing.assert_close(added, 2.0 * (1.0 - similarity), rtol=1e-3, atol=1e-3)
+    assert added[0].abs().max() < 1e-3 and added[1].abs().max() < 1e-3
+    torch.testing.assert_close(added[2], torch.full_like(added[2], 4.0), rtol=1e-3, atol=1e-3)
+
+
+def test_of_more_than_one_model_fewer_tokens_are_at_work_at_a_time() -> None:
+    for models in (1, 3, 1_000):
+        pieces = list(token_slices(TOKENS, models, BYTES))
+        assert [piece.start for piece in pieces[1:]] == [piece.stop for piece in pieces[:-1]]
+        assert (pieces[0].start, pieces[-1].stop) == (0, TOKENS)
+        longest = max(piece.stop - piece.start for piece in pieces)
+        assert longest == 1 or 4 * TILE * models * longest <= BYTES
+
+
+@pytest.mark.parametrize("measure", [kl_divergence, lambda *a: cross_entropy(*a[:3], labels_of(TOKENS).clamp_min(0), a[3])])
+def test_no_more_logits_exist_than_asked_for(measure: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    head, dense = head_of(), normal(TOKENS, HIDDEN, seed=3)
+    teacher = targets(dense, head)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+            nonlocal largest
+            result = function(*arguments, **(named or {}))
+            if isinstance(result, Tensor) and result.dim() and result.untyped_storage().nbytes() > 4 * result.shape[-1]:
+                largest = max(largest, result.untyped_storage().nbytes())
+            return result
+
+    with Watch():
+        measure(torch.stack([dense + normal(TOKENS, HIDDEN, seed=4)] * 5), head, teacher, BYTES)
+    whole = 4 * 5 * TOKENS * VOCABULARY
+    assert largest <= BYTES < whole / 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"chunk_bytes": 0}, "fitness.chunk_bytes=0 must be a whole number of at least 1048576"),
+        ({"chunk_bytes": 1.5e7}, "fitness.chunk_bytes"),
+        ({"hidden_weight": -1.0}, "fitness.hidden_weight=-1.0 must be a number of at least 0"),
+        ({"hidden_weight": float("nan")}, "fitness.hidden_weight=nan"),
+    ],
+)
+@pytest.mark.parametrize("fitness", [KlDivergence, CrossEntropy, TopKDivergence])
+def test_settings_that_make_no_sense_are_told(fitness: type, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        fitness(**settings)
+
+
+def test_k_must_be_a_number_of_words() -> None:
+    with pytest.raises(InputError, match="fitness.k=0 must be a whole number of at least 1"):
+        TopKDivergence(k=0)

@@ -1,0 +1,83 @@
+"""How much memory there is, on the device and on this machine, and how it is given back."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGEST_KEPT = 32 << 20  # glibc takes no higher threshold
+CGROUPS = (  # limit, usage, and what of it is page cache, which the kernel takes back when it is short
+    ("memory.max", "memory.current", "file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache"),
+)
+
+
+def available(device: torch.device) -> int:
+    """Bytes that could be allocated on the device now."""
+    if device.type == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + idle
+    found: list[int | None] = [psutil.virtual_memory().available, *(_left_in_group(*names) for names in CGROUPS)]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        found.append(limit - psutil.Process().memory_info().vms)
+    return max(0, min(size for size in found if size is not None))
+
+
+def _left_in_group(limit: str, usage: str, cache: str, root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes left below the limit of this process's control group, as a container has one; None where there is none.
+
+    A container sees its own group at the root. Elsewhere the group's path is in /proc/self/cgroup.
+    """
+    for folder in _group_folders(root / limit):
+        file = folder / Path(limit).name
+        try:
+            most = file.read_text().strip()
+            if most == "max" or int(most) >= 1 << 60:
+                continue
+            used = int((folder / Path(usage).name).read_text())
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        return int(most) - used + int(counts.get(cache, 0))
+    return None
+
+
+def _group_folders(file: Path) -> list[Path]:
+    """Where a file of the memory controller may lie: in this process's group, or at the root of what a container sees."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    version_1 = file.parent.name == "memory"
+    paths = [line.split(":", 2)[2] for line in lines if line.split(":", 2)[1] == ("memory" if version_1 else "")]
+    return [*(file.parent / path.lstrip("/") for path in paths), file.parent]
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of giving it back to the kernel at once.
+
+    Activations of megabytes come and go thousands of times a second; each time the kernel would map and clear fresh pages, which
+    takes as long as the elementwise operations on them. Other C libraries are left as they are.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that there was no memory left, on a device or in main memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ("out of memory", "can't allocate memory"))

@@ -1,0 +1,77 @@
+"""Free memory is what the machine, the container and the process leave, and errors for want of it are told from others."""
+
+import resource
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from search import memory
+from search.memory import available, is_out_of_memory, keep_freed_memory
+
+CPU = torch.device("cpu")
+VERSION_1, VERSION_2 = reversed(memory.CGROUPS)
+
+
+def test_no_more_is_free_than_the_machine_has() -> None:
+    assert 0 < available(CPU) <= psutil.virtual_memory().total
+
+
+def test_a_limit_on_the_address_space_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = psutil.Process().memory_info().vms
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (used + 10_000_000, resource.RLIM_INFINITY))
+    assert available(CPU) <= 10_000_000 + 1_000_000_000
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (used // 2, resource.RLIM_INFINITY))
+    assert available(CPU) == 0
+
+
+def write_group(root: Path, names: tuple[str, str, str], limit: str, usage: int, cache: int) -> None:
+    folder = (root / names[0]).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    (root / names[0]).write_text(f"{limit}\n")
+    (root / names[1]).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cache}\n")
+
+
+@pytest.mark.parametrize("names", [VERSION_1, VERSION_2])
+def test_a_containers_limit_counts_without_what_the_kernel_takes_back(tmp_path: Path, names: tuple[str, str, str]) -> None:
+    write_group(tmp_path, names, "1000000", 700_000, 200_000)
+    assert memory._left_in_group(*names, root=tmp_path) == 500_000
+
+
+@pytest.mark.parametrize("names", [VERSION_1, VERSION_2])
+@pytest.mark.parametrize("limit", ["max", str(2**63 - 4096)])
+def test_no_limit_is_none(tmp_path: Path, names: tuple[str, str, str], limit: str) -> None:
+    write_group(tmp_path, names, limit, 700_000, 200_000)
+    assert memory._left_in_group(*names, root=tmp_path) is None
+
+
+def test_a_machine_without_control_groups_has_none(tmp_path: Path) -> None:
+    assert memory._left_in_group(*VERSION_2, root=tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_for_want_of_memory_are_told_from_others(error: Exception, short: bool) -> None:
+    assert is_out_of_memory(error) is short
+
+
+def test_what_torch_says_on_this_machine_is_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(caught.value)
+
+
+def test_keeping_freed_memory_can_be_asked_for_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    keep_freed_memory()
