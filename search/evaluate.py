@@ -6,12 +6,16 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from search.fitness import Targets, kl_divergence, negative_log_likelihood, targets
+from search.evaluator import GenerationEvaluator, Resources
+from search.fitness import CrossEntropy, KlDivergence, Targets, kl_divergence, negative_log_likelihood, targets
 from supernet.architecture import head_of, parameter_count
+from supernet.space import Allocation
+from supernet.store import Supernet
 
 Track = Callable[[Sequence[Tensor], str], Iterable[Tensor]]
 
@@ -62,6 +66,27 @@ class HeldOut:
             loss += float(negative_log_likelihood(hidden, head, ids.to(hidden.device)).double().sum())
             divergence += float(kl_divergence(hidden.flatten(0, 1).unsqueeze(0), head, self.targets[index]).double().sum())
         return Metrics(parameter_count(model), math.exp(loss / self.predicted), max(0.0, divergence / self.tokens))
+
+
+def streamed(
+    model: PreTrainedModel, supernet: Supernet, allocation: Allocation, ids: Tensor, resources: Resources, parameters: int
+) -> Metrics:
+    """Metrics of an allocation whose model need not fit on the device: measured as the search does, block by block.
+
+    Args:
+        model: The dense model.
+        supernet: Candidates of its units.
+        allocation: One of them for each unit.
+        ids: (sequences, tokens) int64.
+        resources: Where things lie.
+        parameters: Of the allocation's model.
+    """
+    every = np.arange(len(ids))
+    evaluate = GenerationEvaluator(model, supernet, ids, KlDivergence(), resources)
+    (divergence,) = evaluate([allocation], every)
+    evaluate.fitness = CrossEntropy()  # with the same targets
+    (loss,) = evaluate([allocation], every)
+    return Metrics(parameters, math.exp(loss), max(0.0, float(divergence)))
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -55,7 +55,10 @@ class Targets:
 class Fitness(Protocol):
     """What the search minimises: a loss of every token, of several pruned models at once."""
 
-    chunk_bytes: int
+    @property
+    def chunk_bytes(self) -> int:
+        """Of logits that exist at a time."""
+        ...
 
     def __call__(self, students: Tensor, head: Head, teacher: Targets, labels: Tensor) -> Tensor:
         """The losses of n tokens.

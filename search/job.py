@@ -57,9 +57,10 @@ class Job:
         return loaded
 
     def model_on_device(self) -> PreTrainedModel:
-        """The dense model moved to the run's device, for search and evaluation."""
+        """The dense model moved to the run's device, for evaluation; with `evaluator.resident=blocks` it stays where it is."""
         model = self.loaded.model
-        model.to(self.device)  # type: ignore[arg-type]
+        if self.resources.resident == "model":
+            model.to(self.device)  # type: ignore[arg-type]
         return model
 
     @cached_property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from search.budget import Budget, closest, uniform
 from search.describe import describe
-from search.evaluate import HeldOut
+from search.evaluate import HeldOut, Metrics, streamed
 from search.evaluator import GenerationEvaluator
 from search.export.huggingface import export
 from search.job import Job
@@ -29,6 +30,7 @@ from search.report import allocation_json, metrics_table, model_card
 from search.run_directory import RunDirectory, locked
 from search.settings import check_settings
 from search.strategies.base import Problem, State
+from supernet.architecture import parameter_count
 from supernet.assemble import assemble
 from supernet.errors import InputError
 from supernet.modeling_pruned import PrunedMixin
@@ -162,7 +164,12 @@ def _write_allocation(job: Job, found: Found) -> None:
 
 def _assembled(job: Job, supernet: Supernet) -> PreTrainedModel:
     """The model of a last rebuild."""
-    return assemble(job.model_on_device(), supernet, [len(unit.levels) - 1 for unit in supernet.space.units])
+    return assemble(job.model_on_device(), supernet, _sparsest(supernet))
+
+
+def _sparsest(supernet: Supernet) -> Allocation:
+    """What a last rebuild is of: its only level besides the dense one, where there is one."""
+    return tuple(len(unit.levels) - 1 for unit in supernet.space.units)
 
 
 def _evaluate(job: Job, found: Found) -> None:
@@ -176,20 +183,41 @@ def _evaluate(job: Job, found: Found) -> None:
         "uniform": job.rebuild(space.kept(even), "uniform"),
         "searched": job.rebuild(found.kept, "searched"),
     }
-    ids, batch = job.tokens["evaluation"].ids, int(job.config.evaluate.batch)
     with job.directory.stage("evaluate"):
-        held_out = HeldOut(job.model_on_device(), ids, batch, track)
-        metrics: dict[str, Any] = {"dense": asdict(held_out.dense) | {"kept": 1.0}}
-        for name, supernet in supernets.items():  # one assembled model at a time
-            kept = supernet.space.lowest_cost / supernet.space.dense_cost
-            metrics[name] = asdict(held_out.measure(_assembled(job, supernet), name)) | {"kept": kept}
+        measured = (_measure_streamed if job.resources.resident == "blocks" else _measure)(job, supernets)
+    metrics: dict[str, Any] = {"dense": asdict(measured["dense"]) | {"kept": 1.0}}
+    for name, supernet in supernets.items():
+        metrics[name] = asdict(measured[name]) | {"kept": supernet.space.lowest_cost / supernet.space.dense_cost}
     metrics |= {
-        "evaluation_tokens": ids.numel(),
+        "evaluation_tokens": job.tokens["evaluation"].ids.numel(),
         "search_forward_tokens": found.tokens,
         "stages": job.directory.costs(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }
     job.directory.write("metrics.json", metrics)
+
+
+def _measure(job: Job, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
+    """The dense model and those of last rebuilds, as they will be exported."""
+    ids, batch = job.tokens["evaluation"].ids, int(job.config.evaluate.batch)
+    held_out = HeldOut(job.model_on_device(), ids, batch, track)
+    found = {"dense": held_out.dense}
+    for name, supernet in supernets.items():  # one assembled model at a time
+        found[name] = held_out.measure(_assembled(job, supernet), name)
+    return found
+
+
+def _measure_streamed(job: Job, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
+    """The same where the device has room for no more than the block at work."""
+    model, ids = job.model_on_device(), job.tokens["evaluation"].ids
+    found = {}
+    for name, supernet in supernets.items():
+        units = supernet.space.units
+        if "dense" not in found:
+            found["dense"] = streamed(model, supernet, (0,) * len(units), ids, job.resources, parameter_count(model))
+        parameters = parameter_count(_assembled(job, supernet))
+        found[name] = streamed(model, supernet, _sparsest(supernet), ids, job.resources, parameters)
+    return found
 
 
 def _export(job: Job, found: Found) -> None:

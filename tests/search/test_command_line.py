@@ -154,6 +154,16 @@ def test_the_same_command_again_does_nothing_twice(copy: Path, call: Call) -> No
     assert "searched" in process.stdout
 
 
+def test_a_model_that_the_device_has_no_room_for_is_measured_block_by_block(copy: Path, call: Call) -> None:
+    metrics = copy / RUN / "metrics.json"
+    whole = json.loads(metrics.read_text())
+    metrics.unlink()
+    assert call(SMOKE, "stages=[evaluate]", "evaluator.resident=blocks", "evaluator.memory=100kB").returncode == 0
+    streamed = json.loads(metrics.read_text())
+    for model in ("dense", "uniform", "searched"):
+        assert streamed[model] == pytest.approx(whole[model], rel=1e-3, abs=1e-6)
+
+
 def test_other_settings_are_refused_with_both_values(copy: Path, call: Call, refusal: Refusal) -> None:
     before = results(copy)
     line = refusal(call(SMOKE, "budget.sparsity=0.5", "strategy.offspring=4"))
