@@ -15,9 +15,9 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Lend a module to the device, and put it back where it was: as it was, what the device has is thrown away."""
     tensors = [*module.parameters(), *module.buffers()]
     homes = [tensor.data for tensor in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.to(device)
-    try:
+    try:  # from here on: there may be too little memory for all of them
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device)
         yield
     finally:
         for tensor, home in zip(tensors, homes, strict=True):

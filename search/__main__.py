@@ -51,13 +51,13 @@ def _user_errors() -> Iterator[None]:
     except (InputError, HydraException, OmegaConfBaseException, OSError, YAMLError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         from search.memory import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
-        advice = "lower prune.batch or evaluate.batch with fresh=true, or use evaluator.resident=blocks"
-        print(f"error: {str(error).splitlines()[0]}; {advice}", file=sys.stderr)
+        advice = "lower evaluator.memory or evaluator.cache, use evaluator.resident=blocks, or lower prune.batch with fresh=true"
+        print(f"error: {one_line(error) or 'out of memory'}; {advice}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last completed step", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Causal attention in bfloat16 or float16 on a CPU, about half again as fast as torch's own.
 
-torch's fused kernel works in float32 on blocks that suit it badly on CPUs without matrix units; here scores are plain
-batched matrix products, in blocks of queries so that nothing above the diagonal but within a block is computed, with the query
+torch's fused kernel works on blocks that suit it badly on CPUs without matrix units; here scores are plain batched matrix
+products in float32, in blocks of queries so that nothing above the diagonal but within a block is computed, with the query
 heads of a group in one product. Whatever else is asked for (masks, other devices and dtypes) goes to torch's kernel.
 """
 
@@ -64,7 +64,7 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
 
 
 def blocked_causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """softmax(scaling * Q K^T) V of earlier tokens, rounded to the inputs' dtype between the three.
+    """softmax(scaling * Q K^T) V of earlier tokens. Scores are float32: rounded, large ones are off by tenths.
 
     Args:
         query: (batch, heads, tokens, dim).
@@ -78,17 +78,15 @@ def blocked_causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) ->
     batch, heads, tokens, dim = query.shape
     groups = key.shape[1]
     queries = query.reshape(batch, groups, heads // groups, tokens, dim)
-    keys = key.reshape(batch * groups, tokens, dim).transpose(1, 2)
+    keys = key.reshape(batch * groups, tokens, dim).transpose(1, 2).float()
     values = value.reshape(batch * groups, tokens, dim)
-    later = torch.full((min(BLOCK, tokens),) * 2, -torch.inf, dtype=query.dtype).triu_(1)
+    later = torch.full((min(BLOCK, tokens),) * 2, -torch.inf).triu_(1)
     output = query.new_empty(batch, tokens, heads, dim)
     for start in range(0, tokens, BLOCK):
         end = min(start + BLOCK, tokens)
-        rows = (queries[:, :, :, start:end] * scaling).reshape(
-            batch * groups, -1, dim
-        )  # (batch * groups, heads a group * n, dim)
+        rows = queries[:, :, :, start:end].float().mul(scaling).reshape(batch * groups, -1, dim)  # of a group's heads
         scores = torch.bmm(rows, keys[:, :, :end]).view(batch * groups, heads // groups, end - start, end)
         scores[..., start:] += later[: end - start, : end - start]
-        mixed = torch.bmm(scores.softmax(-1).view(batch * groups, -1, end), values[:, :end])
+        mixed = torch.bmm(scores.softmax(-1).to(value.dtype).view(batch * groups, -1, end), values[:, :end])
         output[:, start:end] = mixed.view(batch, heads, end - start, dim).transpose(1, 2)
     return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,10 +83,10 @@ def streamed(
         parameters: Of the allocation's model.
     """
     every = np.arange(len(ids))
-    evaluate = GenerationEvaluator(model, supernet, ids, KlDivergence(), resources)
-    (divergence,) = evaluate([allocation], every)
-    evaluate.fitness = CrossEntropy()  # with the same targets
-    (loss,) = evaluate([allocation], every)
+    with closing(GenerationEvaluator(model, supernet, ids, KlDivergence(), resources)) as evaluate:
+        (divergence,) = evaluate([allocation], every)
+        evaluate.fitness = CrossEntropy()  # with the same targets
+        (loss,) = evaluate([allocation], every)
     return Metrics(parameters, math.exp(loss), max(0.0, float(divergence)))
 
 

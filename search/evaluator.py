@@ -26,11 +26,11 @@ from search.fitness import NO_LABEL, Fitness, Targets, targets, token_slices
 from search.memory import available, is_out_of_memory
 from search.workers import Workers
 from supernet.architecture import blocks, entry, final_norm_and_head, head_of
-from supernet.cache import CandidateCache
+from supernet.cache import CandidateCache, Key
 from supernet.encoding import Candidate
 from supernet.errors import InputError
 from supernet.families import family_of
-from supernet.placement import Place, places
+from supernet.placement import Place, places, together
 from supernet.space import Allocation
 from supernet.store import Supernet
 
@@ -133,6 +133,11 @@ class GenerationEvaluator:
             raise InputError(f"the fitness of an allocation is not finite ({fitness}); try dtype=float32")
         return fitness
 
+    def close(self) -> None:
+        """Let go of candidates and threads; nothing can be measured any more."""
+        self.cache.close()
+        self.workers.close()
+
     def _sums(self, allocations: Sequence[Allocation], rows: Sequence[int]) -> np.ndarray:
         """Losses summed over sequences, (allocations,) float64, in as many sweeps as memory asks for."""
         room = max(1, self.memory // self._state_bytes)
@@ -180,7 +185,7 @@ class GenerationEvaluator:
     def _targets_of(self, rows: Sequence[int]) -> list[Targets]:
         (states,) = self._final_states([self.dense], rows, self.sequence_length)
         with self._head_on_device():
-            return self.workers.map(self._target, states)
+            return self.workers.map(self._target, states, all_threads=False)
 
     def _target(self, state: Tensor) -> Targets:
         normed, head = final_norm_and_head(self.model, state)
@@ -213,20 +218,28 @@ class GenerationEvaluator:
         """All allocations behind a sub-block: the distinct paths, and which one each is on."""
         chosen = [tuple(allocation[unit] for unit, _ in place.units) for allocation in allocations]
         moves = dict.fromkeys(sorted(zip(chosen, at, strict=True)))  # those with the same levels beside each other
-        candidates = {key: self.cache.get(*key) for key in _keys(place, allocations)}  # several sets of levels may share one
+        layers = self._layers(place, allocations)
         size = max(1, batch_tokens // self.sequence_length)
         batches: list[Batch] = []
         for levels, group in groupby(moves, key=lambda move: move[0]):
-            weights = place.weights([candidates.get((u, v)) for (u, _), v in zip(place.units, levels, strict=True)])
+            weights = together([layers.get((unit, level), {}) for (unit, _), level in zip(place.units, levels, strict=True)])
             states = [state for _, before in group for state in paths[before]]
             batches += [Batch(states[i : i + size], weights) for i in range(0, len(states), size)]
-        paths.clear()  # batches hold the states now, and let go of them as they pass
-        passed = self.workers.map(lambda batch: self._passed(place, batch, context), batches)
+        del states
+        paths.clear()  # batches alone hold the states now, and let go of them as they pass
+        passed = self.workers.map(lambda batch: self._passed(place, batch, context), batches, all_threads=len(allocations) > 1)
         states = [state for batch in passed for state in batch]
         sequences = len(states) // len(moves)
         index = {move: number for number, move in enumerate(moves)}
         behind = [states[i : i + sequences] for i in range(0, len(states), sequences)]
         return behind, [index[move] for move in zip(chosen, at, strict=True)]
+
+    def _layers(self, place: Place, allocations: Sequence[Allocation]) -> dict[Key, dict[str, Tensor] | None]:
+        """What every level that is not dense makes of a sub-block: once, though several sets of levels may have it."""
+        numbers = {unit: number for number, (unit, _) in enumerate(place.units)}
+        return {
+            (unit, level): place.of_unit(numbers[unit], self.cache.get(unit, level)) for unit, level in _keys(place, allocations)
+        }
 
     def _passed(self, place: Place, batch: Batch, context: dict[str, Any]) -> list[Tensor]:
         """The states of a batch behind a sub-block."""
@@ -266,6 +279,6 @@ class GenerationEvaluator:
             yield
 
 
-def _keys(place: Place, allocations: Sequence[Allocation]) -> list[tuple[int, int]]:
+def _keys(place: Place, allocations: Sequence[Allocation]) -> list[Key]:
     """The candidates (unit, level) that a sub-block needs."""
     return sorted({(unit, allocation[unit]) for allocation in allocations for unit, _ in place.units if allocation[unit]})

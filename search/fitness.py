@@ -226,12 +226,25 @@ def cross_entropy(students: Tensor, head: Head, teacher: Targets, labels: Tensor
     for rows in token_slices(students.shape[1], len(students), chunk_bytes):
         step, here, words = _steps(students[:, rows], teacher[rows]), teacher[rows], labels[rows]
         terms = _log_ratio(step, head, here) if head.cap is None else _capped_terms(step, head, here)[0]
-        embeddings = head.linear.weight[words].float()
-        wanted = torch.linalg.vecdot(students[:, rows].float(), embeddings)
-        if head.linear.bias is not None:
-            wanted += head.linear.bias[words].float()
+        wanted = _logits_of_words(step, head, here, words)
         losses[:, rows] = terms + here.normaliser - _capped(wanted, head)
     return losses
+
+
+def _logits_of_words(step: Tensor, head: Head, teacher: Targets, words: Tensor) -> Tensor:
+    """A word's logit for each token, (models, n), from words (n,) and steps (n, models, hidden).
+
+    The dense model's and the difference are each rounded as in the products over the whole vocabulary, so that what they lose
+    there, where they are part of the normaliser, is lost here, too.
+    """
+    weight = head.linear.weight
+    embeddings = weight[words].float()
+    raw = torch.linalg.vecdot(teacher.hidden.to(weight.dtype).float(), embeddings)
+    if head.linear.bias is not None:
+        raw = raw + head.linear.bias[words].float()
+    change = torch.linalg.vecdot(step.to(weight.dtype).float(), embeddings.unsqueeze(1))
+    logits: Tensor = change.to(weight.dtype).float() + raw.to(weight.dtype).float().unsqueeze(1)
+    return logits.T
 
 
 def topk_divergence(students: Tensor, head: Head, teacher: Targets, k: int, chunk_bytes: int = CHUNK_BYTES) -> Tensor:

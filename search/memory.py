@@ -16,6 +16,7 @@ CGROUPS = (  # limit, usage, and what of it is page cache, which the kernel take
     ("memory.max", "memory.current", "file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache"),
 )
+SHORT = ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")  # what libraries say
 
 
 def available(device: torch.device) -> int:
@@ -31,33 +32,35 @@ def available(device: torch.device) -> int:
 
 
 def _left_in_group(limit: str, usage: str, cache: str, root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes left below the limit of this process's control group, as a container has one; None where there is none.
+    """Bytes left below the limits of this process's control group and those around it; None where there is none.
 
     A container sees its own group at the root. Elsewhere the group's path is in /proc/self/cgroup.
     """
-    for folder in _group_folders(root / limit):
-        file = folder / Path(limit).name
-        try:
-            most = file.read_text().strip()
-            if most == "max" or int(most) >= 1 << 60:
-                continue
-            used = int((folder / Path(usage).name).read_text())
-            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        return int(most) - used + int(counts.get(cache, 0))
-    return None
+    left = [_left_in(folder, Path(limit).name, Path(usage).name, cache) for folder in _group_folders((root / limit).parent)]
+    return min((size for size in left if size is not None), default=None)
 
 
-def _group_folders(file: Path) -> list[Path]:
-    """Where a file of the memory controller may lie: in this process's group, or at the root of what a container sees."""
+def _left_in(folder: Path, limit: str, usage: str, cache: str) -> int | None:
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        most = (folder / limit).read_text().strip()
+        if most == "max" or int(most) >= 1 << 60:
+            return None
+        used = int((folder / usage).read_text())
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return int(most) - used + int(counts.get(cache, 0)) - int(counts.get("shmem", 0))
+
+
+def _group_folders(root: Path) -> list[Path]:
+    """Folders of the memory controller: of this process's group and all around it, up to the root."""
+    try:
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
         lines = []
-    version_1 = file.parent.name == "memory"
-    paths = [line.split(":", 2)[2] for line in lines if line.split(":", 2)[1] == ("memory" if version_1 else "")]
-    return [*(file.parent / path.lstrip("/") for path in paths), file.parent]
+    controller = "memory" if root.name == "memory" else ""  # the second version names none
+    own = [root / path.lstrip("/") for _, names, path in lines if controller in names.split(",")]
+    return list(dict.fromkeys([one for path in own for one in (path, *path.parents) if one.is_relative_to(root)] + [root]))
 
 
 def keep_freed_memory() -> None:
@@ -80,4 +83,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch says that there was no memory left, on a device or in main memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in ("out of memory", "can't allocate memory"))
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SHORT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ def run(config: DictConfig, path: Path) -> None:
     check_settings(config)
     stages, dry = _stages(config), bool(config.dry_run)
     if dry:
-        describe(Job(config, RunDirectory(path, _settings(config), fresh=False)))
+        job = Job(config, RunDirectory(path, _settings(config), fresh=False))
+        _ = job.fitness, job.resources
+        describe(job)
         return
     keep_freed_memory()
     with locked(path):  # first: fresh=true must not move a run that is at work
@@ -99,6 +102,7 @@ def _settings(config: DictConfig) -> dict[str, Any]:
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
     del settings["supernet"]["root"]  # a full disk must not end a run: supernets may move
+    settings["fitness"].pop("chunk_bytes", None)  # nor must a lack of memory
     return {str(key): value for key, value in settings.items() if key not in NOT_SETTINGS}
 
 
@@ -143,17 +147,17 @@ def _search(
 ) -> State:
     """Generations from the last checkpoint, if there is one, to the end."""
     pool, space = job.tokens["search"].ids, supernet.space
-    evaluator = GenerationEvaluator(job.loaded.model, supernet, pool, job.fitness, job.resources)
-    problem = Problem(space, budget, start, evaluator)
     seed = int(np.random.SeedSequence([int(job.config.seed), index]).generate_state(1)[0])
-    state = state or job.strategy.begin(problem, seed)
-    for _ in track(range(state.generation, job.strategy.generations), f"{title}: search"):
-        with job.directory.stage("search"):
-            state, rows = job.strategy.advance(problem, state)
-            job.directory.save_state(index, space, state, rows)
-        if state.exhausted:
-            log.info("%s: no further allocation meets the budget; the search ends early", title)
-            break
+    with closing(GenerationEvaluator(job.loaded.model, supernet, pool, job.fitness, job.resources)) as evaluator:
+        problem = Problem(space, budget, start, evaluator)
+        state = state or job.strategy.begin(problem, seed)
+        for _ in track(range(state.generation, job.strategy.generations), f"{title}: search"):
+            with job.directory.stage("search"):
+                state, rows = job.strategy.advance(problem, state)
+                job.directory.save_state(index, space, state, rows)
+            if state.exhausted:
+                log.info("%s: no further allocation meets the budget; the search ends early", title)
+                break
     return state
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import TypeVar
 
@@ -34,21 +34,46 @@ class Workers:
         self._pool: ThreadPoolExecutor | None = None
         if self.count > 1:
             self._pool = ThreadPoolExecutor(self.count, "evaluator")
-            started = threading.Barrier(self.count)
-            for future in [self._pool.submit(_begin, threads // self.count, started) for _ in range(self.count)]:
-                future.result()
-            torch.set_num_threads(threads)  # for threads to come; those that are there keep what they have
+            self._start(self._pool, threads)
 
-    def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work` of every item, in their order and without gradients. A single one gets all threads."""
-        if self._pool is None or len(items) < 2:
+    def _start(self, pool: ThreadPoolExecutor, threads: int) -> None:
+        started = threading.Barrier(self.count)
+        shares = [threads // self.count + (number < threads % self.count) for number in range(self.count)]
+        try:
+            for future in [pool.submit(_begin, share, started) for share in shares]:
+                future.result()
+        except BaseException:
+            started.abort()  # those that wait for one that could not be started
+            raise
+        torch.set_num_threads(threads)  # for threads to come; those that are there keep what they have
+
+    def map(self, work: Callable[[Item], Result], items: Sequence[Item], all_threads: bool = True) -> list[Result]:
+        """`work` of every item, in their order and without gradients. When it ends, with an error too, no thread is at work.
+
+        Args:
+            work: What to do.
+            items: With what.
+            all_threads: Whether a single one gets all threads. Its last bits may depend on their number.
+        """
+        if self._pool is None or (all_threads and len(items) < 2):
             return [work(item) for item in items]
 
         def without_gradients(item: Item) -> Result:
             with torch.no_grad():  # every thread has its own mode
                 return work(item)
 
-        return list(self._pool.map(without_gradients, items))
+        futures = [self._pool.submit(without_gradients, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def own(self, part: SubBlock) -> SubBlock:
         """The sub-block for the thread that asks: its module can run with other parameters than those of other threads' modules.

@@ -55,6 +55,11 @@ class CandidateCache:
         self._kept.clear()
         self.bytes = 0
 
+    def close(self) -> None:
+        """Let go of everything, and end the thread in the background."""
+        self.clear()
+        self._reader.shutdown()
+
     def _keep(self, key: Key, candidate: Candidate) -> None:
         size = candidate_bytes(candidate)
         if size > self.limit:

@@ -33,13 +33,23 @@ class Place:
         Args:
             candidates: One a unit, in the order of `units`; None at the dense level.
         """
-        found: dict[str, Tensor] = {}
-        for (_, layer), candidate in zip(self.units, candidates, strict=True):
-            if is_absent(candidate):
-                return None
-            if candidate is not None:
-                found |= parameters(self.part, layer, candidate)
-        return found
+        return together([self.of_unit(number, candidate) for number, candidate in enumerate(candidates)])
+
+    def of_unit(self, number: int, candidate: Candidate | None) -> dict[str, Tensor] | None:
+        """The same of a single unit: `units[number]`."""
+        if candidate is None:
+            return {}
+        return None if is_absent(candidate) else parameters(self.part, self.units[number][1], candidate)
+
+
+def together(of_units: Sequence[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    """What the units of a sub-block make of it: parameters by name; None where one of them leaves nothing of it."""
+    found: dict[str, Tensor] = {}
+    for one in of_units:
+        if one is None:
+            return None
+        found |= one
+    return found
 
 
 def places(model: PreTrainedModel, space: Space) -> tuple[Place, ...]:

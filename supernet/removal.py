@@ -18,7 +18,7 @@ from supernet.errors import InputError
 from supernet.folders import Folder, inspect, is_locked, like_one, size_of, supernet_folders
 from supernet.listing import readable
 from supernet.manifest import FORMAT, LOCK, UNITS
-from supernet.uses import USES
+from supernet.uses import USES, uses_of
 
 REMOVED = ".removed"  # how the name of a folder ends that is on its way out; it starts with a dot
 
@@ -29,7 +29,8 @@ def collect(path: Path, dry_run: bool) -> Iterator[str]:
     freed = stay = 0
     rests = _half_removed(path)
     for rest in rests:
-        freed += (size := _remove(rest, dry_run))
+        size = _remove(rest, dry_run) or 0
+        freed += size
         yield f"{remove} {rest.name}: an interrupted gc left it ({readable(size)})"
     for folder in _supernets(path, or_none=bool(rests)):
         try:
@@ -65,7 +66,10 @@ def _tidied(folder: Path, dry_run: bool) -> tuple[str, int]:
     """Why a supernet goes, or nothing where it stays, and how much goes of it; Timeout where it is being built."""
     with _nobody_builds(folder, dry_run):
         reason = _why_useless(inspect(folder))
-        return reason, _remove(folder, dry_run) if reason else _sweep(folder, dry_run)
+        if not reason:
+            return "", _sweep(folder, dry_run)
+        size = _remove(folder, dry_run)
+        return (reason, size) if size is not None else ("", 0)
 
 
 @contextmanager
@@ -90,22 +94,28 @@ def _nobody_builds(folder: Path, dry_run: bool) -> Iterator[None]:
 
 
 def _why_useless(supernet: Folder) -> str:
-    if supernet.format < FORMAT:
-        return f"it is of format {supernet.format}, which no run can read any more"
+    if not like_one(supernet.path):
+        return ""  # somebody keeps other files there
     if supernet.format > FORMAT or supernet.uses:  # a newer version may use it, and note that in another way
         return ""
+    if supernet.format < FORMAT:
+        return f"it is of format {supernet.format}, which this version cannot read"
     return "no run refers to it"
 
 
-def _remove(folder: Path, dry_run: bool) -> int:
-    """Remove a folder; the bytes that it had."""
+def _remove(folder: Path, dry_run: bool) -> int | None:
+    """Remove a folder; the bytes that it had. None where it stays: a run has come to use it meanwhile."""
     size = size_of(folder)
-    if not dry_run:
-        try:
-            gone = folder if folder.name.endswith(REMOVED) else folder.rename(folder.with_name(f".{folder.name}{REMOVED}"))
-            shutil.rmtree(gone)
-        except OSError as error:
-            raise InputError(f"cannot remove {folder}: {error.strerror}") from error
+    if dry_run:
+        return size
+    try:
+        gone = folder if folder.name.endswith(REMOVED) else folder.rename(folder.with_name(f".{folder.name}{REMOVED}"))
+        if gone != folder and any(use.counts for use in uses_of(gone)):  # noted since we looked; later ones find nothing here
+            gone.rename(folder)
+            return None
+        shutil.rmtree(gone)
+    except OSError as error:
+        raise InputError(f"cannot remove {folder}: {error.strerror}") from error
     return size
 
 

@@ -90,7 +90,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=16)
-    parser.add_argument("--limit", type=int, default=1_200_000_000, help="bytes of memory")
+    parser.add_argument("--limit", type=int, default=1_600_000_000, help="bytes of memory")
     given = parser.parse_args()
     root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as name:

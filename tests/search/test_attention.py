@@ -46,6 +46,16 @@ def test_in_half_precision_the_error_is_that_of_rounding(dtype: torch.dtype) -> 
     assert float(error.abs().max()) < 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("size", [1.0, 3.0, 6.0])
+def test_large_scores_cost_no_more_accuracy_than_in_torchs_kernel(size: float) -> None:
+    query, key, value = drawn(1, 6, 2, BLOCK + 30, 64, torch.bfloat16)
+    query, key = query * size, key * size  # scores have a standard deviation of size ** 2
+    exact = by_definition(query, key, value, 0.125)
+    kernel = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+    ours, theirs = ((one.double() - exact).square().mean().sqrt() for one in (blocked_causal(query, key, value, 0.125), kernel))
+    assert float(ours) < 2 * float(theirs)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "phi3", "opt", "gpt2"])
 def test_models_in_bfloat16_give_what_they_give_with_torchs_kernel(family: str, model_of: ModelOf, ids: Tensor) -> None:

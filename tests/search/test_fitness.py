@@ -181,6 +181,18 @@ def test_cross_entropy_is_that_of_the_following_tokens(cap: float | None, bias: 
     assert CrossEntropy().scored(TOKENS) == TOKENS - 1
 
 
+def test_cross_entropy_of_confident_words_is_not_lost_to_rounding() -> None:
+    """Logits of 50 are rounded to quarters in bfloat16, on both sides of the logarithm or on none."""
+    head, dense = head_of(torch.bfloat16), normal(TOKENS, HIDDEN, seed=3, scale=6.0).bfloat16()
+    exact = exact_logits(dense, head).log_softmax(-1)
+    likeliest = exact.argmax(-1)
+    found = cross_entropy(dense.unsqueeze(0), head, targets(dense, head), likeliest, BYTES)[0].double()
+    whole = logits_of(dense, head).log_softmax(-1).gather(-1, likeliest.unsqueeze(1)).squeeze(1).neg().double()
+    errors = [(one + exact.gather(-1, likeliest.unsqueeze(1)).squeeze(1)).square().mean().sqrt() for one in (found, whole)]
+    assert float(found.min()) > -0.01
+    assert errors[0] < 1.5 * errors[1]
+
+
 @pytest.mark.parametrize("k", [1, 8, 700, VOCABULARY, 10 * VOCABULARY])
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_topk_divergence_is_over_the_dense_models_likeliest_words(k: int, cap: float | None) -> None:

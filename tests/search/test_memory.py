@@ -47,6 +47,20 @@ def test_no_limit_is_none(tmp_path: Path, names: tuple[str, str, str], limit: st
     assert memory._left_in_group(*names, root=tmp_path) is None
 
 
+def test_limits_of_groups_around_this_one_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tmp_path / "slurm/job_7"
+    for folder, limit in ((job / "task_0", "max"), (job, "1000000"), (tmp_path / "slurm", "5000000")):
+        write_group(folder, VERSION_2, limit, 700_000, 200_000)
+    monkeypatch.setattr(memory, "_group_folders", lambda root: [job / "task_0", job, tmp_path / "slurm", root])
+    assert memory._left_in_group(*VERSION_2, root=tmp_path) == 500_000
+
+
+def test_the_group_of_this_process_and_those_around_it_are_looked_at(tmp_path: Path) -> None:
+    folders = memory._group_folders(tmp_path)
+    assert folders[-1] == tmp_path
+    assert all(folder.is_relative_to(tmp_path) for folder in folders)
+
+
 def test_a_machine_without_control_groups_has_none(tmp_path: Path) -> None:
     assert memory._left_in_group(*VERSION_2, root=tmp_path) is None
 
@@ -58,6 +72,7 @@ def test_a_machine_without_control_groups_has_none(tmp_path: Path) -> None:
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUDA error: out of memory"), True),
         (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],

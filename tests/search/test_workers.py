@@ -1,6 +1,7 @@
 """Work side by side comes back in order, and each thread's sub-block can have other parameters."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,14 +20,25 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("count", "workers", "each"), [(1, 1, 1), (2, 2, 1), (MOST, MOST, 1), (2 * MOST, MOST, 2)])
-def test_workers_share_the_threads(threads: Callable[[int], None], count: int, workers: int, each: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "workers", "each"), [(1, 1, 1), (2, 2, 1), (MOST, MOST, 1), (2 * MOST, MOST, 2), (MOST + 1, MOST, (1, 2))]
+)
+def test_workers_share_the_threads(threads: Callable[[int], None], count: int, workers: int, each: int | tuple[int, int]) -> None:
     threads(count)
     made = Workers(torch.device("cpu"))
     assert made.count == workers
     here = threading.current_thread()
-    found = made.map(lambda _: (torch.get_num_threads(), threading.current_thread() is here), range(4 * MOST))
-    assert set(found) == ({(each, False)} if workers > 1 else {(each, True)})
+    together = threading.Barrier(workers)
+
+    def asked(_: int) -> tuple[int, bool]:
+        together.wait()  # so that each thread answers
+        return torch.get_num_threads(), threading.current_thread() is here
+
+    found = made.map(asked, range(workers))
+    expected = {each} if isinstance(each, int) else set(each)
+    assert set(found) == {(threads_of, workers == 1) for threads_of in expected}
+    assert sum(number for number, _ in found) == count
+    made.close()
     assert torch.get_num_threads() == count
 
 
@@ -41,6 +53,28 @@ def test_results_come_in_order_and_without_gradients(threads: Callable[[int], No
 def test_a_single_piece_gets_all_threads(threads: Callable[[int], None]) -> None:
     threads(2)
     assert Workers(torch.device("cpu")).map(lambda _: torch.get_num_threads(), [0]) == [2]
+
+
+def test_a_single_piece_can_be_kept_to_one_worker(threads: Callable[[int], None]) -> None:
+    threads(2)
+    assert Workers(torch.device("cpu")).map(lambda _: torch.get_num_threads(), [0], all_threads=False) == [1]
+
+
+def test_when_an_error_comes_through_no_thread_is_at_work(threads: Callable[[int], None]) -> None:
+    threads(2)
+    ended: list[int] = []
+
+    def work(number: int) -> None:
+        if number == 0:
+            raise MemoryError
+        time.sleep(0.2)
+        ended.append(number)
+
+    with pytest.raises(MemoryError):
+        Workers(torch.device("cpu")).map(work, [0, 1, 2, 3, 4, 5])
+    before = len(ended)
+    time.sleep(0.5)
+    assert len(ended) == before < 5
 
 
 def test_an_error_comes_through(threads: Callable[[int], None]) -> None:

@@ -188,13 +188,39 @@ def of_format(supernet: Supernet, number: int) -> Path:
 def test_an_older_format_goes_and_a_newer_one_stays(each_kind: Any, run: Callable[..., Path]) -> None:
     newer = of_format(each_kind.build(), FORMAT + 1)
     supernet = each_kind.build()
-    run(supernet)
+    file = run(supernet)
     older = of_format(supernet, FORMAT - 1)
     assert (inspect(older).state, inspect(newer).state) == (f"format {FORMAT - 1}", f"format {FORMAT + 1}")
+    assert list(collect(each_kind.root, dry_run=False)) == [
+        "freed 0 B; supernets that stay: 2"
+    ]  # an older version's run may use it
+    file.unlink()
     did = list(collect(each_kind.root, dry_run=False))
     assert len(did) == 2
-    assert did[0].startswith(f"removed {older.name}: it is of format {FORMAT - 1}, which no run can read any more (")
+    assert did[0].startswith(f"removed {older.name}: it is of format {FORMAT - 1}, which this version cannot read (")
     assert [path.name for path in each_kind.root.iterdir()] == [newer.name]
+
+
+def test_one_that_a_run_comes_to_use_meanwhile_stays(
+    each_kind: Any, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supernet = each_kind.build()
+    size_of = removal.size_of
+
+    def meanwhile(folder: Path) -> int:
+        run(supernet)
+        return size_of(folder)
+
+    monkeypatch.setattr(removal, "size_of", meanwhile)
+    assert list(collect(each_kind.root, dry_run=False)) == ["freed 0 B; supernets that stay: 1"]
+    assert inspect(supernet.path).state == "complete"
+
+
+def test_one_with_files_of_somebody_else_stays(each_kind: Any) -> None:
+    supernet = each_kind.build()
+    (supernet.path / "notes.txt").write_text("mine")
+    assert list(collect(each_kind.root, dry_run=False)) == ["freed 0 B; supernets that stay: 1"]
+    assert (supernet.path / "notes.txt").read_text() == "mine"
 
 
 FOREIGN: dict[str, dict[str, str]] = {
