@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from local_prune.devices import moved, on_device
 from search.attention import blocked_attention
 from search.fitness import NO_LABEL, Fitness, Targets, targets, token_slices
-from search.memory import available, is_out_of_memory
+from search.memory import available, give_back_freed_memory, is_out_of_memory
 from search.workers import Workers
 from supernet.architecture import blocks, entry, final_norm_and_head, head_of
 from supernet.cache import CandidateCache, Key
@@ -204,6 +204,8 @@ class GenerationEvaluator:
                         if index + 1 < len(self.places):
                             self.cache.prefetch(_keys(self.places[index + 1], allocations))
                         paths, at = self._step(place, allocations, paths, at, contexts[block], batch_tokens)
+                if self.resources.resident == "blocks":
+                    give_back_freed_memory()
         return [paths[path] for path in at]
 
     def _step(

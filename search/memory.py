@@ -69,14 +69,23 @@ def keep_freed_memory() -> None:
     Activations of megabytes come and go thousands of times a second; each time the kernel would map and clear fresh pages, which
     takes as long as the elementwise operations on them. Other C libraries are left as they are.
     """
+    if (libc := _glibc()) is not None:
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Let the kernel have what glibc keeps for later, of all threads: where memory is short."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, if it is the one whose settings are meant."""
     if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

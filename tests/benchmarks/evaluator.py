@@ -160,7 +160,7 @@ def generation_of(supernet: Supernet, sparsity: float) -> list[Allocation]:
 
 
 @torch.no_grad()
-def speed(kind: str, root: Path, runs: int) -> None:
+def speed(kind: str, root: Path, runs: int, lengths: Sequence[int]) -> None:
     """Print tokens a second of both, and their ratio."""
     loaded, supernet = smollm2(), supernet_of(kind, root)
     pool = tokens(loaded, "validation.txt", 4)
@@ -172,7 +172,7 @@ def speed(kind: str, root: Path, runs: int) -> None:
     ours(generation[:2], np.arange(4))  # targets
     print("| tokens an allocation | ours, tokens/s | one at a time, tokens/s | ratio (least, most) | largest difference in KL |")
     print("|---|---|---|---|---|", flush=True)
-    for sequences in (1, 4):
+    for sequences in lengths:
         chosen, seconds, found = np.arange(sequences), [[], []], {}
         for _ in range(runs):
             for number, evaluate in enumerate((ours, naive)):
@@ -244,13 +244,16 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, default="unstructured")
     parser.add_argument("--root", type=Path, default=cache_dir() / "benchmarks")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--sequences", type=int, nargs="+", default=[1, 4], help="of 512 tokens, that an allocation is measured on"
+    )
     given = parser.parse_args()
     keep_freed_memory()
     match given.what:
         case "disk":
             disk(given.root)
         case "speed":
-            speed(given.kind, given.root, given.runs)
+            speed(given.kind, given.root, given.runs, given.sequences)
         case "profile":
             profiled(given.kind, given.root)
         case "memory":

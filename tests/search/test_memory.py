@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from search import memory
-from search.memory import available, is_out_of_memory, keep_freed_memory
+from search.memory import available, give_back_freed_memory, is_out_of_memory, keep_freed_memory
 
 CPU = torch.device("cpu")
 VERSION_1, VERSION_2 = reversed(memory.CGROUPS)
@@ -88,5 +88,7 @@ def test_what_torch_says_on_this_machine_is_known() -> None:
 
 
 def test_keeping_freed_memory_can_be_asked_for_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_back_freed_memory()
     monkeypatch.setattr("sys.platform", "darwin")
     keep_freed_memory()
+    give_back_freed_memory()
