@@ -185,7 +185,7 @@ class GenerationEvaluator:
     def _targets_of(self, rows: Sequence[int]) -> list[Targets]:
         (states,) = self._final_states([self.dense], rows, self.sequence_length)
         with self._head_on_device():
-            return self.workers.map(self._target, states, all_threads=False)
+            return self.workers.map(self._target, states)
 
     def _target(self, state: Tensor) -> Targets:
         normed, head = final_norm_and_head(self.model, state)
@@ -229,7 +229,7 @@ class GenerationEvaluator:
             batches += [Batch(states[i : i + size], weights) for i in range(0, len(states), size)]
         del states
         paths.clear()  # batches alone hold the states now, and let go of them as they pass
-        passed = self.workers.map(lambda batch: self._passed(place, batch, context), batches, all_threads=len(allocations) > 1)
+        passed = self.workers.map(lambda batch: self._passed(place, batch, context), batches)
         states = [state for batch in passed for state in batch]
         sequences = len(states) // len(moves)
         index = {move: number for number, move in enumerate(moves)}
