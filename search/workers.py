@@ -1,8 +1,8 @@
 """Independent pieces of work side by side on a CPU.
 
 An operation on a few megabytes that is split over all threads waits for them to wake and to meet again; meanwhile another
-piece of work can go on. The pieces keep torch's number of threads: `torch.set_num_threads` must not be called, in any thread, as batched
-solves in the main thread (`local_prune.structured`) are wrong from then on with torch 2.13 and MKL.
+piece of work can go on. The pieces keep torch's number of threads: `torch.set_num_threads` must not be called, in any thread,
+as batched solves in the main thread (`local_prune.structured`) are wrong from then on with torch 2.13 and MKL.
 """
 
 from __future__ import annotations
