@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 
 from local_prune.estimate import estimate
-from search.budget import uniform
 from search.job import Job
+from search.knapsack import uniform
 from search.levels import mixture
+from supernet.space import Allocation
 
 log = logging.getLogger(__name__)
 
@@ -15,11 +16,17 @@ log = logging.getLogger(__name__)
 def describe(job: Job) -> None:
     """Print it. Nothing is written but the cache of the model."""
     window = job.grid.first(job.prunables)
-    space, budget = window.space, job.budget(window.space)
+    space, unmeasured = window.space, job.unmeasured(window.space)
     rounds, strategy = int(job.config.rounds), job.strategy
     log.info("%s: %d units, %d levels", job.loaded.name, len(space.units), sum(len(unit.levels) for unit in space.units))
-    log.info("budget: %s", budget)
-    weights = mixture(window, job.accumulation, uniform(space, budget))
+    around: Allocation = (0,) * len(space.units)
+    if unmeasured:
+        log.info("budget: not known before the latencies of %d models have been measured beside the dense one", len(unmeasured))
+    else:
+        budget = job.budget(space)
+        log.info("budget: %s", budget)
+        around = uniform(space, budget)
+    weights = mixture(window, job.accumulation, around)
     cost = estimate(job.loaded.model, job.calibration, job.pruner, space, weights, job.device)
     log.info("build: %s", cost)
     log.info("that is for each of %d rounds; the last rebuilds of 2 allocations take the same passes and fewer levels", rounds)

@@ -11,8 +11,6 @@ from supernet.errors import InputError
 
 # Settings that only other choices have.
 ELSEWHERE = {
-    "budget.bits": "needs budget=bits",
-    "budget.sparsity": "needs budget=parameters",
     "prune.fit": "is only for the methods that fit weights: prune=obs, sparsegpt, apt or gptq",
     "prune.accumulation": "is only for methods that look at activations; this one does not",
     "prune.multiple": "is only for structured methods: prune=obs, magnitude_sp, wanda_sp, flap, taylor, amp or bonsai",

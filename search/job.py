@@ -21,19 +21,22 @@ from local_prune.pruner import Calibration, Pruner
 from local_prune.walk import METHOD, build
 from search.budget import Budget
 from search.config import cache_dir
+from search.costs import CostTable
 from search.data import TokenSet, prepare, split_record
 from search.evaluator import Resources
 from search.fitness import Fitness
+from search.latency import LatencyTable, Point, check_faster, speedup, warn_if_busy
 from search.levels import Grid, Mixture, Window, check_accumulation, exact, mixture
+from search.limits import make_budget, request_of
 from search.models import LoadedModel
 from search.progress import track
 from search.run_directory import RunDirectory
-from search.settings import check_types, read_bytes
-from search.strategies.base import Strategy
+from search.settings import check_types, given_limits, read_bytes
+from search.strategies.base import Dense, Strategy
 from supernet.architecture import ATTENTION, MLP, check_walk, sub_blocks
 from supernet.assemble import check_family
 from supernet.errors import InputError
-from supernet.prunables import BITS, HEADS, Prunable
+from supernet.prunables import HEADS, Prunable
 from supernet.space import Allocation, Space
 from supernet.store import Supernet
 
@@ -84,22 +87,42 @@ class Job:
         check_family(model, structured=found[0].kind in (ATTENTION, MLP, HEADS))
         return found
 
-    @cached_property
-    def budget_sparsity(self) -> float:
-        """The fraction of the dense cost to remove: given as it is, or as an average bit width."""
-        bits = OmegaConf.select(self.config, "budget.bits")
-        if bits is None:
-            return float(self.config.budget.sparsity)
-        if self.prunables[0].kind != BITS:
-            raise InputError(f"budget.bits={bits} is for bit widths; use budget=parameters, or prune=gptq or prune=rtn")
-        dense = self.prunables[0].total
-        if not 0 < bits < dense:
-            raise InputError(f"budget.bits={bits} must lie between 0 and the {dense} bits of a dense weight")
-        return 1.0 - float(bits) / dense
-
     def budget(self, space: Space) -> Budget:
-        """What an allocation of this space may cost."""
-        return Budget.from_sparsity(self.budget_sparsity, space, "bits" if self.prunables[0].kind == BITS else "parameters")
+        """What an allocation of this space may cost; latencies that are not known yet are measured."""
+        return make_budget(self.config.budget, self.loaded.model, space, self.latencies)
+
+    def unmeasured(self, space: Space) -> list[Point]:
+        """The latencies that `budget` would measure."""
+        given = given_limits(self.config.budget)
+        if "speedup" not in given:
+            return []
+        check_faster(space, f"budget.speedup={given['speedup']}")
+        return self._latency_table.missing(space)
+
+    def latencies(self, space: Space) -> CostTable:
+        """Nanoseconds that each level of each unit takes on this machine."""
+        table = self._latency_table
+        if missing := table.missing(space):
+            if self.resources.resident == "blocks" and self.device.type != "cpu":
+                raise InputError("budget.speedup needs the whole model on the device to measure it; use evaluator.resident=model")
+            self.model_on_device()
+            log.info("latency: %d models to time beside the dense one, once for all runs on this machine", len(missing))
+            table.measure(space, track)
+            log.info("latency: kept in %s", table.path)
+        return table.costs(space)
+
+    def speedup(self, pruned: PreTrainedModel, space: Space, allocation: Allocation) -> dict[str, Any]:
+        """How much faster the pruned model of an allocation is, measured, and as its latencies promised."""
+        table = self.latencies(space)
+        promised = table.rest + sum(row[level] for row, level in zip(table.costs, allocation, strict=True))
+        measured = speedup(self.model_on_device(), pruned, request_of(self.config.budget))
+        warn_if_busy([table.dense / 1e9, measured["dense_seconds"]])
+        return measured | {"promised": round(table.dense / promised, 4)}
+
+    @cached_property
+    def _latency_table(self) -> LatencyTable:
+        model = self.loaded.model
+        return LatencyTable(model, request_of(self.config.budget), self.device, model.dtype)
 
     @cached_property
     def tokens(self) -> dict[str, TokenSet]:
@@ -164,6 +187,12 @@ class Job:
         """The calibration text and how it is used."""
         given = {key: self.config.prune[key] for key in ("batch", "fit") if key in self.config.prune}
         return Calibration(self.tokens["calibration"].ids, **given)
+
+    @property
+    def dense(self) -> Dense:
+        """What allocation rules look at."""
+        calibration = self.calibration
+        return Dense(self.loaded.model, calibration.ids, calibration.batch, self.device)
 
     @cached_property
     def scores(self) -> Mapping[str, Tensor]:

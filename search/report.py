@@ -23,8 +23,11 @@ def allocation_json(space: Space, allocation: Allocation, budget: Budget, model:
             {"name": unit.name, "kind": unit.kind, "level": level, "sparsity": sparsity, "kept": chosen.kept, "total": unit.total}
             | {"cost": chosen.cost}
         )
-    achieved = space.cost(allocation)
-    amounts = {"kind": budget.kind, "target": budget.target, "dense": budget.dense, "achieved": achieved}
+    limits = [
+        {"kind": limit.kind, "target": limit.target, "dense": limit.dense, "achieved": limit.cost(allocation)}
+        for limit in budget.limits
+    ]
+    amounts = limits[0] | ({"besides": limits[1:]} if len(limits) > 1 else {})
     return {"format": 1, "model": dict(model), "space": space.fingerprint, "budget": amounts, "units": units}
 
 
@@ -36,7 +39,16 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
         lines.append(
             f"{name:10}{row['parameters']:>14,}{row['kept']:>9.1%}{row['perplexity']:>13.2f}{row['kl_divergence']:>14.4f}"
         )
+    if "latency" in metrics:
+        lines.append(_latency_line(metrics["latency"]))
     return "\n".join(lines)
+
+
+def _latency_line(latency: Mapping[str, Any]) -> str:
+    tokens = f"{latency['batch']} x {latency['prompt']}" + (f" + {latency['generated']}" if latency["generated"] else "")
+    taken = f"{latency['searched_seconds']:.3g} instead of {latency['dense_seconds']:.3g} s for {tokens} tokens"
+    expected = f"{latency['promised']:.2f} expected"
+    return f"{latency['speedup']:.2f} times as fast as dense ({expected}): {taken} on {latency['device']}"
 
 
 REMOVED = {
@@ -46,6 +58,12 @@ REMOVED = {
     WEIGHTS: "single weights, which are zero now",
     BITS: "bits of the linear layers' weights, which lie on coarse grids now",
     BLOCK: "whole blocks",
+}
+
+
+AMOUNTS = {kind: f"the prunable {kind}" for kind in ("parameters", "bits", "bytes")} | {
+    "flops": "the FLOPs of the prunable layers",
+    "latency": "the time that the prunable layers take",
 }
 
 
@@ -75,7 +93,7 @@ do not fit, or some are left random.
 """
     return f"""# {name}, pruned
 
-{removed:.1%} of the prunable {budget["kind"]} of `{name}` were removed ({removed_things(allocation["units"])}),
+{removed:.1%} of {AMOUNTS[budget["kind"]]} of `{name}` were removed ({removed_things(allocation["units"])}),
 from each layer its own amount: the allocation was searched for the smallest KL divergence to the unpruned model. No weights were
 trained.
 

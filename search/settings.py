@@ -6,6 +6,7 @@ What a strategy, a pruner or a source of text takes, it checks itself, but for t
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pydoc import locate
 from typing import Any
@@ -26,7 +27,17 @@ LEAST = {  # whole numbers
     "evaluate.batch": 1,
 }
 NUMBERS = {"supernet.step": 0.125, "supernet.lowest": 0.0}  # with an example
-BUDGETS = {"sparsity": 0.5, "bits": 4}  # one of them
+LIMITS = {  # budgets, in the order of their importance, with an example
+    "sparsity": 0.5,
+    "bits": 4,
+    "parameters": 1e9,
+    "bytes": "5GB",
+    "flops": 1e12,
+    "speedup": 1.5,
+}
+USUAL = {"sparsity": 0.25}  # where none is given
+OF = {"flops": ("sequence_length",), "speedup": ("batch", "prompt", "generated")}  # settings that some of them take
+REQUEST = {"sequence_length": 1, "batch": 1, "prompt": 1, "generated": 0}  # of budgets; whole numbers
 SWITCHES = ("dry_run", "fresh")
 TYPES: dict[str, tuple[tuple[type, ...], str]] = {  # of a dataclass's attributes: what a value may be, and that in words
     "bool": ((bool,), "true or false"),
@@ -44,19 +55,45 @@ def check_settings(config: DictConfig) -> None:
     for name in ("batch", "multiple"):  # not every method has them
         if name in config.prune:
             _check_whole(config, f"prune.{name}", 1)
-    numbers = NUMBERS | {f"budget.{name}": example for name, example in BUDGETS.items() if name in config.budget}
-    for key, example in numbers.items():
-        value = _value(config, key)
-        if type(value) not in (int, float):
-            raise InputError(f"{key}={value} must be a number, such as {example}")
-    if set(BUDGETS) <= set(config.budget):
-        raise InputError("budget.sparsity and budget.bits are both given; take one away, such as ~budget.sparsity")
-    if "sparsity" in config.budget:
-        check_sparsity(config.budget.sparsity)
+    for key, example in NUMBERS.items():
+        _check_number(key, _value(config, key), example)
+    _check_budget(config)
     for key in SWITCHES:
         value = _value(config, key)
         if type(value) is not bool:
             raise InputError(f"{key}={value} must be true or false")
+    study = _value(config, "study")
+    if study is not None and (type(study) is not str or not study):
+        raise InputError(f"study={study} must be a file such as trials.log, a database such as sqlite:///trials.db, or null")
+
+
+def _check_budget(config: DictConfig) -> None:
+    for name, least in REQUEST.items():
+        if name in config.budget:
+            _check_whole(config, f"budget.{name}", least)
+    for name, value in given_limits(config.budget).items():
+        key = f"budget.{name}"
+        if name == "bytes":
+            read_bytes(key, value)
+            continue
+        _check_number(key, value, LIMITS[name])
+        if name == "sparsity":
+            check_sparsity(value)
+        elif name == "speedup" and not 1.0 < value < float("inf"):
+            raise InputError(f"{key}={value} must be above 1; 1.5 makes the model one and a half times as fast")
+        elif name in ("parameters", "flops") and not 0 < value < float("inf"):
+            raise InputError(f"{key}={value} must be finite and above 0, such as {LIMITS[name]:g}; it is of the whole model")
+
+
+def given_limits(budget: Mapping[str, Any]) -> dict[str, Any]:
+    """The limits that are given, the most important first; the usual one where there is none."""
+    return {name: budget[name] for name in LIMITS if budget.get(name) is not None} or dict(USUAL)
+
+
+def budget_record(budget: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make a difference: limits, and what goes with them."""
+    limits = given_limits(budget)
+    return limits | {name: budget[name] for limit in limits for name in OF.get(limit, ()) if name in budget}
 
 
 def check_types(config: DictConfig, key: str) -> None:
@@ -78,6 +115,11 @@ def read_bytes(key: str, value: Any) -> int | None:
         raise InputError(f"{key}={value} is not a size; use a number of bytes, or one with a unit such as 4GB or 512MiB")
     number, unit, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("kMGT".index(unit) + 1))
+
+
+def _check_number(key: str, value: Any, example: Any) -> None:
+    if type(value) not in (int, float):
+        raise InputError(f"{key}={value} must be a number, such as {example:g}")
 
 
 def _check_whole(config: DictConfig, key: str, least: int) -> None:

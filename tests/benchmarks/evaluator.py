@@ -31,10 +31,11 @@ from local_prune.sparsegpt import SparseGptPruner
 from local_prune.structured import ObsPruner
 from local_prune.unstructured import WandaPruner
 from local_prune.walk import build
-from search.budget import Budget, uniform
+from search.budget import Budget
 from search.config import cache_dir
 from search.evaluator import GenerationEvaluator
 from search.fitness import KlDivergence
+from search.knapsack import uniform
 from search.levels import Grid, mixture
 from search.memory import keep_freed_memory
 from supernet.architecture import SubBlock, sub_blocks

@@ -30,9 +30,10 @@ from local_prune.sparsegpt import SparseGptPruner
 from local_prune.statistics import LeastSquares
 from local_prune.streams import Streams
 from local_prune.walk import build
-from search.budget import Budget, uniform
+from search.budget import Budget
 from search.config import conf_dir
 from search.fitness import negative_log_likelihood
+from search.knapsack import uniform
 from search.levels import Grid, exact, mixture
 from search.models import LoadedModel, from_wheel, random_llama
 from supernet.architecture import entry, final_norm_and_head, sub_blocks

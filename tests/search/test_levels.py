@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.budget import Budget, uniform
+from search.budget import Budget
+from search.knapsack import uniform
 from search.levels import ACCUMULATIONS, Grid, Mixture, Window, check_accumulation, exact, mixture
 from supernet.errors import InputError
 from supernet.prunables import BITS, WEIGHTS, Prunable

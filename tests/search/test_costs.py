@@ -1,0 +1,154 @@
+"""What levels take, against the models that are assembled from them: parameters, bytes, and the FLOPs that torch counts."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from search import costs
+from search.costs import CostTable
+from search.latency import sliced
+from supernet.architecture import MLP, parameter_count, sub_blocks
+from supernet.assemble import assemble
+from supernet.prunables import bit_prunables, member_prunables, presence_prunables, weight_prunables
+from supernet.space import Allocation, Level, Space, Unit
+from supernet.store import Supernet
+
+TOKENS = 12  # of `ids`
+TABLES: dict[str, Callable[[PreTrainedModel, Space], CostTable]] = {
+    "parameters": costs.parameters,
+    "bytes": costs.size,
+    "flops": lambda m, s: costs.flops(m, s, TOKENS),
+}
+
+
+def of_whole(table: CostTable, allocation: Allocation) -> int:
+    return table.rest + sum(row[level] for row, level in zip(table.costs, allocation, strict=True))
+
+
+def counted_flops(model: PreTrainedModel, ids: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids[:1], use_cache=False)
+    return int(counter.get_total_flops())
+
+
+def space_of_presence(model: PreTrainedModel, whole_blocks: bool) -> Space:
+    prunables = presence_prunables(sub_blocks(model), whole_blocks)
+    return Space(tuple(Unit(p.name, p.kind, p.total, p.choices or ()) for p in prunables))
+
+
+def space_of_choices(model: PreTrainedModel, bits: bool) -> Space:
+    """Bit widths, or three levels of single weights, of every linear layer."""
+    parts = sub_blocks(model)
+    if bits:
+        return Space(tuple(Unit(p.name, p.kind, p.total, p.choices or ()) for p in bit_prunables(parts, [8, 4], 32)))
+    units = []
+    for p in weight_prunables(parts, []):
+        units.append(Unit(p.name, p.kind, p.total, tuple(p.level(kept) for kept in (p.total, p.total // 2, 0))))
+    return Space(tuple(units))
+
+
+def test_of_members_they_are_those_of_the_assembled_model(
+    family_model: PreTrainedModel,
+    family_supernet: Supernet,
+    random_allocations: Callable[..., Sequence[Allocation]],
+    ids: Tensor,
+) -> None:
+    space = family_supernet.space
+    tables = {name: table(family_model, space) for name, table in TABLES.items()}
+    last = tuple(len(unit.levels) - 1 for unit in space.units)
+    for allocation in [(0,) * len(space.units), last, *random_allocations(space, 4)]:
+        model = assemble(family_model, family_supernet, allocation)
+        model.set_attn_implementation("eager")  # the counter knows no fused attention on CPUs
+        assert of_whole(tables["parameters"], allocation) == parameter_count(model)
+        assert of_whole(tables["bytes"], allocation) == sum(p.numel() * p.element_size() for p in model.parameters())
+        assert of_whole(tables["flops"], allocation) == counted_flops(model, ids)
+    assert tables["parameters"].dense == parameter_count(family_model)
+
+
+@pytest.mark.parametrize("whole_blocks", [True, False])
+def test_of_depth_they_are_those_of_the_assembled_model(
+    whole_blocks: bool, any_model: PreTrainedModel, random_allocations: Callable[..., Sequence[Allocation]]
+) -> None:
+    space = space_of_presence(any_model, whole_blocks)
+    tables = {name: table(any_model, space) for name, table in TABLES.items()}
+    for allocation in random_allocations(space, 4):
+        chosen = [unit if level else None for unit, level in zip(space.units, allocation, strict=True)]
+        model = assemble(any_model, *sliced(space, chosen, 0))
+        assert of_whole(tables["parameters"], allocation) == parameter_count(model)
+        assert of_whole(tables["bytes"], allocation) == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def test_flops_of_mixers_are_those_of_their_linear_layers(mixer_model: PreTrainedModel) -> None:
+    table = costs.flops(mixer_model, space_of_presence(mixer_model, False), TOKENS)
+    layers = [module for module in mixer_model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv1d)]
+    assert table.dense == 2 * TOKENS * sum(layer.weight.numel() for layer in layers)
+    assert table.rest == 2 * TOKENS * mixer_model.get_output_embeddings().weight.numel()
+
+
+def test_of_single_weights_those_that_stay_count(model_of: Callable[..., PreTrainedModel]) -> None:
+    model = model_of("llama_with_biases")
+    space = space_of_choices(model, bits=False)
+    table, flops = costs.parameters(model, space), costs.flops(model, space, TOKENS)
+    assert table.costs == tuple(tuple(level.kept for level in unit.levels) for unit in space.units)
+    assert table.dense == parameter_count(model)
+    assert flops.costs == tuple(tuple(2 * TOKENS * level.kept for level in unit.levels) for unit in space.units)
+    attention = 3 * 4 * TOKENS * TOKENS * 64  # layers, tokens, channels of all query heads
+    assert flops.rest == attention + 2 * TOKENS * model.lm_head.weight.numel()
+    assert costs.size(model, space).costs == tuple(tuple(4 * cost for cost in row) for row in table.costs)
+
+
+def test_of_bits_only_the_bytes_fall(model_of: Callable[..., PreTrainedModel]) -> None:
+    model = model_of("llama").bfloat16()
+    space = space_of_choices(model, bits=True)
+    assert all(len(set(row)) == 1 for row in (*costs.parameters(model, space).costs, *costs.flops(model, space, TOKENS).costs))
+    table = costs.size(model, space)
+    layer, row = space.units[0], table.costs[0]
+    weights, groups = 64 * 64, 64 * 2
+    assert layer.name.endswith("q_proj")
+    assert row == (2 * weights, weights + 3 * groups, weights // 2 + 3 * groups)  # a scale of two bytes and a zero of one
+    assert table.dense == 2 * parameter_count(model)
+
+
+def test_query_heads_take_their_queries_and_outputs_with_them(model_of: Callable[..., PreTrainedModel]) -> None:
+    model = model_of("llama")
+    prunables = [p for p in member_prunables(sub_blocks(model), 1, query_heads=True) if p.kind != MLP]
+    units = tuple(Unit(p.name, p.kind, p.total, tuple(Level(k, k * p.each) for k in (8, 5, 1, 0))) for p in prunables)
+    table, flops = costs.parameters(model, Space(units)), costs.flops(model, Space(units), TOKENS)
+    head = 2 * 8 * 64
+    for row in table.costs:
+        assert [row[0] - cost for cost in row[:3]] == [0, 3 * head, 7 * head]
+        assert row[3] == 0  # keys, values and the norm go, too
+    assert [flops.costs[0][0] - cost for cost in flops.costs[0][:3]] == [
+        k * (2 * TOKENS * head + 4 * TOKENS**2 * 8) for k in (0, 3, 7)
+    ]
+
+
+def test_a_bias_that_makes_up_for_members_counts(model_of: Callable[..., PreTrainedModel]) -> None:
+    model = model_of("llama")
+    prunables = member_prunables(sub_blocks(model), 1, bias=True)
+    space = Space(tuple(Unit(p.name, p.kind, p.total, tuple(p.level(k) for k in (p.total, 1, 0))) for p in prunables))
+    plain = Space(tuple(Unit(p.name, p.kind, p.total, tuple(Level(k, k * p.each) for k in (p.total, 1, 0))) for p in prunables))
+    for row, without in zip(costs.parameters(model, space).costs, costs.parameters(model, plain).costs, strict=True):
+        assert [a - b for a, b in zip(row, without, strict=True)] == [0, 64, 0]
+
+
+@settings(deadline=None, max_examples=30)
+@given(kept=st.lists(st.integers(0, 95), unique=True), tokens=st.integers(1, 5000), data=st.data())
+def test_costs_never_rise(model_of: Callable[..., PreTrainedModel], kept: list[int], tokens: int, data: st.DataObject) -> None:
+    model = model_of(data.draw(st.sampled_from(["llama", "gpt2", "gemma2"])))
+    units = []
+    for p in member_prunables(sub_blocks(model), 1):
+        counts = sorted({k % p.total for k in kept} | {p.total}, reverse=True)
+        units.append(Unit(p.name, p.kind, p.total, tuple(p.level(k) for k in counts)))
+    space = Space(tuple(units))
+    for table in (costs.parameters(model, space), costs.size(model, space), costs.flops(model, space, tokens)):
+        assert table.rest > 0
+        for row in table.costs:
+            assert list(row) == sorted(row, reverse=True)
+            assert row[-1] >= 0

@@ -1,0 +1,200 @@
+"""Budgets as they are set: each is a limit, all that are given are kept, and the impossible is refused with the possible."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from search import costs
+from search.budget import Budget
+from search.costs import CostTable
+from search.knapsack import uniform
+from search.limits import make_budget, request_of
+from search.models import LoadedModel, random_llama
+from search.report import allocation_json, metrics_table, model_card
+from search.settings import budget_record, given_limits
+from supernet.architecture import parameter_count, sub_blocks
+from supernet.errors import InputError
+from supernet.prunables import bit_prunables, member_prunables, weight_prunables
+from supernet.space import Space, Unit
+
+LLAMA = random_llama(0, 64, 256, 4, 8, 4, dtype=torch.float32).model  # not to be changed
+EVEN = [1 - step / 8 for step in range(9)]
+
+
+def member_space(model: PreTrainedModel = LLAMA) -> Space:
+    prunables = member_prunables(sub_blocks(model), 8)
+    return Space(tuple(Unit(p.name, p.kind, p.total, tuple(p.level(k) for k in levels(p.total))) for p in prunables))
+
+
+def levels(total: int) -> list[int]:
+    return sorted({round(total * share) for share in EVEN}, reverse=True)
+
+
+def bit_space(model: PreTrainedModel = LLAMA) -> Space:
+    prunables = bit_prunables(sub_blocks(model), [8, 4, 2], 32)
+    return Space(tuple(Unit(p.name, p.kind, p.total, p.choices or ()) for p in prunables))
+
+
+def no_latencies(space: Space) -> CostTable:
+    raise AssertionError("nothing is to be measured")
+
+
+def budget_of(space: Space, **given: Any) -> Budget:
+    return make_budget(given, LLAMA, space, no_latencies)
+
+
+def test_without_a_limit_a_quarter_goes() -> None:
+    nothing: dict[str, Any] = dict.fromkeys(["sparsity", "bits", "parameters", "bytes", "flops", "speedup"])
+    assert given_limits(nothing) == {"sparsity": 0.25}
+    space = member_space()
+    assert budget_of(space, **nothing) == Budget.from_sparsity(0.25, space)
+
+
+def test_the_usual_one_does_not_join_another() -> None:
+    assert given_limits({"sparsity": None, "parameters": 1e8}) == {"parameters": 1e8}
+    assert list(given_limits({"speedup": 2, "flops": 1, "bytes": 1, "parameters": 1, "bits": 1, "sparsity": 0.1})) == [
+        *("sparsity", "bits", "parameters", "bytes", "flops", "speedup")
+    ]
+
+
+def test_only_settings_that_matter_are_recorded() -> None:
+    request = {"batch": 1, "prompt": 512, "generated": 0}
+    every = {"sparsity": None, "parameters": None, "flops": None, "speedup": None, "sequence_length": 2048, **request}
+    assert budget_record(every) == {"sparsity": 0.25}
+    assert budget_record(every | {"flops": 1e9}) == {"flops": 1e9, "sequence_length": 2048}
+    assert budget_record(every | {"speedup": 2, "parameters": 5}) == {"parameters": 5, "speedup": 2, **request}
+    assert request_of(every).prompt == 512
+    assert request_of({}).batch == 1
+
+
+def test_parameters_are_the_whole_models() -> None:
+    space, whole = member_space(), parameter_count(LLAMA)
+    budget = budget_of(space, parameters=0.7 * whole)
+    table = costs.parameters(LLAMA, space)
+    assert budget.first.kind == "parameters"
+    assert budget.first.target + table.rest == int(0.7 * whole)
+    assert table.rest + budget.first.dense == whole
+
+
+@pytest.mark.parametrize("size", ["300kB", "900 kB"])
+def test_bytes_of_quantised_layers_and_the_rest(size: str) -> None:
+    budget = budget_of(bit_space(), bytes=size)
+    assert budget.first.kind == "bytes"
+    assert budget.first.target + 4 * (parameter_count(LLAMA) - 245_760) == int(size[:3]) * 1000
+    assert budget.fits(uniform(bit_space(), budget))
+
+
+def test_bits_and_bytes_can_be_given_together() -> None:
+    budget = budget_of(bit_space(), bytes="800kB", bits=6.0, sparsity=0.5)
+    assert [limit.kind for limit in budget.limits] == ["bits", "bits", "bytes"]
+    assert budget.limits[0].target == 16 * 245_760
+    assert budget.limits[1].target == 6 * 245_760
+
+
+def test_flops_are_of_a_sequence() -> None:
+    space = member_space()
+    table = costs.flops(LLAMA, space, 128)
+    budget = budget_of(space, flops=0.6 * table.dense, sequence_length=128)
+    assert budget.first.kind == "flops"
+    assert budget.first.target == int(0.6 * table.dense) - table.rest
+
+
+def test_weights_count_where_they_stay() -> None:
+    prunables = weight_prunables(sub_blocks(LLAMA), [])
+    space = Space(tuple(Unit(p.name, p.kind, p.total, tuple(p.level(k) for k in levels(p.total))) for p in prunables))
+    budget = budget_of(space, parameters=parameter_count(LLAMA) - 100_000)
+    assert budget.first.dense - budget.first.target == 100_000
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sparsity=st.none() | st.floats(0.05, 0.9),
+    parameters=st.none() | st.floats(0.2, 0.99),
+    size=st.none() | st.floats(0.2, 0.99),
+    flops=st.none() | st.floats(0.2, 0.99),
+)
+def test_all_that_are_given_are_kept(sparsity: Any, parameters: Any, size: Any, flops: Any) -> None:
+    space = member_space()
+    tables = {
+        "parameters": costs.parameters(LLAMA, space),
+        "bytes": costs.size(LLAMA, space),
+        "flops": costs.flops(LLAMA, space, 64),
+    }
+    shares = {"parameters": parameters, "bytes": size, "flops": flops}
+    wanted = {name: int(share * tables[name].dense) for name, share in shares.items() if share is not None}
+    budget = budget_of(space, sparsity=sparsity, sequence_length=64, **wanted)
+    assert len(budget.limits) == max(1, len(wanted) + (sparsity is not None))
+    allocation = uniform(space, budget)
+    for name, most in wanted.items():
+        table = tables[name]
+        assert table.rest + sum(row[level] for row, level in zip(table.costs, allocation, strict=True)) <= most
+    if sparsity is not None:
+        assert space.cost(allocation) <= (1 - sparsity) * space.dense_cost
+    assert budget.met(allocation)
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "expected"),
+    [
+        ({"parameters": 279_232}, r"budget\.parameters=279232 is no less than the 279,232 parameters of the dense model"),
+        ({"parameters": 5e9}, r"no less than the 279,232 parameters"),
+        ({"parameters": 30_000}, r"is below the 32,960 parameters of what is not pruned .*can have 32,960 to 279,232"),
+        ({"bytes": "2MB"}, r"budget\.bytes=2MB is no less than the 1,116,928 bytes"),
+        ({"bytes": 10}, r"budget\.bytes=10 is below the 131,840 bytes of what is not pruned"),
+        ({"flops": 1e15, "sequence_length": 64}, r"no less than the [\d,]+ flops of the dense model"),
+        ({"bits": 4}, r"budget\.bits=4 is for bit widths"),
+        ({"sparsity": 0.1, "bits": 4}, r"budget\.bits=4 is for bit widths"),
+    ],
+)
+def test_the_impossible_is_refused(given_settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        budget_of(member_space(), **given_settings)
+
+
+def test_less_than_the_sparsest_levels_is_refused_with_what_they_take() -> None:
+    prunables = member_prunables(sub_blocks(LLAMA), 8)
+    space = Space(tuple(Unit(p.name, p.kind, p.total, (p.level(p.total), p.level(p.total // 2))) for p in prunables))
+    with pytest.raises(
+        InputError, match=r"budget\.parameters=100000 cannot be met: .* 156,352 parameters are left; .*supernet\.step"
+    ):
+        budget_of(space, parameters=100_000)
+    with pytest.raises(InputError, match=r"budget\.bytes=150kB cannot be met: .* are left; raise it, or add widths to prune"):
+        budget_of(bit_space(), bytes="150kB")
+
+
+@pytest.mark.parametrize("name", ["parameters", "flops"])
+def test_bit_widths_change_neither_parameters_nor_flops(name: str) -> None:
+    with pytest.raises(InputError, match=rf"budget\.{name}=5: fewer bits leave {name} as they are; use budget\.bits"):
+        budget_of(bit_space(), **{name: 5, "sequence_length": 64})
+
+
+# Reports
+
+
+ROW = {"parameters": 1000, "perplexity": 10.0, "kl_divergence": 0.1}
+
+
+def test_reports_name_what_was_limited(tiny_llama: LoadedModel) -> None:
+    space = member_space()
+    budget = budget_of(space, flops=1e9, sequence_length=2048, parameters=200_000)
+    content = allocation_json(space, uniform(space, budget), budget, {"name": "m"})
+    assert content["budget"]["kind"] == "parameters"
+    assert [limit["kind"] for limit in content["budget"]["besides"]] == ["flops"]
+    for limit in (content["budget"], *content["budget"]["besides"]):
+        assert limit["achieved"] <= limit["target"] < limit["dense"]
+    assert "% of the prunable parameters of `m` were removed" in model_card("m", None, content, False)
+    content["budget"] = content["budget"]["besides"][0]
+    assert "% of the FLOPs of the prunable layers of `m` were removed" in model_card("m", None, content, False)
+
+
+def test_a_measured_speedup_is_told() -> None:
+    rows = {name: ROW | {"kept": 0.5} for name in ("dense", "uniform", "searched")}
+    measured = {"speedup": 1.482, "promised": 1.5, "searched_seconds": 0.0135, "dense_seconds": 0.02, "device": "A CPU"}
+    request = {"batch": 2, "prompt": 512, "generated": 64}
+    last = metrics_table(rows | {"latency": measured | request}).splitlines()[-1]
+    assert last == "1.48 times as fast as dense (1.50 expected): 0.0135 instead of 0.02 s for 2 x 512 + 64 tokens on A CPU"
+    assert "times as fast" not in metrics_table(rows)
