@@ -84,9 +84,9 @@ def streamed(
     """
     every = np.arange(len(ids))
     with closing(GenerationEvaluator(model, supernet, ids, KlDivergence(), resources)) as evaluate:
-        (divergence,) = evaluate([allocation], every)
+        divergence = evaluate([allocation], every).mean()
         evaluate.fitness = CrossEntropy()  # with the same targets
-        (loss,) = evaluate([allocation], every)
+        loss = evaluate([allocation], every).mean()
     return Metrics(parameters, math.exp(loss), max(0.0, float(divergence)))
 
 

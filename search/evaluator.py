@@ -9,7 +9,7 @@ and kept. How many sequences and allocations move together follows from the memo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -23,14 +23,15 @@ from transformers import PreTrainedModel
 from local_prune.devices import moved, on_device
 from search.attention import blocked_attention
 from search.fitness import NO_LABEL, Fitness, Targets, targets, token_slices
+from search.gradient import Scorer, loss_gradient, part_gradient, presence
 from search.memory import available, give_back_freed_memory, is_out_of_memory
 from search.workers import Workers
 from supernet.architecture import blocks, entry, final_norm_and_head, head_of
 from supernet.cache import CandidateCache, Key
-from supernet.encoding import Candidate
+from supernet.encoding import Candidate, Members
 from supernet.errors import InputError
 from supernet.families import family_of
-from supernet.placement import Place, places, together
+from supernet.placement import Place, is_absent, places, together
 from supernet.space import Allocation
 from supernet.store import Supernet
 
@@ -59,7 +60,20 @@ class Evaluator(Protocol):
     sequence_length: int
 
     def __call__(self, allocations: Sequence[Allocation], chosen: np.ndarray) -> np.ndarray:
-        """Mean fitness a token, (allocations,) float64, lower is better, on the sequences of these indices."""
+        """Mean fitness a token of each sequence, (allocations, sequences) float64, lower is better.
+
+        Args:
+            allocations: To be measured.
+            chosen: (sequences,) indices in the pool, distinct.
+        """
+        ...
+
+    def changes(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
+        """What the mean fitness on these sequences changes by, to first order, when one unit alone goes to another level.
+
+        Returns:
+            For each unit (levels,) float64; 0 at the level of the allocation. It costs `GRADIENT_COST` passes.
+        """
         ...
 
 
@@ -86,7 +100,7 @@ class Resources:
 
 
 class GenerationEvaluator:
-    """The mean loss of a whole generation, in as few sweeps through the model as memory allows."""
+    """The losses of a whole generation, in as few sweeps through the model as memory allows."""
 
     def __init__(
         self,
@@ -128,10 +142,102 @@ class GenerationEvaluator:
         rows = [int(row) for row in chosen]
         self._learn_targets([row for row in dict.fromkeys(rows) if row not in self._targets])
         totals = dict(zip(distinct, self._sums(distinct, rows), strict=True))
-        fitness = np.array([totals[a] for a in allocations]) / (len(chosen) * self.fitness.scored(self.sequence_length))
+        fitness = np.stack([totals[a] for a in allocations]) / self.fitness.scored(self.sequence_length)
         if not np.isfinite(fitness).all():
-            raise InputError(f"the fitness of an allocation is not finite ({fitness}); try dtype=float32")
+            raise InputError(f"the fitness of an allocation is not finite ({fitness.mean(1)}); try dtype=float32")
         return fitness
+
+    @torch.no_grad()
+    def changes(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
+        """See `Evaluator`; walked backwards from stored inputs, as many sequences at a time as memory holds."""
+        rows = [int(row) for row in chosen]
+        self._learn_targets([row for row in dict.fromkeys(rows) if row not in self._targets])
+        total = [np.zeros(len(unit.levels)) for unit in self.supernet.space.units]
+        size = max(1, 2 * self.memory // (self._state_bytes * (len(self.places) + 2)))  # an input is half of `_state_bytes`
+        while rows:
+            some = rows[:size]
+            found = self._tried(len(some), lambda some=some: self._changes(allocation, some))  # type: ignore[misc]
+            if found is None:
+                size = max(1, len(some) // 2)
+                continue
+            rows = rows[len(some) :]
+            total = [a + b for a, b in zip(total, found, strict=True)]
+        scored = len(chosen) * self.fitness.scored(self.sequence_length)
+        if not all(np.isfinite(one).all() for one in total):
+            raise InputError("the gradient of the fitness is not finite; try dtype=float32, or strategy.proposal=forward")
+        return [one / scored for one in total]
+
+    def _changes(self, allocation: Allocation, rows: Sequence[int]) -> list[np.ndarray]:
+        """Of the loss summed over tokens and sequences."""
+        found = [np.zeros(len(unit.levels)) for unit in self.supernet.space.units]
+        inputs: list[list[Tensor]] = []
+        (states,) = self._final_states([allocation], rows, self._batch_tokens, inputs)
+        with self._head_on_device():
+            behind = self.workers.map(
+                lambda pair: loss_gradient(self.model, self.fitness, pair[0], self._targets[pair[1]], self.pool[pair[1]]),
+                list(zip(states, rows, strict=True)),
+            )
+        contexts = self._contexts()
+        for block, group in groupby(reversed(self.places), key=lambda place: place.part.block):
+            with self._block_on_device(block):
+                for place in group:
+                    behind = self._backward(place, allocation, inputs.pop(), behind, contexts[block], found)
+            if self.resources.resident == "blocks":
+                give_back_freed_memory()
+        return found
+
+    def _backward(
+        self,
+        place: Place,
+        allocation: Allocation,
+        states: Sequence[Tensor],
+        behind: Sequence[Tensor],
+        context: dict[str, Any],
+        found: list[np.ndarray],
+    ) -> list[Tensor]:
+        """The gradients (tokens, hidden) before a sub-block; what its levels change is added to `found`."""
+        size = max(1, self._batch_tokens // self.sequence_length)
+        batches = [
+            (torch.stack([state.to(self.device) for state in states[i : i + size]]), torch.stack(list(behind[i : i + size])))
+            for i in range(0, len(states), size)
+        ]
+        levels = {
+            unit: [None, *(self.cache.get(unit, level) for level in range(1, len(self.supernet.space.units[unit].levels)))]
+            for unit, _ in place.units
+        }
+        now = {unit: levels[unit][allocation[unit]] for unit in levels}
+        if any(is_absent(candidate) for candidate in now.values()):
+            for unit, level, weights in self._returns(place, levels, now):
+                change = [self.workers.own(place.part).change(hidden, context, weights) for hidden, _ in batches]
+                found[unit][level] += sum(presence(one, after) for one, (_, after) in zip(change, batches, strict=True))
+            return list(behind)
+        layers = {
+            layer or place.part.column: now[unit]
+            for unit, layer in place.units
+            if layer is not None or any(isinstance(candidate, Members) for candidate in levels[unit])
+        }
+        with_bias = any(getattr(candidate, "bias", None) is not None for unit in levels for candidate in levels[unit])
+        scorer, before = Scorer(place.part), list[Tensor]()
+        for i in range(0, len(batches), self.workers.count):  # no more at a time: each has gradients of all weights
+            before += scorer.add(
+                self.workers.map(
+                    lambda batch: part_gradient(self.workers.own(place.part), layers, batch[0], context, batch[1], with_bias),
+                    batches[i : i + self.workers.count],
+                )
+            )
+        for unit, layer in place.units:
+            found[unit] += scorer.changes(layer, levels[unit], allocation[unit])
+        return before
+
+    def _returns(
+        self, place: Place, levels: Mapping[int, list[Candidate | None]], now: Mapping[int, Candidate | None]
+    ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        """The moves (unit, level) after which an absent sub-block is there again, and its parameters then."""
+        for unit, candidates in levels.items():
+            for level, candidate in enumerate(candidates):
+                weights = place.weights([candidate if unit == other else now[other] for other, _ in place.units])
+                if weights is not None:
+                    yield unit, level, weights
 
     def close(self) -> None:
         """Let go of candidates and threads; nothing can be measured any more."""
@@ -139,13 +245,11 @@ class GenerationEvaluator:
         self.workers.close()
 
     def _sums(self, allocations: Sequence[Allocation], rows: Sequence[int]) -> np.ndarray:
-        """Losses summed over sequences, (allocations,) float64, in as many sweeps as memory asks for."""
+        """Losses summed over tokens, (allocations, sequences) float64, in as many sweeps as memory asks for."""
         room = max(1, self.memory // self._state_bytes)
         if len(rows) > 1 and len(allocations) * len(rows) > room:
             size = max(1, room // len(allocations))
-            parts = [self._sums(allocations, rows[i : i + size]) for i in range(0, len(rows), size)]
-            total: np.ndarray = np.stack(parts).sum(0)
-            return total
+            return np.concatenate([self._sums(allocations, rows[i : i + size]) for i in range(0, len(rows), size)], axis=1)
         if len(allocations) > room:
             return np.concatenate([self._sums(allocations[i : i + room], rows) for i in range(0, len(allocations), room)])
         found = self._tried(
@@ -191,10 +295,19 @@ class GenerationEvaluator:
         normed, head = final_norm_and_head(self.model, state)
         return targets(normed, head, self.fitness.chunk_bytes // self.workers.count).to("cpu")
 
-    def _final_states(self, allocations: Sequence[Allocation], rows: Sequence[int], batch_tokens: int) -> list[Row]:
-        """The residual stream of each allocation behind the last block, for each sequence."""
+    def _contexts(self) -> list[dict[str, Any]]:
+        """What blocks are told besides their inputs: the same for all sequences, as none is padded."""
+        return moved(entry(self.model, self.pool[:1].to(self.model.device))[1], self.device)
+
+    def _final_states(
+        self, allocations: Sequence[Allocation], rows: Sequence[int], batch_tokens: int, inputs: list[list[Tensor]] | None = None
+    ) -> list[Row]:
+        """The residual stream of each allocation behind the last block, for each sequence.
+
+        Where `inputs` is given, the first allocation's stream before each sub-block is added to it, in main memory.
+        """
         texts = [self.pool[row : row + 1].to(self.model.device) for row in rows]
-        contexts = moved(entry(self.model, texts[0])[1], self.device)  # the same for all: none is padded
+        contexts = self._contexts()
         paths: list[Row] = [[entry(self.model, text)[0][0].to(self.device) for text in texts]]
         at = [0] * len(allocations)  # the path that each allocation is on
         with blocked_attention(self.model):
@@ -203,6 +316,8 @@ class GenerationEvaluator:
                     for index, place in group:
                         if index + 1 < len(self.places):
                             self.cache.prefetch(_keys(self.places[index + 1], allocations))
+                        if inputs is not None:
+                            inputs.append([state.to("cpu") for state in paths[at[0]]])
                         paths, at = self._step(place, allocations, paths, at, contexts[block], batch_tokens)
                 if self.resources.resident == "blocks":
                     give_back_freed_memory()
@@ -252,14 +367,14 @@ class GenerationEvaluator:
         return list(self.workers.own(place.part)(states, context, batch.weights).unbind())
 
     def _losses(self, finals: Sequence[Row], rows: Sequence[int]) -> np.ndarray:
-        """Summed over tokens and sequences, (allocations,) float64."""
+        """Summed over tokens, (allocations, sequences) float64."""
         pieces = list(token_slices(self.sequence_length, len(finals), self.fitness.chunk_bytes // self.workers.count))
         with self._head_on_device():
             found = self.workers.map(
                 lambda work: self._loss([row_of[work[0]][work[2]] for row_of in finals], work[1], work[2]),
                 [(number, row, piece) for number, row in enumerate(rows) for piece in pieces],
             )
-        return torch.stack(found).sum(0).cpu().numpy()
+        return torch.stack(found).view(len(rows), len(pieces), -1).sum(1).T.cpu().numpy()
 
     def _loss(self, states: Sequence[Tensor], row: int, piece: slice) -> Tensor:
         """Of some tokens of a sequence, summed, (allocations,) float64; states (tokens, hidden) of each allocation."""

@@ -166,15 +166,20 @@ def _tiles(head: Head) -> Iterator[slice]:
 
 
 def _raw_logits(hidden: Tensor, head: Head, words: slice, bias: bool = True) -> Tensor:
-    """(..., hidden) -> (..., words) without the cap, in the head's dtype."""
+    """(..., hidden) -> (..., words) without the cap, in the head's dtype.
+
+    As one matrix: of a single model the strides are odd, and the product would be a hundred times slower on a CPU.
+    """
     own = head.linear.bias
     weight = head.linear.weight[words]
-    return nn.functional.linear(hidden.to(weight.dtype), weight, own[words] if bias and own is not None else None)
+    rows = hidden.to(weight.dtype).reshape(-1, hidden.shape[-1])
+    logits = nn.functional.linear(rows, weight, own[words] if bias and own is not None else None)
+    return logits.view(*hidden.shape[:-1], -1)
 
 
 def _capped(logits: Tensor, head: Head) -> Tensor:
-    """In place, float32."""
-    return logits if head.cap is None else logits.div_(head.cap).tanh_().mul_(head.cap)
+    """Of logits in float32, which it may change; not what tanh gave: autograd needs that."""
+    return logits if head.cap is None else logits.div_(head.cap).tanh_() * head.cap
 
 
 ALL = slice(None)
@@ -308,7 +313,7 @@ def _capped_terms(step: Tensor, head: Head, teacher: Targets) -> tuple[Tensor, T
     log_ratio = torch.full((count, models), -torch.inf, device=step.device)
     cross = torch.zeros(count, models, device=step.device)
     for words in _tiles(head):
-        raw = _raw_logits(teacher.hidden, head, words).float().unsqueeze(1)
+        raw = _raw_logits(teacher.hidden, head, words).float().unsqueeze(1).detach()  # where a head may be trained, too
         dense = _capped(raw.clone(), head)
         log_p = dense - teacher.normaliser.view(-1, 1, 1)
         change = _capped(torch.add(_raw_logits(step, head, words, bias=False), raw), head).sub_(dense)
