@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from search.budget import Budget
 from search.evaluator import Evaluator
 from supernet.space import Allocation, Space
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model and a little text, for rules that look at weights and activations.
+
+    Attributes:
+        model: In main memory; blocks are lent to the device one at a time.
+        ids: (sequences, tokens) int64, the calibration text.
+        batch: Sequences in one forward pass.
+        device: Where the work is done.
+    """
+
+    model: PreTrainedModel
+    ids: Tensor
+    batch: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -20,11 +40,11 @@ class Problem:
     budget: Budget
     start: Allocation
     evaluate: Evaluator
+    dense: Dense | None = None
 
-    @property
-    def floor(self) -> int:
-        """The least an allocation may cost: within one smallest step of the budget, or what the start costs if less."""
-        return min(self.budget.target - max(1, self.space.smallest_step) + 1, self.space.cost(self.start))
+    def allows(self, allocation: Allocation) -> bool:
+        """Whether it meets the budget: to within one smallest step, or as nearly as the start."""
+        return self.budget.allows(allocation, self.start)
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,7 @@ class State:
         tokens: Forward tokens spent (each sequence counted for each allocation measured on it).
         rng: State of numpy's PCG64.
         exhausted: No further allocation can be proposed.
+        memory: What else a strategy wants to remember.
     """
 
     parent: Allocation
@@ -46,6 +67,7 @@ class State:
     tokens: int
     rng: dict[str, Any]
     exhausted: bool = False
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def generator(self) -> np.random.Generator:
         """The random generator as it was left."""
@@ -74,7 +96,7 @@ class Strategy(Protocol):
 
     @property
     def tokens_per_generation(self) -> int:
-        """About how many forward tokens a generation costs."""
+        """About how many forward tokens a generation costs (a gradient's count three times)."""
         ...
 
     def begin(self, problem: Problem, seed: int) -> State:
@@ -84,3 +106,14 @@ class Strategy(Protocol):
     def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
         """One generation further, and what was measured on the way."""
         ...
+
+
+def first_state(problem: Problem, seed: int, memory: dict[str, Any] | None = None) -> State:
+    """The state before the first generation, at the start."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return State(problem.start, float("nan"), 0, 0, rng_state(rng), memory=memory or {})
+
+
+def rng_state(rng: np.random.Generator) -> dict[str, Any]:
+    """As a checkpoint keeps it."""
+    return cast(dict[str, Any], rng.bit_generator.state)

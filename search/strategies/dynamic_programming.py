@@ -1,0 +1,152 @@
+"""Independent scores and an exact knapsack, as in SPDY (Frantar and Alistarh 2022) and Puzzletron (replace one block).
+
+The fitness is measured with one unit at a level and all others at a reference, at a few levels of every unit and on the same
+sequences. Between them it is interpolated, never falling as a unit gets sparser. What it exceeds the reference's by is taken to
+add up over units: then the knapsack finds the best allocation. That is compared with the start, which stays unless it is beaten.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from search.knapsack import knapsack
+from search.strategies.base import Problem, Row, State, first_state, rng_state
+from search.strategies.evolution import check_tokens, check_whole, draw
+from search.strategies.measuring import Measured
+from supernet.errors import InputError
+from supernet.space import Allocation
+
+log = logging.getLogger(__name__)
+
+REFERENCES = ("dense", "start")
+Probe = tuple[int, int]  # a unit, and the level that it is measured at
+
+
+@dataclass(frozen=True)
+class DynamicProgramming:
+    """Settings of the scores.
+
+    Attributes:
+        generations: The most portions that the work is done in; in the last one, the result is compared with the start.
+        candidates: Allocations scored in a portion (more, if `generations` portions would not hold one level of every unit).
+        points: Levels measured of every unit, evenly spread; fewer where `generations` portions do not hold as many.
+        tokens: That a score is measured on, and that the result is compared with the start on.
+        reference: Level of all other units: `dense`, or as at the `start`.
+    """
+
+    generations: int
+    candidates: int
+    points: int
+    tokens: Sequence[int]
+    reference: str = "dense"
+
+    def __post_init__(self) -> None:
+        check_whole("generations", self.generations, 2)
+        check_whole("candidates", self.candidates, 1)
+        check_whole("points", self.points, 1)
+        check_tokens(self.tokens, "a score", "the comparison with the start")
+        if self.reference not in REFERENCES:
+            raise InputError(f"strategy.reference={self.reference} is not known; choose one of {', '.join(REFERENCES)}")
+
+    @property
+    def tokens_per_generation(self) -> int:
+        """See `Strategy`."""
+        return max(self.candidates * self.tokens[0], 2 * self.tokens[1])
+
+    def begin(self, problem: Problem, seed: int) -> State:
+        """See `Strategy`; the memory holds the sequences, the start's losses on them, and the scores so far."""
+        return first_state(problem, seed)
+
+    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
+        """See `Strategy`."""
+        rng = state.generator()
+        probes = self._probes(problem, warn=not state.memory)
+        if not state.memory and not _has_choice(problem):
+            return replace(state, exhausted=True), []
+        sequences = state.memory.get("sequences") or draw(self.tokens[0], problem, rng).tolist()
+        scores = state.memory.get("scores", [])
+        known = {problem.start: dict(zip(sequences, state.memory.get("start", []), strict=False))}
+        race = Measured(problem, state.generation, known)
+        if len(scores) == 1 + len(probes):
+            return self._finish(problem, state, race, probes, rng)
+        begun = time.perf_counter()
+        size = max(self.candidates, -(-(1 + len(probes)) // (self.generations - 1)))
+        portion = self._allocations(problem, probes)[len(scores) : len(scores) + size]
+        fitness = race.losses(portion, sequences).mean(1)
+        race.note(portion, fitness, len(sequences), set(), time.perf_counter() - begun)
+        race.step([problem.start], sequences, 1)
+        start = race.losses([problem.start], sequences)[0]
+        memory = {"sequences": sequences, "start": start.tolist(), "scores": [*scores, *fitness.tolist()]}
+        tokens = state.tokens + race.tokens
+        return State(problem.start, float(start.mean()), state.generation + 1, tokens, rng_state(rng), memory=memory), race.rows
+
+    def _finish(
+        self, problem: Problem, state: State, race: Measured, probes: Sequence[Probe], rng: np.random.Generator
+    ) -> tuple[State, list[Row]]:
+        """Solve, and compare with the start."""
+        best = knapsack(self._losses(problem, probes, state.memory["scores"]), problem.budget)
+        rivals = [best] if best != problem.start and problem.allows(best) else []
+        last = draw(self.tokens[1], problem, rng)
+        (best,) = race.step([problem.start, *rivals], last, 1)  # the start first: it wins a tie
+        generation = state.generation + 1
+        done = generation < self.generations  # there is nothing to do in those that are left
+        fitness = float(race.losses([best], last).mean())
+        return State(best, fitness, generation, state.tokens + race.tokens, rng_state(rng), done, state.memory), race.rows
+
+    def _reference(self, problem: Problem) -> Allocation:
+        return problem.start if self.reference == "start" else (0,) * len(problem.start)
+
+    def _probes(self, problem: Problem, warn: bool) -> list[Probe]:
+        """All that is measured besides the reference."""
+        room = (self.generations - 1) * self.candidates - 1
+        for points in range(self.points, 0, -1):
+            probes = [
+                (unit, level)
+                for unit, base in enumerate(self._reference(problem))
+                for level in _spread(len(problem.space.units[unit].levels), points)
+                if level != base
+            ]
+            if len(probes) <= room:
+                break
+        if warn and (points < self.points or len(probes) > room):
+            log.warning("strategy.points: %d levels of each unit are measured; raise strategy.generations for more", points)
+        return probes
+
+    def _allocations(self, problem: Problem, probes: Sequence[Probe]) -> list[Allocation]:
+        """The reference, and it with one unit at another level."""
+        base = self._reference(problem)
+        return [base, *((*base[:unit], level, *base[unit + 1 :]) for unit, level in probes)]
+
+    def _losses(self, problem: Problem, probes: Sequence[Probe], scores: Sequence[float]) -> list[np.ndarray]:
+        """What each level of each unit adds to the reference's fitness."""
+        base = self._reference(problem)
+        points = [{level: 0.0} for level in base]
+        for (index, level), score in zip(probes, scores[1:], strict=True):
+            points[index][level] = score - scores[0]
+        losses = []
+        for unit, known in zip(problem.space.units, points, strict=True):
+            measured = sorted(known)
+            removed = [-level.cost for level in unit.levels]
+            rising = np.maximum.accumulate([known[level] for level in measured])
+            losses.append(np.interp(removed, [removed[level] for level in measured], rising))
+        return losses
+
+
+def _spread(levels: int, points: int) -> list[int]:
+    """Both ends and what lies evenly between them: as many intervals as points."""
+    return sorted({round(level) for level in np.linspace(0, levels - 1, points + 1)})
+
+
+def _has_choice(problem: Problem) -> bool:
+    """Whether anything but the start is allowed: the knapsack looks for what differs from it most."""
+    losses = []
+    for unit, level in zip(problem.space.units, problem.start, strict=True):
+        losses.append(np.zeros(len(unit.levels)))
+        losses[-1][level] = 1.0
+    other = knapsack(losses, problem.budget)
+    return other != problem.start and problem.allows(other)
