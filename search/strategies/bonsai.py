@@ -1,0 +1,130 @@
+"""Bonsai's perturb and regress (Dery et al. 2024, "Everybody Prune Now") as an allocator: what units are worth, measured.
+
+Sub-models around the start are measured in pairs, one of which is sparser where the other is denser, in many units at once. The
+differences within pairs are regressed on the differences in cost by ridge regression, towards a prior that all parameters are
+worth the same and with a strength chosen by Kendall's tau over pairs left out (`local_prune.bonsai`). The allocation is the
+knapsack's optimum of the losses so predicted.
+
+Different from the paper: it takes 5 % of all members a round; here the units are what the space has, and a linear prediction is
+trusted no further than sub-models were measured, `reach` levels from the start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from local_prune.bonsai import ridge, strength_of
+from search.budget import Costs
+from search.strategies.base import Problem, Row, State, rng_state
+from search.strategies.measuring import Measured, sequences_for
+from search.strategies.rule import Rule, allowed, check_whole, only_allocation
+from supernet.errors import InputError
+from supernet.space import Allocation
+
+
+def pair_around(start: Sequence[int], most: np.ndarray, reach: int, rng: np.random.Generator) -> tuple[Allocation, Allocation]:
+    """Two allocations that mirror each other about the start, up to `reach` levels away in every unit.
+
+    Args:
+        start: Level of each unit.
+        most: (units,) the last level of each.
+        reach: Levels.
+        rng: Draws the first of them.
+    """
+    steps = rng.integers(-reach, reach + 1, size=len(most))
+    first, second = (np.clip(np.array(start) + sign * steps, 0, most) for sign in (1, -1))
+    return tuple(map(int, first)), tuple(map(int, second))
+
+
+def worths(removed: np.ndarray, differences: np.ndarray) -> np.ndarray:
+    """What the loss grows by for what is removed of each unit, (units,) float64.
+
+    Args:
+        removed: (pairs, units), how much more of each unit the first of a pair lacks.
+        differences: (pairs,), by how much its loss is higher.
+    """
+    signs, losses = torch.from_numpy(removed), torch.from_numpy(differences)
+    prior = torch.ones(removed.shape[1], dtype=torch.float64)
+    found: np.ndarray = ridge(signs, losses, prior, strength_of(signs, losses, prior)).numpy()
+    return found
+
+
+def predicted(worth: np.ndarray, costs: Costs, dense: int, start: Sequence[int], reach: int) -> list[np.ndarray]:
+    """The predicted loss of each level of each unit, and more than all together for each level out of reach.
+
+    Args:
+        worth: (units,) of what is removed of a unit, as a fraction of `dense`.
+        costs: Of each level of each unit.
+        dense: Of all units together.
+        start: Level of each unit.
+        reach: Levels.
+    """
+    losses = [w * (row[0] - np.array(row)) / dense for w, row in zip(worth, costs, strict=True)]
+    penalty = 1.0 + 10.0 * sum(float(np.abs(loss).max()) for loss in losses)
+    away = [np.abs(np.arange(len(row)) - level) for row, level in zip(costs, start, strict=True)]
+    return [loss + penalty * np.maximum(0, levels - reach) for loss, levels in zip(losses, away, strict=True)]
+
+
+@dataclass(frozen=True)
+class Bonsai(Rule):
+    """Perturb, measure in pairs, regress, solve.
+
+    Attributes:
+        samples: Sub-models, two a pair.
+        tokens: Of the search's text, that each pair is measured on, drawn anew for each.
+        reach: Levels that a unit may go from the start, while measuring and in the end.
+    """
+
+    samples: int = 200
+    tokens: int = 2048
+    reach: int = 2
+
+    def __post_init__(self) -> None:
+        check_whole("samples", self.samples, 4, "200")
+        check_whole("tokens", self.tokens, 1, "2048")
+        check_whole("reach", self.reach, 1, "2")
+        if self.samples % 2:
+            raise InputError(f"strategy.samples={self.samples} must be even: sub-models come in pairs; 200 is the usual choice")
+
+    @property
+    def tokens_per_generation(self) -> int:
+        """See `Strategy`."""
+        return self.samples * self.tokens
+
+    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
+        """See `Strategy`."""
+        if only_allocation(problem) is not None:
+            return super().advance(problem, state)
+        rng, limit = state.generator(), problem.budget.leading
+        measured = Measured(problem, state.generation)
+        removed, differences = self._pairs(problem, state.parent, measured, rng)
+        losses = predicted(worths(removed, differences), limit.costs, limit.dense, state.parent, self.reach)
+        best = allowed(losses, problem)
+        spent = state.tokens + measured.tokens
+        return State(best, float("nan"), state.generation + 1, spent, rng_state(rng)), measured.rows
+
+    def _pairs(
+        self, problem: Problem, start: Allocation, measured: Measured, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What the first of each pair lacks more, as a fraction of all, (pairs, units), and its loss more, (pairs,)."""
+        limit = problem.budget.leading
+        most = np.array([len(unit.levels) - 1 for unit in problem.space.units])
+        units, count = np.arange(len(most)), sequences_for(self.tokens, problem)
+        rows, differences = [], []
+        for _ in range(self.samples // 2):
+            begun = time.perf_counter()
+            pair = pair_around(start, most, self.reach, rng)
+            chosen = rng.permutation(problem.evaluate.sequences)[:count]
+            fitness = measured.losses(pair, chosen).mean(1)
+            if not np.isfinite(fitness).all():
+                raise InputError("the fitness of a sub-model is not finite; check the model's weights, or use dtype=float32")
+            measured.note(pair, fitness, count, set(), time.perf_counter() - begun)
+            first, second = (limit.table[units, list(allocation)] for allocation in pair)
+            rows.append((second - first) / limit.dense)
+            differences.append(fitness[0] - fitness[1])
+        return np.array(rows), np.array(differences)
