@@ -19,18 +19,20 @@ import transformers
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from search.budget import Budget, closest, uniform
+from search.budget import Budget
 from search.describe import describe
 from search.evaluate import HeldOut, Metrics, streamed
 from search.evaluator import GenerationEvaluator
 from search.export.huggingface import export
 from search.job import Job
+from search.knapsack import closest, uniform
 from search.memory import keep_freed_memory
 from search.progress import clock, track
 from search.report import allocation_json, metrics_table, model_card
 from search.run_directory import RunDirectory, locked
-from search.settings import check_settings
+from search.settings import budget_record, check_settings, given_limits
 from search.strategies.base import Problem, State
+from search.trials import Trials
 from supernet.architecture import parameter_count
 from supernet.assemble import assemble
 from supernet.errors import InputError
@@ -41,7 +43,8 @@ from supernet.store import Supernet
 log = logging.getLogger(__name__)
 
 STAGES = ("build", "search", "evaluate", "export")
-NOT_SETTINGS = ("stages", "dry_run", "fresh", "run_name", "device", "evaluator")  # may change between runs in the same directory
+# These may change between runs in the same directory.
+NOT_SETTINGS = ("stages", "dry_run", "fresh", "run_name", "device", "evaluator", "study")
 Kept = dict[str, int]  # members kept per unit
 
 
@@ -80,7 +83,8 @@ def run(config: DictConfig, path: Path) -> None:
         )  # a mistake in their settings should not wait for hours of building
         job.directory.identify(job.identity)
         _ = job.prunables  # nor should a model that cannot be pruned so
-        found = _rounds(job, stages)
+        trials = None if config.study is None else Trials(config.study, job.directory)
+        found = _rounds(job, stages, trials)
         if found is None:
             return
         _write_allocation(job, found)
@@ -101,18 +105,19 @@ def _stages(config: DictConfig) -> list[str]:
 def _settings(config: DictConfig) -> dict[str, Any]:
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
+    settings["budget"] = budget_record(settings["budget"])  # what makes no difference may change, too
     del settings["supernet"]["root"]  # a full disk must not end a run: supernets may move
     settings["fitness"].pop("chunk_bytes", None)  # nor must a lack of memory
     return {str(key): value for key, value in settings.items() if key not in NOT_SETTINGS}
 
 
-def _rounds(job: Job, stages: list[str]) -> Found | None:
+def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
     """Build and search, coarse to fine; None where the chosen stages end with a build."""
     window = job.grid.first(job.prunables)
     budget = job.budget(window.space)
     start = uniform(window.space, budget)
     log.info("budget: %s", budget)
-    if not budget.met(window.space, start):
+    if not budget.met(start):
         nearest = window.space.cost(start) / window.space.dense_cost
         log.warning("no allocation of the first round comes that near; the search begins at %.1f %% kept", 100 * nearest)
     tokens = 0
@@ -127,14 +132,16 @@ def _rounds(job: Job, stages: list[str]) -> Found | None:
             if "search" not in stages:
                 log.info("%s: the supernet is %s", title, supernet.path)
                 return None
-            state = _search(job, index, supernet, budget, start, state, title)
+            state = _search(job, index, supernet, budget, start, state, title, trials)
         else:
             log.info("%s: searched before", title)
+            _follow(trials, job, index, space)
         tokens += state.tokens
         found = Found(space, state.parent, budget, tokens)
         if index + 1 < int(job.config.rounds):
             window = job.grid.around(job.prunables, found.kept, index + 1)
-            start = closest(window.space, window.space.nearest(found.kept), budget)
+            budget = job.budget(window.space)
+            start = closest(window.space.nearest(found.kept), budget)
     return found
 
 
@@ -143,22 +150,36 @@ def _finished(job: Job, state: State) -> bool:
 
 
 def _search(
-    job: Job, index: int, supernet: Supernet, budget: Budget, start: Allocation, state: State | None, title: str
+    job: Job,
+    index: int,
+    supernet: Supernet,
+    budget: Budget,
+    start: Allocation,
+    state: State | None,
+    title: str,
+    trials: Trials | None,
 ) -> State:
     """Generations from the last checkpoint, if there is one, to the end."""
     pool, space = job.tokens["search"].ids, supernet.space
     seed = int(np.random.SeedSequence([int(job.config.seed), index]).generate_state(1)[0])
     with closing(GenerationEvaluator(job.loaded.model, supernet, pool, job.fitness, job.resources)) as evaluator:
-        problem = Problem(space, budget, start, evaluator)
+        problem = Problem(space, budget, start, evaluator, job.dense)
         state = state or job.strategy.begin(problem, seed)
         for _ in track(range(state.generation, job.strategy.generations), f"{title}: search"):
             with job.directory.stage("search"):
                 state, rows = job.strategy.advance(problem, state)
                 job.directory.save_state(index, space, state, rows)
+                _follow(trials, job, index, space)
             if state.exhausted:
                 log.info("%s: no further allocation meets the budget; the search ends early", title)
                 break
     return state
+
+
+def _follow(trials: Trials | None, job: Job, index: int, space: Space) -> None:
+    """Copy what is new in the history to the run's study, if it has one."""
+    if trials is not None:
+        trials.follow(job.directory.history(), index, space)
 
 
 def _write_allocation(job: Job, found: Found) -> None:
@@ -198,6 +219,8 @@ def _evaluate(job: Job, found: Found) -> None:
         "stages": job.directory.costs(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }
+    if "speedup" in given_limits(job.config.budget):
+        metrics["latency"] = job.speedup(_assembled(job, supernets["searched"]), found.space, found.allocation)
     job.directory.write("metrics.json", metrics)
 
 

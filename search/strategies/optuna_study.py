@@ -1,0 +1,294 @@
+"""Optuna's samplers (TPE, CMA-ES, NSGA-II) on a few numbers instead of a level for every unit.
+
+The samplers know boxes, not budgets, and are slow with hundreds of parameters. So a trial is a curve over depth for each kind of
+unit: what is added to the sparsities of the start, at a few knots, with half a cosine from each to the next. Curves are shifted
+until they cost as much as the start, rounded to levels so that errors even out over depth, and moved to the nearest allocation
+that meets the budget. The study is made anew in every generation, from what the state remembers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, TPESampler
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from search.knapsack import knapsack, relaxed
+from search.strategies.base import Problem, Row, State, first_state, rng_state
+from search.strategies.measuring import Measured, sequences_for
+from supernet.errors import InputError
+from supernet.prunables import BITS, WEIGHTS
+from supernet.space import Allocation, Unit
+
+SAMPLERS = ("tpe", "cmaes", "nsga2")
+SMALLEST = {"tpe": 1, "cmaes": 4, "nsga2": 2}  # number of trials in a generation
+BATCHES = 20  # of proposals without a new allocation, in a row, before the space counts as exhausted
+HALVINGS = 60  # of the interval that a curve's shift lies in
+CMA_GENERATION, CMA_OPTIMIZER = "cma:generation", "cma:optimizer"  # what CmaEsSampler keeps in a trial
+
+Trial = dict[str, Any]  # params: a number for each knot; allocation: as in history.parquet; value; attrs: of the sampler
+
+
+@dataclass(frozen=True)
+class OptunaStudy:
+    """Settings of the search.
+
+    Attributes:
+        generations: How many.
+        offspring: Trials in each: the population of CMA-ES and NSGA-II.
+        tokens: Tokens an allocation is measured on, the same ones in the whole search: only so can values be compared.
+        sampler: tpe (Bergstra et al. 2011), cmaes (Hansen 2016) or nsga2 (Deb et al. 2002; of one objective).
+        knots: Of the curve of each kind of unit.
+        spread: The most that a curve adds to the start's sparsity, or takes from it, before the shift to the budget.
+    """
+
+    generations: int
+    offspring: int
+    tokens: int
+    sampler: str = "tpe"
+    knots: int = 4
+    spread: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"strategy.sampler={self.sampler} must be one of {', '.join(SAMPLERS)}")
+        for name, least in {"generations": 0, "offspring": SMALLEST[self.sampler], "tokens": 1, "knots": 1}.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise InputError(f"strategy.{name}={value} must be a whole number of at least {least}")
+        if type(self.spread) not in (int, float) or not 0.0 < self.spread <= 1.0:
+            raise InputError(f"strategy.spread={self.spread} must be a number above 0, and at most 1; 0.25 is a good start")
+
+    @property
+    def tokens_per_generation(self) -> int:
+        """See `Strategy`."""
+        return self.offspring * self.tokens
+
+    def begin(self, problem: Problem, seed: int) -> State:
+        """See `Strategy`."""
+        state = first_state(problem, seed)
+        rng = state.generator()
+        sequences = rng.permutation(problem.evaluate.sequences)[: sequences_for(self.tokens, problem)]
+        memory = {"seed": seed, "sequences": sequences.tolist(), "trials": [], "study": {}}
+        return replace(state, rng=rng_state(rng), memory=memory)
+
+    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
+        """See `Strategy`."""
+        curves = Curves.of(problem, self.knots)
+        if len(curves.names) < 2:  # nothing to trade: one number only shifts everything, and is shifted back
+            return replace(state, exhausted=True), []
+        # The start's value is not known before the first generation; nothing is compared with it until then.
+        start = {"params": [0.0] * len(curves.names), "allocation": _text(problem.start), "value": 0.0, "attrs": {}}
+        trials: list[Trial] = state.memory["trials"] or [start]
+        values = {trial["allocation"]: trial["value"] for trial in trials}
+        proposed, parents = self._propose(curves, state, trials, values)
+        new = [allocation for allocation in dict.fromkeys(map(_levels, proposed)) if _text(allocation) not in values]
+        if not new:
+            return replace(state, exhausted=True), []
+
+        begun, first = time.perf_counter(), not state.memory["trials"]
+        sequences, measured = state.memory["sequences"], Measured(problem, state.generation)
+        fresh = [state.parent, *new] if first else new
+        found = measured.losses(fresh, sequences).mean(1).tolist()
+        fitness = np.array(found if first else [state.fitness, *found])
+        best = int(np.argsort(fitness, kind="stable")[0])  # the parent first: it wins a tie
+        measured.note([state.parent, *new], fitness, len(sequences), {best}, time.perf_counter() - begun)
+
+        values |= {_text(allocation): _told(value) for allocation, value in zip(fresh, found, strict=True)}
+        kept = [trial | {"value": values[trial["allocation"]]} for trial in [*trials, *proposed]]
+        return replace(
+            state,
+            parent=[state.parent, *new][best],
+            fitness=float(fitness[best]),
+            generation=state.generation + 1,
+            tokens=state.tokens + measured.tokens,
+            memory=state.memory | {"trials": kept, "study": parents},
+        ), measured.rows
+
+    def _propose(
+        self, curves: Curves, state: State, trials: Sequence[Trial], values: Mapping[str, float]
+    ) -> tuple[list[Trial], dict[str, Any]]:
+        """The first batch with a new allocation (or the last batch), without values, and what the study remembers."""
+        seed = int(np.random.SeedSequence([state.memory["seed"], state.generation]).generate_state(1)[0])
+        distributions: dict[str, BaseDistribution] = {
+            name: FloatDistribution(-float(self.spread), float(self.spread)) for name in curves.names
+        }
+        verbosity = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for every study and trial otherwise
+        try:
+            storage = InMemoryStorage()
+            study = _rebuilt(storage, self._sampler(seed), distributions, trials, state.memory["study"])
+            if self.sampler == "nsga2" and not state.memory["trials"]:  # the start should be of its first population
+                study.enqueue_trial(dict.fromkeys(curves.names, 0.0))
+            proposed: list[Trial] = []
+            for _ in range(BATCHES):
+                asked = [study.ask(distributions) for _ in range(self.offspring)]
+                frozen = study.get_trials(deepcopy=False)
+                proposed = [self._trial(curves, frozen[trial.number]) for trial in asked]
+                if any(trial["allocation"] not in values for trial in proposed):
+                    break
+                for trial in asked:  # nothing to learn from: told, it would let CMA-ES drift away
+                    study.tell(trial, state=TrialState.FAIL)
+        finally:
+            optuna.logging.set_verbosity(verbosity)
+        # What a sampler notes in the study: the parents of NSGA-II's generations, by the numbers of their trials.
+        memory = storage.get_study_system_attrs(storage.get_study_id_from_name(study.study_name))
+        return proposed, json.loads(json.dumps(memory))
+
+    def _trial(self, curves: Curves, trial: FrozenTrial) -> Trial:
+        """A trial that was asked for, without its value."""
+        params = [float(trial.params[name]) for name in curves.names]
+        # What it is of the sampler's generations; not the optimizer of CMA-ES, a pickle: see `_rebuilt`.
+        attrs = {key: value for key, value in trial.system_attrs.items() if key.endswith(":generation")}
+        return {"params": params, "allocation": _text(curves.allocation(np.array(params))), "attrs": attrs}
+
+    def _sampler(self, seed: int) -> BaseSampler:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # before Optuna 5 two of TPE's options, now its defaults, were experimental
+            if self.sampler == "tpe":
+                return TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            if self.sampler == "cmaes":
+                return CmaEsSampler(seed=seed, popsize=self.offspring)
+            return NSGAIISampler(seed=seed, population_size=self.offspring)
+
+
+def _rebuilt(
+    storage: InMemoryStorage,
+    sampler: BaseSampler,
+    distributions: dict[str, BaseDistribution],
+    trials: Sequence[Trial],
+    memory: Mapping[str, Any],
+) -> optuna.Study:
+    """A study with all trials so far.
+
+    The sampler of CMA-ES moves its optimizer on when it is asked for the first trial of a generation, and keeps it there as a
+    pickle. Pickles have no place in a checkpoint, so it is asked again here, behind each generation, for what it would have kept.
+    """
+    study = optuna.create_study(storage=storage, study_name="search", sampler=sampler)
+    for key, value in memory.items():
+        storage.set_study_system_attr(storage.get_study_id_from_name(study.study_name), key, value)
+    generation = None
+    for trial in trials:
+        attrs = dict(trial["attrs"])
+        before, generation = generation, attrs.get(CMA_GENERATION)
+        if before is not None and generation != before:
+            asked = study.ask(distributions)
+            found = study.get_trials(deepcopy=False)[asked.number].system_attrs
+            attrs |= {key: value for key, value in found.items() if key.startswith(CMA_OPTIMIZER)}
+            study.tell(asked, state=TrialState.FAIL)
+        params = dict(zip(distributions, trial["params"], strict=True))
+        study.add_trial(create_trial(params=params, distributions=distributions, value=trial["value"], system_attrs=attrs))
+    return study
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Curves over depth, one for each kind of unit, and the allocations that they stand for.
+
+    Attributes:
+        problem: Whose budget they meet.
+        names: Of the parameters: a kind and the number of its knot.
+        weights: (units, parameters), of each parameter in what a unit's sparsity is changed by.
+    """
+
+    problem: Problem
+    names: tuple[str, ...]
+    weights: np.ndarray
+
+    @staticmethod
+    def of(problem: Problem, knots: int) -> Curves:
+        """The curves of a space; kinds with fewer units than `knots` have a knot for each, those without a choice none."""
+        kinds: defaultdict[str, list[int]] = defaultdict(list)
+        for index, unit in enumerate(problem.space.units):
+            kinds[kind_of(unit)].append(index)
+        names: list[str] = []
+        columns: list[np.ndarray] = []
+        for kind, members in kinds.items():
+            if all(len(problem.space.units[index].levels) == 1 for index in members):
+                continue
+            count = min(knots, len(members))
+            columns.append(np.zeros((count, len(problem.space.units))))
+            columns[-1][:, members] = interpolation(len(members), count).T
+            names += [f"{kind} {knot + 1}" for knot in range(count)]
+        return Curves(problem, tuple(names), np.concatenate(columns or [np.zeros((0, len(problem.space.units)))]).T)
+
+    def allocation(self, params: np.ndarray) -> Allocation:
+        """The allocation of a trial; the start where none near the curves meets the budget."""
+        problem, limit = self.problem, self.problem.budget.leading
+        dense = np.array([costs[0] for costs in limit.costs], dtype=float)
+        taken = np.array([costs[level] for costs, level in zip(limit.costs, problem.start, strict=True)], dtype=float)
+        most = 1.0 - _share(np.array([costs[-1] for costs in limit.costs]), dense)
+        sparsity = shifted(1.0 - _share(taken, dense) + self.weights @ params, most, dense, float(taken.sum()))
+        # Errors of rounding to levels are passed on to the next unit of the kind and size, as in `uniform`.
+        owed: defaultdict[tuple[str, int], float] = defaultdict(float)
+        losses = []
+        for unit, costs, wanted in zip(problem.space.units, limit.costs, sparsity.tolist(), strict=True):
+            alike = kind_of(unit), costs[0]
+            owed[alike] += wanted
+            away = (np.array(costs) - costs[0] * (1.0 - owed[alike])) / limit.dense
+            losses.append(away**2)
+            nearest = int(np.abs(away).round(12).argmin())
+            owed[alike] -= 1.0 - costs[nearest] / max(1, costs[0])
+        found = relaxed(losses, problem.budget)
+        if not problem.allows(found):
+            found = knapsack(losses, problem.budget)
+        return found if problem.allows(found) else problem.start
+
+
+def kind_of(unit: Unit) -> str:
+    """What units at all depths have in common: the kind, and of linear layers also which one."""
+    if unit.kind not in (WEIGHTS, BITS):
+        return unit.kind
+    return ".".join(part for part in unit.name.split(".") if not part.isdecimal())
+
+
+def interpolation(units: int, knots: int) -> np.ndarray:
+    """(units, knots): weights of the knots at each depth, half a cosine from each knot to the next: smooth, and no overshoot."""
+    if knots == 1:
+        return np.ones((units, 1))
+    at = np.linspace(0.0, knots - 1, units)
+    left = np.minimum(at.astype(int), knots - 2)
+    right = (1.0 - np.cos(np.pi * (at - left))) / 2.0
+    weights = np.zeros((units, knots))
+    weights[np.arange(units), left] = 1.0 - right
+    weights[np.arange(units), left + 1] = right
+    return weights
+
+
+def shifted(sparsity: np.ndarray, most: np.ndarray, dense: np.ndarray, cost: float) -> np.ndarray:
+    """The nearest sparsities between 0 and `most` with a total cost: all are shifted alike, then cut off (least squares)."""
+    low, high = -2.0, 2.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2.0
+        costs = (dense * (1.0 - (sparsity + middle).clip(0.0, most))).sum()
+        low, high = (middle, high) if costs > cost else (low, middle)
+    return (sparsity + high).clip(0.0, most)
+
+
+def _share(costs: np.ndarray, dense: np.ndarray) -> np.ndarray:
+    share: np.ndarray = costs / np.maximum(1, dense)
+    return share
+
+
+def _text(allocation: Allocation) -> str:
+    """As `history.parquet` has it."""
+    return " ".join(map(str, allocation))
+
+
+def _levels(trial: Trial) -> Allocation:
+    return tuple(map(int, trial["allocation"].split()))
+
+
+def _told(fitness: float) -> float:
+    """A value that Optuna takes."""
+    return fitness if fitness == fitness else float("inf")
