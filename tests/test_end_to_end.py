@@ -20,8 +20,9 @@ REDUCED = (
     "rounds=1",
     "strategy.generations=2",
     "strategy.offspring=6",
-    "strategy.tokens=[256,512]",
-    "strategy.survivors=[2,1]",
+    "strategy.proposal_tokens=512",
+    "strategy.tokens=1024",
+    "strategy.growth=1",
 )
 
 

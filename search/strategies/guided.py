@@ -1,0 +1,154 @@
+"""Search whose proposals know where to go (ours).
+
+For every level of every unit a proposal predicts what it would change (`search.strategies.proposals`). To first order every
+change looks better than it is: taken by the prediction alone, all units would move at once and the loss would multiply. So a
+change has a price, quadratic in how far it goes and in proportion to what the unit has at stake,
+
+    minimise  sum_u  g_u(l_u) + damping * stake_u * distance_u(l_u)^2     within the budget,
+
+which the knapsack solves in milliseconds: a small damping moves everything, a large one a few units a little. Offspring are the
+solutions at dampings around the one that won last, some with the prices of units drawn at random. They race against the parent on
+the same tokens (`search.strategies.race`), and the parent is left only for what is clearly better. So the size of the steps
+follows how well predictions hold, and when gains shrink, more tokens are spent to see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from search.knapsack import relaxed
+from search.strategies.base import Problem, Row, State, first_state, rng_state
+from search.strategies.evolution import ATTEMPTS, check_whole, exchange
+from search.strategies.measuring import Measured, sequences_for
+from search.strategies.proposals import PROPOSALS
+from search.strategies.race import Outcome, race
+from supernet.errors import InputError
+from supernet.space import Allocation
+
+DAMPING = 8.0  # at first
+RATIO = 2.0  # between neighbouring dampings of a generation
+DENSER = 0.2  # price of going denser, of that of going sparser
+SPREAD = 0.7  # of the logarithm of a unit's price, in those offspring whose prices are drawn
+EXCHANGES = 3  # at most, of a blind offspring
+HIGHEST, LOWEST = 1e4, 1e-2  # dampings
+
+Changes = Sequence[np.ndarray]  # (levels,) of each unit: predicted change of the fitness
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Settings of the search.
+
+    Attributes:
+        generations: How many.
+        offspring: Allocations proposed a generation.
+        proposal: `gradient`, or `forward` for those who can run forward passes only.
+        proposal_tokens: Tokens that a generation's prediction is made on.
+        tokens: Tokens that an offspring and its parent are compared on at most, while gains are large; up to
+            `growth` times as many when they are not.
+        growth: See `tokens`.
+        errors: Standard errors by which an offspring must be better.
+    """
+
+    generations: int = 10
+    offspring: int = 8
+    proposal: str = "gradient"
+    proposal_tokens: int = 2048
+    tokens: int = 4096
+    growth: int = 8
+    errors: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name, least in (("generations", 0), ("offspring", 1), ("proposal_tokens", 1), ("tokens", 1), ("growth", 1)):
+            check_whole(name, getattr(self, name), least)
+        if self.proposal not in PROPOSALS:
+            raise InputError(f"strategy.proposal={self.proposal} is not known; choose one of {', '.join(PROPOSALS)}")
+        if type(self.errors) not in (int, float) or not 0 <= self.errors < 100:
+            raise InputError(f"strategy.errors={self.errors} must be a number of standard errors of at least 0, such as 1.5")
+
+    @property
+    def tokens_per_generation(self) -> int:
+        """See `Strategy`."""
+        return PROPOSALS[self.proposal].cost * self.proposal_tokens + 4 * self.tokens
+
+    def begin(self, problem: Problem, seed: int) -> State:
+        """See `Strategy`."""
+        return first_state(problem, seed, {"damping": DAMPING, "growth": 1, "known": {}})
+
+    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
+        """See `Strategy`."""
+        rng, memory = state.generator(), state.memory
+        order = [int(sequence) for sequence in rng.permutation(problem.evaluate.sequences)]
+        known = {int(sequence): loss for sequence, loss in memory["known"].items()}
+        measured = Measured(problem, state.generation, {state.parent: known})
+        seen = sequences_for(self.proposal_tokens, problem)
+        changes, remembered = PROPOSALS[self.proposal].predict(measured, state, order[:seen], rng)
+        offspring = self._offspring(problem, state, changes, rng)
+        if not offspring:
+            return replace(state, exhausted=True), []
+        unseen = order[seen:] + order[:seen]  # what the prediction was not made on comes first
+        most = sequences_for(self.tokens * memory["growth"], problem)
+        outcome = race(measured, state.parent, list(offspring), unseen, most, self.errors)
+        parent = outcome.leader if outcome.clear else state.parent
+        memory = remembered | self._learned(memory, outcome, offspring[outcome.leader], most)
+        memory["known"] = {str(sequence): loss for sequence, loss in measured.known(parent).items()}
+        fitness = float(measured.losses([parent], unseen[: outcome.sequences]).mean())
+        tokens = state.tokens + measured.tokens
+        return State(parent, fitness, state.generation + 1, tokens, rng_state(rng), memory=memory), measured.rows
+
+    def _offspring(self, problem: Problem, state: State, changes: Changes, rng: np.random.Generator) -> dict[Allocation, float]:
+        """Distinct allocations, none like the parent, each with its damping."""
+        found: dict[Allocation, float] = {}
+        if state.generation == 0:  # the plain knapsack, too
+            _add(found, problem, state.parent, relaxed(changes, problem.budget), LOWEST)
+        prices = prices_of(problem, state.parent, changes)
+        for attempt in range(4 * self.offspring):
+            if len(found) >= self.offspring:
+                break
+            damping = state.memory["damping"] * RATIO ** (attempt % self.offspring - self.offspring / 2)
+            drawn = np.exp(SPREAD * rng.standard_normal(len(prices)))  # also where it is not used: each attempt draws as much
+            factors = drawn if attempt % 2 or attempt >= self.offspring else np.ones(len(prices))
+            losses = [g + damping * factor * price for g, price, factor in zip(changes, prices, factors, strict=True)]
+            _add(found, problem, state.parent, relaxed(losses, problem.budget), damping)
+        for _ in range(ATTEMPTS * self.offspring):  # where predictions give too little, blind exchanges
+            if len(found) >= self.offspring:
+                break
+            child = exchange(problem, state.parent, int(rng.integers(1, EXCHANGES + 1)), rng)
+            if child is not None:
+                _add(found, problem, state.parent, child, state.memory["damping"])
+        return found
+
+    def _learned(self, memory: Mapping[str, Any], outcome: Outcome, damping: float, most: int) -> dict[str, Any]:
+        """What the next generation does differently."""
+        growth = memory["growth"]
+        if outcome.clear:
+            return {"damping": float(np.clip((memory["damping"] * damping) ** 0.5, LOWEST, HIGHEST)), "growth": growth}
+        unclear = outcome.gain > -self.errors * outcome.error  # more tokens might have shown it
+        return {
+            "damping": float(np.clip(memory["damping"] * RATIO, LOWEST, HIGHEST)),
+            "growth": min(2 * growth, self.growth) if unclear or outcome.sequences >= most else growth,
+        }
+
+
+def _add(found: dict[Allocation, float], problem: Problem, parent: Allocation, child: Allocation, damping: float) -> None:
+    if child != parent and problem.allows(child):
+        found.setdefault(child, damping)
+
+
+def prices_of(problem: Problem, parent: Allocation, changes: Changes) -> list[np.ndarray]:
+    """For each unit and level the price of going there at a damping of 1: what is at stake, by the squared distance in costs.
+
+    At stake is the largest predicted change; the distance is 1 from the parent's level to the dense one. Going denser is cheaper:
+    what was removed comes back at most once, while the loss of going sparser has no bound.
+    """
+    found = []
+    for costs, level, change in zip(problem.budget.leading.costs, parent, changes, strict=True):
+        distances = np.array(costs, dtype=float) - costs[level]
+        scale = distances[0] or -distances[-1] or 1.0
+        sides = np.where(distances > 0, DENSER, 1.0)
+        found.append(float(np.abs(change).max()) * sides * (distances / scale) ** 2)
+    return found
