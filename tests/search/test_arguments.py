@@ -53,10 +53,9 @@ def test_everything_else_is_left_to_hydra(conf: Path, argument: str) -> None:
     [
         ("model=smolm2", "did you mean smollm2"),
         ("model=tiny_llama,smolm2", "'smolm2'; did you mean smollm2"),
-        ("strategy=evolutoin", "did you mean evolution?"),
+        ("strategy=unifrom", "did you mean uniform"),
         ("data=wikitext", "did you mean wikitext2"),
         ("+experiment=llama_50", "did you mean llama_50pct"),
-        ("+experiment=zzz", "did you mean demo, llama_50pct, smoke?"),
         ("+experment=demo", "did you mean +experiment"),
         ("+modle=smollm2", "did you mean +model"),
         ("model=null", "there is no model 'null'"),
@@ -67,6 +66,12 @@ def test_a_misspelt_choice_is_answered_with_the_nearest(conf: Path, argument: st
     with pytest.raises(InputError) as refusal:
         check_choices(["seed=1", argument], conf)
     assert near in str(refusal.value)
+
+
+def test_where_nothing_is_like_it_all_choices_are_named(conf: Path) -> None:
+    every = ", ".join(sorted(file.stem for file in (conf / "experiment").glob("*.yaml")))
+    with pytest.raises(InputError, match=f"did you mean {every}\\?"):
+        check_choices(["+experiment=zzz"], conf)
 
 
 @pytest.mark.parametrize("form", ["--config-dir={}", "--config-dir {}", "-cd {}"])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from search.evaluate import HeldOut, Metrics
+from search.evaluate import HeldOut, Metrics, streamed
+from search.evaluator import RESIDENT, Resources
 from supernet.architecture import parameter_count
 from supernet.assemble import assemble
 from supernet.store import Supernet
@@ -42,6 +43,18 @@ def test_metrics_are_those_of_whole_logits(
         assert found.perplexity == pytest.approx(perplexity, rel=1e-4)
         assert found.kl_divergence == pytest.approx(divergence, rel=1e-3, abs=1e-5)
     assert held_out.dense.kl_divergence < 1e-5
+
+
+@pytest.mark.parametrize("resident", RESIDENT)
+def test_metrics_block_by_block_are_those_of_the_assembled_model(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, resident: str
+) -> None:
+    allocation = (2, 0, 3) * (len(family_supernet.space.units) // 3)
+    found = streamed(family_model, family_supernet, allocation, ids, Resources(resident=resident), 7)
+    perplexity, divergence = by_definition(family_model, assemble(family_model, family_supernet, allocation), ids)
+    assert found.parameters == 7
+    assert found.perplexity == pytest.approx(perplexity, rel=1e-4)
+    assert found.kl_divergence == pytest.approx(divergence, rel=1e-3)
 
 
 def test_mixers_are_measured_too(mixer_model: PreTrainedModel, model_of: Callable[..., PreTrainedModel], ids: Tensor) -> None:
