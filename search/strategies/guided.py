@@ -14,9 +14,8 @@ follows how well predictions hold, and when gains shrink, more tokens are spent 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -48,9 +47,8 @@ class Guided:
         offspring: Allocations proposed a generation.
         proposal: `gradient`, or `forward` for those who can run forward passes only.
         proposal_tokens: Tokens that a generation's prediction is made on.
-        tokens: Tokens that an offspring and its parent are compared on at most, while gains are large; up to
-            `growth` times as many when they are not.
-        growth: See `tokens`.
+        tokens: Tokens on which an offspring is compared with its parent where the gain is clear.
+        growth: How many times as many where it is not.
         errors: Standard errors by which an offspring must be better.
     """
 
@@ -73,11 +71,11 @@ class Guided:
     @property
     def tokens_per_generation(self) -> int:
         """See `Strategy`."""
-        return PROPOSALS[self.proposal].cost * self.proposal_tokens + 4 * self.tokens
+        return PROPOSALS[self.proposal].cost * self.proposal_tokens + int(4 * self.tokens * self.growth**0.5)
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""
-        return first_state(problem, seed, {"damping": DAMPING, "growth": 1, "known": {}})
+        return first_state(problem, seed, {"damping": DAMPING, "known": {}})
 
     def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
         """See `Strategy`."""
@@ -91,10 +89,10 @@ class Guided:
         if not offspring:
             return replace(state, exhausted=True), []
         unseen = order[seen:] + order[:seen]  # what the prediction was not made on comes first
-        most = sequences_for(self.tokens * memory["growth"], problem)
-        outcome = race(measured, state.parent, list(offspring), unseen, most, self.errors)
+        enough, most = (sequences_for(tokens, problem) for tokens in (self.tokens, self.tokens * self.growth))
+        outcome = race(measured, state.parent, list(offspring), unseen, enough, most, self.errors)
         parent = outcome.leader if outcome.clear else state.parent
-        memory = remembered | self._learned(memory, outcome, offspring[outcome.leader], most)
+        memory = remembered | {"damping": _damping(memory["damping"], outcome, offspring[outcome.leader])}
         memory["known"] = {str(sequence): loss for sequence, loss in measured.known(parent).items()}
         fitness = float(measured.losses([parent], unseen[: outcome.sequences]).mean())
         tokens = state.tokens + measured.tokens
@@ -122,16 +120,11 @@ class Guided:
                 _add(found, problem, state.parent, child, state.memory["damping"])
         return found
 
-    def _learned(self, memory: Mapping[str, Any], outcome: Outcome, damping: float, most: int) -> dict[str, Any]:
-        """What the next generation does differently."""
-        growth = memory["growth"]
-        if outcome.clear:
-            return {"damping": float(np.clip((memory["damping"] * damping) ** 0.5, LOWEST, HIGHEST)), "growth": growth}
-        unclear = outcome.gain > -self.errors * outcome.error  # more tokens might have shown it
-        return {
-            "damping": float(np.clip(memory["damping"] * RATIO, LOWEST, HIGHEST)),
-            "growth": min(2 * growth, self.growth) if unclear or outcome.sequences >= most else growth,
-        }
+
+def _damping(before: float, outcome: Outcome, winning: float) -> float:
+    """Where the next generation's dampings lie: towards that of the best offspring, or higher where all of them lost."""
+    after = (before * winning) ** 0.5 if outcome.gain > 0 else before * RATIO
+    return float(np.clip(after, LOWEST, HIGHEST))
 
 
 def _add(found: dict[Allocation, float], problem: Problem, parent: Allocation, child: Allocation, damping: float) -> None:

