@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from search.describe import describe
 from search.evaluate import HeldOut, Metrics, streamed
 from search.evaluator import GenerationEvaluator
 from search.export.huggingface import export
+from search.fitness import CrossEntropy
 from search.job import Job
 from search.knapsack import closest, uniform
 from search.memory import keep_freed_memory
@@ -32,6 +33,8 @@ from search.report import allocation_json, metrics_table, model_card
 from search.run_directory import RunDirectory, locked
 from search.settings import budget_record, check_settings, given_limits
 from search.strategies.base import Problem, State
+from search.strategies.front import Front, front_json
+from search.strategies.pareto import Pareto
 from search.trials import Trials
 from supernet.architecture import parameter_count
 from supernet.assemble import assemble
@@ -56,6 +59,7 @@ class Found:
     allocation: Allocation
     budget: Budget
     tokens: int  # forward tokens of all rounds
+    front: Sequence[Mapping[str, Any]] | None = None  # of a search that finds one (`search.strategies.pareto`)
 
     @property
     def kept(self) -> Kept:
@@ -70,6 +74,7 @@ def run(config: DictConfig, path: Path) -> None:
     if dry:
         job = Job(config, RunDirectory(path, _settings(config), fresh=False))
         _ = job.fitness, job.resources
+        _check_rounds(job)
         describe(job)
         return
     keep_freed_memory()
@@ -81,6 +86,7 @@ def run(config: DictConfig, path: Path) -> None:
             job.fitness,
             job.resources,
         )  # a mistake in their settings should not wait for hours of building
+        _check_rounds(job)
         job.directory.identify(job.identity)
         _ = job.prunables  # nor should a model that cannot be pruned so
         trials = None if config.study is None else Trials(config.study, job.directory)
@@ -102,6 +108,11 @@ def _stages(config: DictConfig) -> list[str]:
     return list(stages)
 
 
+def _check_rounds(job: Job) -> None:
+    if isinstance(job.strategy, Pareto) and int(job.config.rounds) != 1:
+        raise InputError(f"rounds={job.config.rounds} with strategy=pareto: a front is of one set of levels; use rounds=1")
+
+
 def _settings(config: DictConfig) -> dict[str, Any]:
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
@@ -117,6 +128,8 @@ def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
     budget = job.budget(window.space)
     start = uniform(window.space, budget)
     log.info("budget: %s", budget)
+    if isinstance(job.strategy, Front):  # it should not refuse them after hours of building
+        job.strategy.sparsities(window.space, budget)
     if not budget.met(start):
         nearest = window.space.cost(start) / window.space.dense_cost
         log.warning("no allocation of the first round comes that near; the search begins at %.1f %% kept", 100 * nearest)
@@ -137,7 +150,7 @@ def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
             log.info("%s: searched before", title)
             _follow(trials, job, index, space)
         tokens += state.tokens
-        found = Found(space, state.parent, budget, tokens)
+        found = Found(space, state.parent, budget, tokens, state.memory.get("front"))
         if index + 1 < int(job.config.rounds):
             window = job.grid.around(job.prunables, found.kept, index + 1)
             budget = job.budget(window.space)
@@ -171,7 +184,7 @@ def _search(
                 job.directory.save_state(index, space, state, rows)
                 _follow(trials, job, index, space)
             if state.exhausted:
-                log.info("%s: no further allocation meets the budget; the search ends early", title)
+                log.info("%s: nothing is left to try; the search ends early", title)
                 break
     return state
 
@@ -185,6 +198,10 @@ def _follow(trials: Trials | None, job: Job, index: int, space: Space) -> None:
 def _write_allocation(job: Job, found: Found) -> None:
     content = allocation_json(found.space, found.allocation, found.budget, job.identity["model"])
     job.directory.write("allocation.json", content)
+    if found.front is not None:
+        dense = None if isinstance(job.fitness, CrossEntropy) else 0.0
+        content = front_json(found.space, found.front, found.budget, job.identity["model"], dense)
+        job.directory.write("front.json", content)
 
 
 def _assembled(job: Job, supernet: Supernet) -> PreTrainedModel:

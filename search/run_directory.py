@@ -193,7 +193,8 @@ def _move_aside(path: Path) -> None:
     while (target := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
     target.mkdir(parents=True)
-    for name in (HISTORY, "allocation.json", "metrics.json", "export", "checkpoint"):  # the checkpoint last: it makes a run
+    # The checkpoint last: it makes a run.
+    for name in (HISTORY, "allocation.json", "front.json", "metrics.json", "export", "checkpoint"):
         if (path / name).exists():
             (path / name).rename(target / name)
     listed = target / SUPERNETS

@@ -85,20 +85,20 @@ class Guided:
         measured = Measured(problem, state.generation, {state.parent: known})
         seen = sequences_for(self.proposal_tokens, problem)
         changes, remembered = PROPOSALS[self.proposal].predict(measured, state, order[:seen], rng)
-        offspring = self._offspring(problem, state, changes, rng)
+        offspring = self.propose(problem, state, changes, rng)
         if not offspring:
             return replace(state, exhausted=True), []
         unseen = order[seen:] + order[:seen]  # what the prediction was not made on comes first
         enough, most = (sequences_for(tokens, problem) for tokens in (self.tokens, self.tokens * self.growth))
         outcome = race(measured, state.parent, list(offspring), unseen, enough, most, self.errors)
         parent = outcome.leader if outcome.clear else state.parent
-        memory = remembered | {"damping": _damping(memory["damping"], outcome, offspring[outcome.leader])}
+        memory = remembered | {"damping": next_damping(memory["damping"], outcome, offspring[outcome.leader])}
         memory["known"] = {str(sequence): loss for sequence, loss in measured.known(parent).items()}
         fitness = float(measured.losses([parent], unseen[: outcome.sequences]).mean())
         tokens = state.tokens + measured.tokens
         return State(parent, fitness, state.generation + 1, tokens, rng_state(rng), memory=memory), measured.rows
 
-    def _offspring(self, problem: Problem, state: State, changes: Changes, rng: np.random.Generator) -> dict[Allocation, float]:
+    def propose(self, problem: Problem, state: State, changes: Changes, rng: np.random.Generator) -> dict[Allocation, float]:
         """Distinct allocations, none like the parent, each with its damping."""
         found: dict[Allocation, float] = {}
         if state.generation == 0:  # the plain knapsack, too
@@ -121,7 +121,7 @@ class Guided:
         return found
 
 
-def _damping(before: float, outcome: Outcome, winning: float) -> float:
+def next_damping(before: float, outcome: Outcome, winning: float) -> float:
     """Where the next generation's dampings lie: towards that of the best offspring, or higher where all of them lost."""
     after = (before * winning) ** 0.5 if outcome.gain > 0 else before * RATIO
     return float(np.clip(after, LOWEST, HIGHEST))

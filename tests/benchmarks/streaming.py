@@ -33,8 +33,9 @@ SETTINGS = (
     "rounds=1",
     "strategy.generations=2",
     "strategy.offspring=8",
-    "strategy.tokens=[128,512]",
-    "strategy.survivors=[2,1]",
+    "strategy.proposal_tokens=256",
+    "strategy.tokens=512",
+    "strategy.growth=1",
 )
 
 
