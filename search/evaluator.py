@@ -153,7 +153,8 @@ class GenerationEvaluator:
         rows = [int(row) for row in chosen]
         self._learn_targets([row for row in dict.fromkeys(rows) if row not in self._targets])
         total = [np.zeros(len(unit.levels)) for unit in self.supernet.space.units]
-        size = max(1, 2 * self.memory // (self._state_bytes * (len(self.places) + 2)))  # an input is half of `_state_bytes`
+        room = min(self.memory, int(available(torch.device("cpu")) * STATES))  # inputs of all sub-blocks are in main memory
+        size = max(1, 2 * room // (self._state_bytes * (len(self.places) + 2)))  # an input is half of `_state_bytes`
         while rows:
             some = rows[:size]
             found = self._tried(len(some), lambda some=some: self._changes(allocation, some))  # type: ignore[misc]
@@ -197,44 +198,49 @@ class GenerationEvaluator:
     ) -> list[Tensor]:
         """The gradients (tokens, hidden) before a sub-block; what its levels change is added to `found`."""
         size = max(1, self._batch_tokens // self.sequence_length)
-        batches = [
-            (torch.stack([state.to(self.device) for state in states[i : i + size]]), torch.stack(list(behind[i : i + size])))
-            for i in range(0, len(states), size)
-        ]
-        levels = {
-            unit: [None, *(self.cache.get(unit, level) for level in range(1, len(self.supernet.space.units[unit].levels)))]
-            for unit, _ in place.units
-        }
-        now = {unit: levels[unit][allocation[unit]] for unit in levels}
+        batches = [(states[i : i + size], behind[i : i + size]) for i in range(0, len(states), size)]
+        now = {unit: self._candidate(unit, allocation[unit]) for unit, _ in place.units}
+
+        def stacked(batch: tuple[Sequence[Tensor], Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+            return torch.stack([state.to(self.device) for state in batch[0]]), torch.stack(list(batch[1]))
+
         if any(is_absent(candidate) for candidate in now.values()):
-            for unit, level, weights in self._returns(place, levels, now):
-                change = [self.workers.own(place.part).change(hidden, context, weights) for hidden, _ in batches]
-                found[unit][level] += sum(presence(one, after) for one, (_, after) in zip(change, batches, strict=True))
+            for unit, level, weights in self._returns(place, now):
+                for hidden, after in map(stacked, batches):
+                    found[unit][level] += presence(place.part.change(hidden, context, weights), after)
             return list(behind)
-        layers = {
-            layer or place.part.column: now[unit]
-            for unit, layer in place.units
-            if layer is not None or any(isinstance(candidate, Members) for candidate in levels[unit])
-        }
-        with_bias = any(getattr(candidate, "bias", None) is not None for unit in levels for candidate in levels[unit])
+        samples = {unit: self._candidate(unit, min(1, self._last(unit))) for unit in now}  # the levels of a unit are of one kind
+        members = [sample for sample in samples.values() if isinstance(sample, Members)]
+        layers = {layer or place.part.column: now[unit] for unit, layer in place.units if layer is not None or members}
+        with_bias = any(sample.bias is not None for sample in members)
         scorer, before = Scorer(place.part), list[Tensor]()
         for i in range(0, len(batches), self.workers.count):  # no more at a time: each has gradients of all weights
             before += scorer.add(
                 self.workers.map(
-                    lambda batch: part_gradient(self.workers.own(place.part), layers, batch[0], context, batch[1], with_bias),
-                    batches[i : i + self.workers.count],
+                    lambda pair: part_gradient(self.workers.own(place.part), layers, pair[0], context, pair[1], with_bias),
+                    [stacked(batch) for batch in batches[i : i + self.workers.count]],
                 )
             )
         for unit, layer in place.units:
-            found[unit] += scorer.changes(layer, levels[unit], allocation[unit])
+            found[unit] += scorer.changes(layer, self._levels(unit), allocation[unit])
         return before
 
-    def _returns(
-        self, place: Place, levels: Mapping[int, list[Candidate | None]], now: Mapping[int, Candidate | None]
-    ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    def _last(self, unit: int) -> int:
+        return len(self.supernet.space.units[unit].levels) - 1
+
+    def _candidate(self, unit: int, level: int) -> Candidate | None:
+        return self.cache.get(unit, level) if level else None
+
+    def _levels(self, unit: int) -> Iterator[Candidate | None]:
+        """The candidates of all levels of a unit, one after the other: together they may take as much as many blocks."""
+        for level in range(self._last(unit) + 1):
+            self.cache.prefetch([(unit, level + 1)] if level < self._last(unit) else [])
+            yield self._candidate(unit, level)
+
+    def _returns(self, place: Place, now: Mapping[int, Candidate | None]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """The moves (unit, level) after which an absent sub-block is there again, and its parameters then."""
-        for unit, candidates in levels.items():
-            for level, candidate in enumerate(candidates):
+        for unit in now:
+            for level, candidate in enumerate(self._levels(unit)):
                 weights = place.weights([candidate if unit == other else now[other] for other, _ in place.units])
                 if weights is not None:
                     yield unit, level, weights

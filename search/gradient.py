@@ -9,7 +9,7 @@ sub-block that comes or goes as a whole is scored by what it adds, `<dL/d(residu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,6 @@ from search.fitness import NO_LABEL, Fitness, Targets, token_slices_of_all_words
 from supernet.architecture import SubBlock, final_norm_and_head
 from supernet.encoding import Candidate, Members, Quantised, Weights, member_columns
 from supernet.placement import full_weight, is_absent
-
-Candidates = Sequence[Candidate | None]  # of a unit's levels; None at the dense one
 
 
 @dataclass(frozen=True)
@@ -153,17 +151,18 @@ class Scorer:
             self.presence += one.presence
         return [before for one in gradients for before in one.inputs.unbind()]
 
-    def changes(self, layer: str | None, candidates: Candidates, now: int) -> np.ndarray:
+    def changes(self, layer: str | None, candidates: Iterable[Candidate | None], now: int) -> np.ndarray:
         """What the summed loss changes by when a unit goes from level `now` to each of its levels, (levels,) float64.
 
         Args:
             layer: The unit's layer; None where it is of the sub-block as a whole.
-            candidates: Of its levels; None for the dense one.
+            candidates: Of its levels; None for the dense one. Each is asked for when the one before is done with.
             now: Its level.
         """
-        values = np.array([0.0 if is_absent(candidate) else self._value(layer, candidate) for candidate in candidates])
-        absent = np.array([is_absent(candidate) for candidate in candidates])
-        return np.where(absent, -self.presence, values - values[now])
+        values = [None if is_absent(candidate) else self._value(layer, candidate) for candidate in candidates]
+        here = values[now]
+        assert here is not None  # gradients are of sub-blocks that are present
+        return np.array([-self.presence if value is None else value - here for value in values])
 
     def _value(self, layer: str | None, candidate: Candidate | None) -> float:
         """What is linear in the layer's weight and bias; nothing where the sub-block comes and goes as a whole."""

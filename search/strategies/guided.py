@@ -30,6 +30,7 @@ from supernet.space import Allocation
 
 DAMPING = 8.0  # at first
 RATIO = 2.0  # between neighbouring dampings of a generation
+LEAST = 0.05  # sparsity that distances are measured by
 DENSER = 0.2  # price of going denser, of that of going sparser
 SPREAD = 0.7  # of the logarithm of a unit's price, in those offspring whose prices are drawn
 EXCHANGES = 3  # at most, of a blind offspring
@@ -46,32 +47,39 @@ class Guided:
         generations: How many.
         offspring: Allocations proposed a generation.
         proposal: `gradient`, or `forward` for those who can run forward passes only.
-        proposal_tokens: Tokens that a generation's prediction is made on.
-        tokens: Tokens on which an offspring is compared with its parent where the gain is clear.
-        growth: How many times as many where it is not.
+        proposal_tokens: Tokens that a generation's prediction is made on; None for what the proposal takes by itself.
+        tokens: Tokens that the best offspring is found on at most.
+        growth: How many times as many it is judged on at most.
         errors: Standard errors by which an offspring must be better.
     """
 
     generations: int = 10
     offspring: int = 8
     proposal: str = "gradient"
-    proposal_tokens: int = 2048
+    proposal_tokens: int | None = None
     tokens: int = 4096
     growth: int = 8
-    errors: float = 1.5
+    errors: float = 2.0
 
     def __post_init__(self) -> None:
-        for name, least in (("generations", 0), ("offspring", 1), ("proposal_tokens", 1), ("tokens", 1), ("growth", 1)):
+        for name, least in (("generations", 0), ("offspring", 1), ("tokens", 1), ("growth", 1)):
             check_whole(name, getattr(self, name), least)
+        if self.proposal_tokens is not None:
+            check_whole("proposal_tokens", self.proposal_tokens, 1)
         if self.proposal not in PROPOSALS:
             raise InputError(f"strategy.proposal={self.proposal} is not known; choose one of {', '.join(PROPOSALS)}")
         if type(self.errors) not in (int, float) or not 0 <= self.errors < 100:
-            raise InputError(f"strategy.errors={self.errors} must be a number of standard errors of at least 0, such as 1.5")
+            raise InputError(f"strategy.errors={self.errors} must be a number of standard errors of at least 0, such as 2")
+
+    @property
+    def predicted_on(self) -> int:
+        """Tokens that a generation's prediction is made on."""
+        return PROPOSALS[self.proposal].tokens if self.proposal_tokens is None else self.proposal_tokens
 
     @property
     def tokens_per_generation(self) -> int:
         """See `Strategy`."""
-        return PROPOSALS[self.proposal].cost * self.proposal_tokens + int(4 * self.tokens * self.growth**0.5)
+        return PROPOSALS[self.proposal].cost * self.predicted_on + self.tokens * (4 + self.growth)
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""
@@ -83,18 +91,19 @@ class Guided:
         order = [int(sequence) for sequence in rng.permutation(problem.evaluate.sequences)]
         known = {int(sequence): loss for sequence, loss in memory["known"].items()}
         measured = Measured(problem, state.generation, {state.parent: known})
-        seen = sequences_for(self.proposal_tokens, problem)
+        seen = sequences_for(self.predicted_on, problem)
         changes, remembered = PROPOSALS[self.proposal].predict(measured, state, order[:seen], rng)
         offspring = self.propose(problem, state, changes, rng)
         if not offspring:
-            return replace(state, exhausted=True), []
+            return replace(state, tokens=state.tokens + measured.tokens, exhausted=True), []
         unseen = order[seen:] + order[:seen]  # what the prediction was not made on comes first
         enough, most = (sequences_for(tokens, problem) for tokens in (self.tokens, self.tokens * self.growth))
         outcome = race(measured, state.parent, list(offspring), unseen, enough, most, self.errors)
         parent = outcome.leader if outcome.clear else state.parent
+        remembered = PROPOSALS[self.proposal].learn(remembered, measured, state.parent, list(offspring))
         memory = remembered | {"damping": next_damping(memory["damping"], outcome, offspring[outcome.leader])}
         memory["known"] = {str(sequence): loss for sequence, loss in measured.known(parent).items()}
-        fitness = float(measured.losses([parent], unseen[: outcome.sequences]).mean())
+        fitness = float(measured.losses([parent], outcome.sequences).mean())
         tokens = state.tokens + measured.tokens
         return State(parent, fitness, state.generation + 1, tokens, rng_state(rng), memory=memory), measured.rows
 
@@ -135,13 +144,13 @@ def _add(found: dict[Allocation, float], problem: Problem, parent: Allocation, c
 def prices_of(problem: Problem, parent: Allocation, changes: Changes) -> list[np.ndarray]:
     """For each unit and level the price of going there at a damping of 1: what is at stake, by the squared distance in costs.
 
-    At stake is the largest predicted change; the distance is 1 from the parent's level to the dense one. Going denser is cheaper:
-    what was removed comes back at most once, while the loss of going sparser has no bound.
+    At stake is the largest predicted change; the distance is 1 from the uniform allocation's level to the dense one. Going
+    denser is cheaper: what was removed comes back at most once, while the loss of going sparser has no bound.
     """
-    found = []
+    found, share = [], max(LEAST, 1.0 - problem.budget.leading.target / max(1, problem.budget.leading.dense))
     for costs, level, change in zip(problem.budget.leading.costs, parent, changes, strict=True):
         distances = np.array(costs, dtype=float) - costs[level]
-        scale = distances[0] or -distances[-1] or 1.0
+        scale = share * max(1, costs[0])
         sides = np.where(distances > 0, DENSER, 1.0)
         found.append(float(np.abs(change).max()) * sides * (distances / scale) ** 2)
     return found

@@ -92,7 +92,7 @@ class Pareto(Guided):
         """See `Strategy`. A race at each neighbour has half the offspring; the last generation measures all points."""
         races = 4 if self.points == 1 else 4 + 2 * 3
         last = self.points * self.tokens * self.growth // max(1, self.generations)
-        return PROPOSALS[self.proposal].cost * self.proposal_tokens + races * self.tokens + last
+        return PROPOSALS[self.proposal].cost * self.predicted_on + races * self.tokens + last
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""
@@ -147,7 +147,7 @@ class _Generation:
 
     def visit(self, at: int) -> bool:
         """Predict at a point, then race for it and for its neighbours; whether there was anything to race."""
-        seen = sequences_for(self.settings.proposal_tokens, self.problem)
+        seen = sequences_for(self.settings.predicted_on, self.problem)
         unseen = self.order[seen:] + self.order[:seen]  # what the prediction was not made on comes first
         beside = [index for index in (at - 1, at + 1) if 0 <= index < len(self.front)]
         here = self.front[at]
@@ -183,7 +183,7 @@ class _Generation:
         enough, most = (sequences_for(count, self.problem) for count in (tokens, tokens * self.settings.growth))
         outcome = race(self.measured, point.allocation, list(offspring), order, enough, most, self.settings.errors)
         best = outcome.leader if outcome.clear else point.allocation
-        self.front[at] = point.measured_on(self.measured, best, order[: outcome.sequences])
+        self.front[at] = point.measured_on(self.measured, best, outcome.sequences)
         return outcome
 
     def settle(self) -> None:

@@ -7,6 +7,7 @@ over all that has been measured so far.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,10 +36,21 @@ class Proposal(Protocol):
         """Forward tokens for each token of text."""
         ...
 
+    @property
+    def tokens(self) -> int:
+        """Of text, that a prediction is made on unless the user says otherwise."""
+        ...
+
     def predict(
         self, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
     ) -> tuple[list[np.ndarray], dict[str, Any]]:
         """Predicted changes of the fitness, (levels,) of each unit, and what is to be remembered for the next generation."""
+        ...
+
+    def learn(
+        self, remembered: dict[str, Any], measured: Measured, parent: Allocation, offspring: Sequence[Allocation]
+    ) -> dict[str, Any]:
+        """What is to be remembered of offspring that have been measured beside their parent."""
         ...
 
 
@@ -47,12 +59,19 @@ class Gradient:
     """`<dL/dW, W_level - W_now>` from one gradient at the parent (`search.gradient`)."""
 
     cost: int = GRADIENT_COST
+    tokens: int = 2048
 
     def predict(
         self, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
     ) -> tuple[list[np.ndarray], dict[str, Any]]:
         """See `Proposal`."""
         return measured.changes(state.parent, sequences), {}
+
+    def learn(
+        self, remembered: dict[str, Any], measured: Measured, parent: Allocation, offspring: Sequence[Allocation]
+    ) -> dict[str, Any]:
+        """See `Proposal`; the next gradient says more."""
+        return remembered
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,7 @@ class Forward:
     """
 
     cost: int = 2
+    tokens: int = 8192
 
     def predict(
         self, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
@@ -78,14 +98,28 @@ class Forward:
             plus, minus = _pair(problem, state.parent, covariance, rng)
             if plus == minus:
                 continue
-            first, second = measured.losses([plus, minus], [sequence])[:, 0]
-            pairs.append([list(plus), list(minus), float(first - second)])
+            begun = time.perf_counter()
+            losses = measured.losses([plus, minus], [sequence])[:, 0]
+            measured.note([plus, minus], losses, 1, set(), time.perf_counter() - begun)
+            pairs.append([list(plus), list(minus), float(losses[0] - losses[1])])
         if not pairs:
             return [np.zeros(len(row)) for row in shares], {"pairs": pairs}
         removed = np.array([[[row[level] for row, level in zip(shares, one, strict=True)] for one in pair[:2]] for pair in pairs])
         slopes = regressed(removed[:, 0] - removed[:, 1], np.array([pair[2] for pair in pairs]), covariance)
         changes = [slope * (row - row[level]) for slope, row, level in zip(slopes, shares, state.parent, strict=True)]
         return changes, {"pairs": pairs}
+
+    def learn(
+        self, remembered: dict[str, Any], measured: Measured, parent: Allocation, offspring: Sequence[Allocation]
+    ) -> dict[str, Any]:
+        """See `Proposal`: an offspring and its parent are a pair, too, on all sequences that both were measured on."""
+        pairs, before = list(remembered["pairs"]), measured.known(parent)
+        for child in offspring:
+            after = measured.known(child)
+            both = sorted(before.keys() & after.keys())
+            if both:
+                pairs.append([list(child), list(parent), float(np.mean([after[one] - before[one] for one in both]))])
+        return {"pairs": pairs}
 
 
 PROPOSALS: dict[str, Proposal] = {"gradient": Gradient(), "forward": Forward()}

@@ -2,7 +2,7 @@
 
 Losses differ much more from sequence to sequence than from offspring to parent, so only differences on the same sequences count.
 What is measured on few sequences is carried to the next step, which doubles them; there, whoever is clearly behind the leader is
-dropped, and half of the field in any case. The parent is left only for what is clearly better.
+dropped, and half of the field in any case. The last one is judged against the parent on sequences that it was not chosen on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from search.strategies.measuring import Measured
 from supernet.space import Allocation
 
-FEWEST = 4  # sequences that a difference must be seen on, unless there are no more
+FEWEST = 4  # sequences that a leader is judged on, unless there are no more
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Outcome:
         leader: The best of the offspring.
         gain: By how much its loss is below the parent's, on the same sequences.
         error: Standard error of that.
-        sequences: How many those are.
+        sequences: Those that it was judged on.
         clear: Whether the gain is one that noise does not explain.
     """
 
     leader: Allocation
     gain: float
     error: float
-    sequences: int
+    sequences: tuple[int, ...]
     clear: bool
 
 
@@ -49,46 +49,66 @@ def race(
 ) -> Outcome:
     """The best offspring, and whether it is to be the parent.
 
+    The leader is found on some sequences and judged on others: the best of many on the same sequences looks better than it is.
+
     Args:
         measured: Measures, counts, and keeps what is known.
         parent: What is to be beaten.
         offspring: Distinct, none like the parent.
         order: Sequences to measure on, the first ones first.
-        enough: How many of them are enough where a gain is clear.
-        most: How many are measured to see a gain that is not.
-        errors: Standard errors that a difference must exceed to be clear.
+        enough: How many of them the leader is found on at most.
+        most: How many it is judged on at most.
+        errors: Standard errors that a gain must exceed to be clear, if they were known exactly.
     """
     alive, sequences = list(offspring), 1
-    enough, most = min(enough, len(order)), min(most, len(order))
+    enough = min(enough, max(1, len(order) // 2))
+    while True:
+        alive = _selected(measured, parent, alive, order[:sequences], errors)
+        if len(alive) == 1 or sequences >= enough:
+            break
+        sequences = min(2 * sequences, enough)
+    fresh = order[sequences:] or order  # a pool of one sequence judges on that
+    return _judged(measured, parent, alive[0], fresh[:most], errors)
+
+
+def _selected(
+    measured: Measured, parent: Allocation, alive: Sequence[Allocation], sequences: Sequence[int], errors: float
+) -> list[Allocation]:
+    """One selection step: those not clearly behind the leader, no more than half, rounded up, best first."""
+    begun = time.perf_counter()
+    losses = measured.losses([parent, *alive], sequences)
+    gains = losses[0] - losses[1:]
+    behind = gains[gains.mean(1).argmax()] - gains
+    close = [i for i, one in enumerate(behind) if len(sequences) == 1 or one.mean() <= errors * standard_error(one)]
+    ranked = sorted(close, key=lambda i: -gains[i].mean())[: -(-len(alive) // 2)]
+    measured.note([parent, *alive], losses.mean(1), len(sequences), {1 + i for i in ranked}, time.perf_counter() - begun)
+    return [alive[i] for i in ranked]
+
+
+def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: Sequence[int], errors: float) -> Outcome:
+    """Parent and leader on sequences that the leader was not found on: a few first, twice as many until the answer is clear."""
+    sequences = min(FEWEST, len(fresh))
     while True:
         begun = time.perf_counter()
-        losses = measured.losses([parent, *alive], order[:sequences])
-        gains = losses[0] - losses[1:]
-        best = int(gains.mean(1).argmax())
-        gain, error = float(gains[best].mean()), standard_error(gains[best])
-        clear = gain > errors * error and gain > 0
-        over = sequences >= most or (
-            sequences >= min(FEWEST, enough) and ((clear and (len(alive) == 1 or sequences >= enough)) or gain < -errors * error)
-        )
-        staying = [best] if over else _staying(gains, best, errors)
-        survived = {0} if over and not clear else {1 + index for index in staying}
-        measured.note([parent, *alive], losses.mean(1), sequences, survived, time.perf_counter() - begun)
+        losses = measured.losses([parent, leader], fresh[:sequences])
+        gains = losses[0] - losses[1]
+        gain, error = float(gains.mean()), standard_error(gains)
+        bound = critical(errors, sequences) * error
+        clear = gain > bound and gain > 0
+        over = clear or sequences == len(fresh) or gain < -bound
+        survived = {1} if clear or not over else {0}
+        measured.note([parent, leader], losses.mean(1), sequences, survived, time.perf_counter() - begun)
         if over:
-            return Outcome(alive[best], gain, error, sequences, clear)
-        alive = [alive[index] for index in staying]
-        sequences = min(2 * sequences, most)
+            return Outcome(leader, gain, error, tuple(fresh[:sequences]), clear)
+        sequences = min(2 * sequences, len(fresh))
 
 
 def standard_error(differences: np.ndarray) -> float:
-    """Of the mean of paired differences, (sequences,); infinite for a single one that has others beside it unseen."""
+    """Of the mean of paired differences, (sequences,); 0 for a single one, of which nothing is known."""
     return float(differences.std(ddof=1) / len(differences) ** 0.5) if len(differences) > 1 else 0.0
 
 
-def _staying(gains: np.ndarray, best: int, errors: float) -> list[int]:
-    """Which offspring go on, best first: those not clearly behind the leader, and no more than half of them, rounded up."""
-    behind = gains[best] - gains
-    close = [index for index in range(len(gains)) if behind[index].mean() <= errors * standard_error(behind[index])]
-    if gains.shape[1] == 1:
-        close = list(range(len(gains)))  # a single sequence says nothing of its error
-    ranked = sorted(close, key=lambda index: -gains[index].mean())
-    return ranked[: -(-len(gains) // 2)]
+def critical(errors: float, sequences: int) -> float:
+    """How many estimated standard errors are as rare as so many known ones: Student's t of few sequences (Cornish-Fisher)."""
+    z, freedom = errors, max(1, sequences - 1)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
