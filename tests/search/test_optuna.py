@@ -19,6 +19,7 @@ from search.strategies.base import Problem, Row, State
 from search.strategies.optuna_study import SAMPLERS, SMALLEST, Curves, OptunaStudy, interpolation, kind_of, shifted
 from supernet.errors import InputError
 from supernet.space import Allocation, Level, Space, Unit
+from tests.search.synthetic import run
 
 SpaceOf = Callable[..., Space]
 
@@ -78,17 +79,6 @@ def through_json(state: State) -> State:
     """As a checkpoint keeps it."""
     content = json.loads(json.dumps(asdict(state)))
     return State(**(content | {"parent": tuple(content["parent"])}))
-
-
-def run(
-    strategy: OptunaStudy, problem: Problem, seed: int = 0, pause: Callable[[State], State] = lambda state: state
-) -> tuple[list[State], list[Row]]:
-    states, rows = [pause(strategy.begin(problem, seed))], []
-    while states[-1].generation < strategy.generations and not states[-1].exhausted:
-        state, more = strategy.advance(problem, states[-1])
-        states.append(pause(state))
-        rows += more
-    return states, rows
 
 
 def without_seconds(rows: Sequence[Row]) -> list[dict[str, Any]]:
