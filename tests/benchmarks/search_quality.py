@@ -107,13 +107,12 @@ def supernet_of(kind: Kind, root: Path) -> Supernet:
     loaded = smollm2()
     window = kind.grid.first(kind.pruner.prunables(sub_blocks(loaded.model)))
     supernet = Supernet.open_or_create(root, window.space, {"benchmark": kind.name, "calibration": CALIBRATION})
-    with supernet.building():
-        supernet.refresh()
-        if not supernet.complete:
-            even = uniform(window.space, Budget.from_sparsity(0.5, window.space))
-            calibration = Calibration(tokens(loaded, "train.txt", CALIBRATION), fit=kind.fit)
-            weights = mixture(window, kind.accumulation, even)
-            build(loaded.model, calibration, kind.pruner, supernet, weights, torch.device("cpu"), untracked, kind.name)
+    supernet.refresh()
+    if not supernet.complete:
+        even = uniform(window.space, Budget.from_sparsity(0.5, window.space))
+        calibration = Calibration(tokens(loaded, "train.txt", CALIBRATION), fit=kind.fit)
+        weights = mixture(window, kind.accumulation, even)
+        build(loaded.model, calibration, kind.pruner, supernet, weights, torch.device("cpu"), untracked, kind.name)
     return supernet
 
 
