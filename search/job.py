@@ -100,7 +100,10 @@ class Job:
         return self._latency_table.missing(space)
 
     def latencies(self, space: Space) -> CostTable:
-        """Nanoseconds that each level of each unit takes on this machine."""
+        """Nanoseconds that each level of each unit takes on this machine, the same for the whole run."""
+        known = self.directory.latencies(space)
+        if known is not None:
+            return known
         table = self._latency_table
         if missing := table.missing(space):
             if self.resources.resident == "blocks" and self.device.type != "cpu":
@@ -109,7 +112,10 @@ class Job:
             log.info("latency: %d models to time beside the dense one, once for all runs on this machine", len(missing))
             table.measure(space, track)
             log.info("latency: kept in %s", table.path)
-        return table.costs(space)
+        costs = table.costs(space)
+        if not self.config.dry_run:
+            self.directory.keep_latencies(space, costs)
+        return costs
 
     def speedup(self, pruned: PreTrainedModel, space: Space, allocation: Allocation) -> dict[str, Any]:
         """How much faster the pruned model of an allocation is, measured, and as its latencies promised."""

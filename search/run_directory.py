@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
+from search.costs import CostTable
 from search.errors import reason
 from search.strategies.base import Row, State
 from supernet.errors import InputError
@@ -26,6 +27,7 @@ SETTINGS = "checkpoint/settings.json"
 IDENTITY = "checkpoint/identity.json"
 COSTS = "checkpoint/costs.json"
 SUPERNETS = "checkpoint/supernets.json"
+LATENCY = "checkpoint/latency-{}.json"
 HISTORY = "history.parquet"
 
 
@@ -84,13 +86,28 @@ class RunDirectory:
         """Write a JSON file."""
         write_atomic(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
 
+    def latencies(self, space: Space) -> CostTable | None:
+        """What the units of a space took when the run measured them: its limit must not move when it is resumed."""
+        file = self.path / LATENCY.format(space.fingerprint)
+        content = _read(file) if self._claimed else None  # of a directory that is not claimed it may be of other settings
+        if content is None:
+            return None
+        try:
+            return CostTable(tuple(tuple(int(cost) for cost in row) for row in content["costs"]), int(content["rest"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(file, error) from error
+
+    def keep_latencies(self, space: Space, table: CostTable) -> None:
+        """Keep them for that."""
+        self.write(LATENCY.format(space.fingerprint), asdict(table))
+
     def note_supernet(self, fingerprint: str, path: Path) -> Path:
         """Add to the supernets that the run uses; the file that lists them, for `Supernet.note_use`.
 
         The list of a directory that is not claimed yet may be of other settings: it starts anew.
         """
         if self._supernets is None:
-            self._supernets = dict(self.read(SUPERNETS) or {}) if (self.path / SETTINGS).exists() else {}
+            self._supernets = dict(self.read(SUPERNETS) or {}) if self._claimed else {}
         self._supernets[fingerprint] = str(path.resolve())
         self.write(SUPERNETS, self._supernets)
         return self.path / SUPERNETS
@@ -150,9 +167,13 @@ class RunDirectory:
         """Seconds and peak memory per stage."""
         return dict(self.read(COSTS) or {})
 
+    @property
+    def _claimed(self) -> bool:
+        return (self.path / SETTINGS).exists()
+
     def _claim(self) -> None:
         """Note whose run this is. Not before there is something to lose: a mistaken setting must be free to be corrected."""
-        if not (self.path / SETTINGS).exists():
+        if not self._claimed:
             self.write(IDENTITY, self.identity)
             self.write(SETTINGS, self.settings)
 

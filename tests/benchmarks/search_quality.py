@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.search_quality run unstructured-60 guided --seed 0     # one run; several may run side by side
     python -m tests.benchmarks.search_quality table                                   # what was measured so far, as markdown
+    python -m tests.benchmarks.search_quality plot                                    # its curves, as pictures beside the JSON files
 
 Supernets: `unstructured-60` is EvoPress's kind (SparseGPT without refit on the dense model's activations, 11 levels a linear
 layer); `structured-25` and `structured-50` are this project's own (KV groups and neurons, 9 levels). The search pool is 64 x 512
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import pyplot
 
 from local_prune.pruner import Calibration, Pruner
 from local_prune.sparsegpt import SparseGptPruner
@@ -59,6 +61,7 @@ from tests.benchmarks.pruners import smollm2, tokens, untracked
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "search_quality"
 CALIBRATION, POOL, HELD_OUT = 32, 64, 16  # sequences
+LEAST_DRAWN = 5_000  # forward tokens
 MANY = 10_000  # generations: tokens end a run
 HEADER = "| strategy | seeds | KL at 60k tokens | at 200k | at the end | tokens | perplexity | rises |"
 STEPS: dict[str, Any] = {"generations": MANY, "offspring": 16, "tokens": [512, 2048, 8192], "survivors": [4, 2, 1]}
@@ -100,6 +103,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "adapt_pruner": AdaptPruner,
     "bonsai": Bonsai,
 }
+RULES = ("uniform", "owl", "alpha_pruning", "flap", "adapt_pruner", "bonsai")
 
 
 def supernet_of(kind: Kind, root: Path) -> Supernet:
@@ -204,6 +208,34 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def plot() -> None:
+    """A picture for each supernet: held-out KL against forward tokens, one line a strategy (median) and its range over seeds."""
+    found = results()
+    for kind in KINDS:
+        figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+        curves = {name: runs for (of, name), runs in found.items() if of == kind and name not in RULES}
+        points = {name: runs for (of, name), runs in found.items() if of == kind and name in RULES}
+        if not curves:
+            continue
+        styles = [(color, line) for line in ("-", "--", ":") for color in pyplot.get_cmap("tab10").colors[:7]]
+        for (name, runs), (color, line) in zip(curves.items(), styles, strict=False):
+            spent = sorted({p["tokens"] for one in runs for p in one["curve"] if p["tokens"] >= LEAST_DRAWN})
+            reached = [[at(one, tokens) for one in runs] for tokens in spent]
+            kept = [(x, [y for y in row if not math.isnan(y)]) for x, row in zip(spent, reached, strict=True)]
+            x = [tokens for tokens, row in kept if row]
+            rows = [row for _, row in kept if row]
+            axes.step(x, [statistics.median(row) for row in rows], where="post", color=color, linestyle=line, label=name)
+            axes.fill_between(x, [min(row) for row in rows], [max(row) for row in rows], step="post", color=color, alpha=0.15)
+        for name, runs in points.items():
+            ends = statistics.median(at(one, math.inf) for one in runs)
+            axes.axhline(ends, color="0.6", linewidth=0.8)
+            axes.annotate(f" {name}", (1.0, ends), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+        axes.set(xscale="log", xlabel="forward tokens", ylabel="KL divergence, held-out", title=f"SmolLM2-135M, {kind}")
+        axes.legend(fontsize=8)
+        figure.savefig(RESULTS / f"{kind}.png", dpi=110)
+        pyplot.close(figure)
+
+
 def _spread(values: list[float], digits: int = 3) -> str:
     values = [value for value in values if not math.isnan(value)]
     if not values:
@@ -223,9 +255,13 @@ def main() -> None:
     one.add_argument("--tokens", type=int, default=600_000)
     one.add_argument("--root", type=Path, default=cache_dir() / "benchmarks")
     commands.add_parser("table")
+    commands.add_parser("plot")
     given = parser.parse_args()
     if given.command == "table":
         print(table())
+        return
+    if given.command == "plot":
+        plot()
         return
     keep_freed_memory()
     run(given.kind, given.strategy, given.seed, given.tokens, given.root)

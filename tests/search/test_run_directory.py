@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from search.costs import CostTable
 from search.run_directory import RunDirectory, locked
 from search.strategies.base import Row, State
 from supernet.errors import InputError
@@ -38,6 +39,18 @@ def run(tmp_path: Path) -> Path:
     """A run that has searched one generation."""
     advance(opened(tmp_path / "run"), 0, 1.0)
     return tmp_path / "run"
+
+
+def test_latencies_of_a_run_stay_what_they_were_when_it_is_resumed(run: Path) -> None:
+    table = CostTable(((5, 2),), 7)
+    opened(run).keep_latencies(SPACE, table)
+    assert opened(run).latencies(SPACE) == table
+    assert opened(run).latencies(Space((*SPACE.units, *SPACE.units))) is None
+
+
+def test_latencies_of_a_run_that_never_began_may_be_of_other_settings(tmp_path: Path) -> None:
+    opened(tmp_path).keep_latencies(SPACE, CostTable(((5, 2),), 7))
+    assert opened(tmp_path).latencies(SPACE) is None
 
 
 def test_equal_settings_go_on(run: Path) -> None:
