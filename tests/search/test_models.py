@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from search import models
-from search.models import LoadedModel, fingerprint, from_pretrained, from_wheel, random_llama
+from search.models import LoadedModel, dtype_of, fingerprint, from_pretrained, from_wheel, random_llama
 from supernet.errors import InputError
 
 TINY = {
@@ -55,6 +55,16 @@ def test_a_random_llama_is_its_seed_and_nothing_else() -> None:
     assert random_llama(**TINY, dtype=torch.float32).fingerprint == first.fingerprint
     assert random_llama(**TINY | {"seed": 1}, dtype=torch.float32).fingerprint != first.fingerprint
     assert_ready(first)
+
+
+@pytest.mark.parametrize(("supported", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_the_cpu_has_products_in_it(
+    supported: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.models._multiplies_bfloat16", lambda: supported)
+    assert dtype_of("auto", torch.device("cpu")) == chosen
+    assert dtype_of("auto", torch.device("cuda")) == torch.bfloat16
+    assert dtype_of("float16", torch.device("cpu")) == torch.float16
 
 
 def test_a_random_llama_in_bfloat16_is_the_float32_one_rounded() -> None:
