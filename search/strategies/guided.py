@@ -50,7 +50,7 @@ class Guided:
         proposal_tokens: Tokens that a generation's prediction is made on; None for what the proposal takes by itself.
         tokens: Tokens that the best offspring is found on at most.
         growth: How many times as many it is judged on at most.
-        errors: Standard errors by which an offspring must be better.
+        errors: Standard errors by which an offspring must be better; half as many on all that it may be judged on.
     """
 
     generations: int = 10
@@ -58,7 +58,7 @@ class Guided:
     proposal: str = "gradient"
     proposal_tokens: int | None = None
     tokens: int = 4096
-    growth: int = 8
+    growth: int = 4
     errors: float = 2.0
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from search.strategies.measuring import Measured
 from supernet.space import Allocation
 
 FEWEST = 4  # sequences that a leader is judged on, unless there are no more
+LAST = 0.5  # of the standard errors that a gain must exceed: enough at the last look
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def race(
         order: Sequences to measure on, the first ones first.
         enough: How many of them the leader is found on at most.
         most: How many it is judged on at most.
-        errors: Standard errors that a gain must exceed to be clear, if they were known exactly.
+        errors: Standard errors that a gain must exceed to be clear, if they were known exactly; half as many at the last look.
     """
     alive, sequences = list(offspring), 1
     enough = min(enough, max(1, len(order) // 2))
@@ -86,16 +87,20 @@ def _selected(
 
 
 def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: Sequence[int], errors: float) -> Outcome:
-    """Parent and leader on sequences that the leader was not found on: a few first, twice as many until the answer is clear."""
+    """Parent and leader on sequences that the leader was not found on: a few first, twice as many until the answer is clear.
+
+    A leader that is no better than its parent at any look has lost. At the last look half of the errors are enough: a gain that is
+    more likely real than not is worth having, once all that may be spent on the question has been.
+    """
     sequences = min(FEWEST, len(fresh))
     while True:
         begun = time.perf_counter()
         losses = measured.losses([parent, leader], fresh[:sequences])
         gains = losses[0] - losses[1]
         gain, error = float(gains.mean()), standard_error(gains)
-        bound = critical(errors, sequences) * error
-        clear = gain > bound and gain > 0
-        over = clear or sequences == len(fresh) or gain < -bound
+        last = sequences == len(fresh)
+        clear = gain > 0 and gain > critical(LAST * errors if last else errors, sequences) * error
+        over = clear or last or gain <= 0
         survived = {1} if clear or not over else {0}
         measured.note([parent, leader], losses.mean(1), sequences, survived, time.perf_counter() - begun)
         if over:

@@ -20,7 +20,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from search.levels import Grid, mixture
 from search.memory import keep_freed_memory
 from search.strategies.adapt_pruner import AdaptPruner
 from search.strategies.alpha_pruning import AlphaPruning
-from search.strategies.base import Dense, Problem, Strategy
+from search.strategies.base import Dense, Problem, Strategy, rng_state
 from search.strategies.bonsai import Bonsai
 from search.strategies.dynamic_programming import DynamicProgramming
 from search.strategies.evopress import EvoPress
@@ -136,7 +136,7 @@ class HeldOut:
         return self.known[allocation]
 
 
-def run(name: str, strategy_name: str, seed: int, limit: int, root: Path) -> None:
+def run(name: str, strategy_name: str, seed: int, limit: int, root: Path, resume: bool = False) -> None:
     """One search; its curve is written after every point of it."""
     kind, loaded = KINDS[name], smollm2()
     supernet = supernet_of(kind, root)
@@ -147,8 +147,14 @@ def run(name: str, strategy_name: str, seed: int, limit: int, root: Path) -> Non
     problem = Problem(supernet.space, budget, uniform(supernet.space, budget), evaluator, dense)
     held_out = HeldOut(supernet, "validation.txt", KlDivergence())
     strategy = STRATEGIES[strategy_name]()
+    file = RESULTS / f"{name}.{strategy_name}.{seed}.json"
     state, begun, due, last = strategy.begin(problem, seed), time.perf_counter(), 0.0, problem.start
     curve = [point(0, problem.start, problem.start, held_out)]
+    if resume:  # for strategies that remember nothing but their parent
+        before = json.loads(file.read_text())
+        curve, last = before["curve"], tuple(before["allocation"])
+        rng = rng_state(np.random.default_rng([seed, len(curve)]))
+        state = replace(state, parent=last, tokens=curve[-1]["tokens"], generation=len(curve), rng_state=rng)
     while state.tokens < limit and state.generation < strategy.generations and not state.exhausted:
         state, _ = strategy.advance(problem, state)
         moved = state.parent != last and (strategy_name.startswith("guided") or state.tokens >= due)
@@ -157,11 +163,11 @@ def run(name: str, strategy_name: str, seed: int, limit: int, root: Path) -> Non
             last, due = state.parent, 1.25 * state.tokens
             print(f"{name} {strategy_name} {seed}: {curve[-1]} after {time.perf_counter() - begun:.0f} s", flush=True)
             result = {"kind": name, "strategy": strategy_name, "seed": seed, "curve": curve, "allocation": list(state.parent)}
-            write_atomic(RESULTS / f"{name}.{strategy_name}.{seed}.json", (json.dumps(result) + "\n").encode())
+            write_atomic(file, (json.dumps(result) + "\n").encode())
     text = HeldOut(supernet, "test.txt", CrossEntropy())
     result["perplexity"] = math.exp(text(state.parent).mean())
     result["dense_perplexity"] = math.exp(text((0,) * len(state.parent)).mean())
-    write_atomic(RESULTS / f"{name}.{strategy_name}.{seed}.json", (json.dumps(result) + "\n").encode())
+    write_atomic(file, (json.dumps(result) + "\n").encode())
 
 
 def point(spent: int, allocation: Allocation, before: Allocation, held_out: HeldOut) -> dict[str, float]:
@@ -254,6 +260,7 @@ def main() -> None:
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--tokens", type=int, default=600_000)
     one.add_argument("--root", type=Path, default=cache_dir() / "benchmarks")
+    one.add_argument("--resume", action="store_true", help="go on where the JSON file of evopress, tyr or random ends")
     commands.add_parser("table")
     commands.add_parser("plot")
     given = parser.parse_args()
@@ -264,7 +271,7 @@ def main() -> None:
         plot()
         return
     keep_freed_memory()
-    run(given.kind, given.strategy, given.seed, given.tokens, given.root)
+    run(given.kind, given.strategy, given.seed, given.tokens, given.root, given.resume)
 
 
 if __name__ == "__main__":
