@@ -89,8 +89,8 @@ def _selected(
 def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: Sequence[int], errors: float) -> Outcome:
     """Parent and leader on sequences that the leader was not found on: a few first, twice as many until the answer is clear.
 
-    A leader that is no better than its parent at any look has lost. At the last look half of the errors are enough: a gain that is
-    more likely real than not is worth having, once all that may be spent on the question has been.
+    A leader that is no better than its parent at any look has lost. At the last look half of the errors are enough: a gain that
+    is more likely real than not is worth having, once all that may be spent on the question has been.
     """
     sequences = min(FEWEST, len(fresh))
     while True:

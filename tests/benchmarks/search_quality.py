@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.search_quality run unstructured-60 guided --seed 0     # one run; several may run side by side
     python -m tests.benchmarks.search_quality table                                   # what was measured so far, as markdown
-    python -m tests.benchmarks.search_quality plot                                    # its curves, as pictures beside the JSON files
+    python -m tests.benchmarks.search_quality plot                                    # its curves, as pictures beside the JSON
 
 Supernets: `unstructured-60` is EvoPress's kind (SparseGPT without refit on the dense model's activations, 11 levels a linear
 layer); `structured-25` and `structured-50` are this project's own (KV groups and neurons, 9 levels). The search pool is 64 x 512

@@ -1,0 +1,112 @@
+"""A race finds the best offspring on few tokens, and leaves the parent for what is better on others."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+
+from search.strategies.base import Problem
+from search.strategies.measuring import Measured
+from search.strategies.race import Outcome, race
+from supernet.space import Allocation
+
+PARENT = (0,)
+SEQUENCES = 48
+
+
+class Matrix:
+    """An evaluator whose losses are given: a row for each allocation, a column for each sequence."""
+
+    def __init__(self, losses: np.ndarray) -> None:
+        self.table, (_, self.sequences), self.sequence_length = losses, losses.shape, 1
+        self.judged: list[set[int]] = [set() for _ in losses]
+
+    def __call__(self, allocations: Sequence[Allocation], chosen: np.ndarray) -> np.ndarray:
+        for (row,) in allocations:
+            self.judged[row] |= set(chosen.tolist())
+        return self.table[[row for (row,) in allocations]][:, chosen]
+
+
+def run(losses: np.ndarray, enough: int = 8, most: int = 32, errors: float = 2.0) -> tuple[Outcome, Measured, Matrix]:
+    """A race of all rows but the first against it, sequences in order."""
+    matrix = Matrix(losses)
+    measured = Measured(cast(Problem, SimpleNamespace(evaluate=matrix)), 0)
+    offspring = [(row,) for row in range(1, len(losses))]
+    return race(measured, PARENT, offspring, range(losses.shape[1]), enough, most, errors), measured, matrix
+
+
+def noise(rows: int, seed: int, scale: float = 1.0, shared: float = 3.0) -> np.ndarray:
+    """What sequences add: much to all alike, a little to each."""
+    rng = np.random.default_rng(seed)
+    return scale * (rng.normal(size=(rows, SEQUENCES)) + shared * rng.normal(size=SEQUENCES))
+
+
+def test_a_large_gain_is_clear_at_the_first_look() -> None:
+    losses = noise(4, seed=0, scale=0.1)
+    losses[2] -= 2.0
+    outcome, measured, _ = run(losses)
+    assert outcome.leader == (2,)
+    assert outcome.clear
+    assert len(outcome.sequences) == 4
+    assert outcome.gain == pytest.approx(2.0, abs=0.3)
+    assert measured.tokens < 4 * 8
+
+
+def test_a_leader_that_is_no_better_has_lost_at_the_first_look() -> None:
+    losses = noise(4, seed=0, scale=0.1)
+    losses[1:] += 1.0
+    outcome, _, _ = run(losses)
+    assert not outcome.clear
+    assert outcome.gain < 0
+    assert len(outcome.sequences) == 4
+
+
+@pytest.mark.parametrize(("gain", "clear"), [(1.5, True), (0.5, False)])
+def test_at_the_last_look_half_of_the_errors_are_enough(gain: float, clear: bool) -> None:
+    """A gain of so many standard errors of 32 sequences, spread evenly, so that no earlier look is clear."""
+    losses = np.zeros((2, 40))
+    losses[0] = np.tile([1.0, -1.0], 20) + gain / 32**0.5
+    outcome, _, _ = run(losses)
+    assert outcome.clear == clear
+    assert len(outcome.sequences) == 32
+    assert outcome.gain / outcome.error == pytest.approx(gain, rel=0.05)
+
+
+def test_a_single_offspring_is_judged_on_what_it_was_not_found_on() -> None:
+    outcome, _, matrix = run(noise(2, seed=0))
+    assert outcome.leader == (1,)
+    assert set(outcome.sequences).isdisjoint({0})
+    assert matrix.judged[0] == matrix.judged[1]
+
+
+def test_the_leader_is_judged_on_other_sequences_than_it_was_found_on() -> None:
+    outcome, _, matrix = run(noise(9, seed=1))
+    found_on = set().union(*(seen for row, seen in enumerate(matrix.judged) if (row,) not in (PARENT, outcome.leader)))
+    assert found_on
+    assert set(outcome.sequences).isdisjoint(found_on)
+    assert matrix.judged[outcome.leader[0]] == found_on | set(outcome.sequences)
+
+
+def test_noise_rarely_moves_the_parent() -> None:
+    """Eight offspring as good as their parent."""
+    moved = [run(noise(9, seed))[0].clear for seed in range(150)]
+    assert np.mean(moved) < 0.2
+
+
+def test_worse_offspring_almost_never_move_the_parent() -> None:
+    """Each worse by one standard error of what it is judged on at most."""
+    moved = []
+    for seed in range(150):
+        losses = noise(9, seed)
+        losses[1:] += (2 / 32) ** 0.5
+        moved.append(run(losses)[0].clear)
+    assert np.mean(moved) < 0.08
+
+
+def test_a_pool_of_one_sequence_judges_on_that() -> None:
+    losses = np.array([[1.0], [0.5], [0.7]])
+    outcome, measured, _ = run(losses)
+    assert (outcome.leader, outcome.clear, outcome.sequences) == ((1,), True, (0,))
+    assert measured.tokens == 3
