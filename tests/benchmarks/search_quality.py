@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,9 @@ class HeldOut:
         return self.known[allocation]
 
 
-def run(name: str, strategy_name: str, seed: int, limit: int, root: Path, resume: bool = False) -> None:
-    """One search; its curve is written after every point of it."""
+@cache
+def bench(name: str, root: Path) -> tuple[Problem, HeldOut, HeldOut]:
+    """The problem of a kind, and what allocations are measured by in the end: KL divergence, and loss on the test text."""
     kind, loaded = KINDS[name], smollm2()
     supernet = supernet_of(kind, root)
     budget = Budget.from_sparsity(kind.sparsity, supernet.space)
@@ -145,7 +147,12 @@ def run(name: str, strategy_name: str, seed: int, limit: int, root: Path, resume
     evaluator = GenerationEvaluator(loaded.model, supernet, pool, KlDivergence(), Resources(memory=1 << 30, cache=3 << 30))
     dense = Dense(loaded.model, tokens(loaded, "train.txt", CALIBRATION), 4, torch.device("cpu"))
     problem = Problem(supernet.space, budget, uniform(supernet.space, budget), evaluator, dense)
-    held_out = HeldOut(supernet, "validation.txt", KlDivergence())
+    return problem, HeldOut(supernet, "validation.txt", KlDivergence()), HeldOut(supernet, "test.txt", CrossEntropy())
+
+
+def run(name: str, strategy_name: str, seed: int, limit: int, root: Path, resume: bool = False) -> None:
+    """One search; its curve is written after every point of it."""
+    problem, held_out, text = bench(name, root)
     strategy = STRATEGIES[strategy_name]()
     file = RESULTS / f"{name}.{strategy_name}.{seed}.json"
     state, begun, due, last = strategy.begin(problem, seed), time.perf_counter(), 0.0, problem.start
@@ -164,7 +171,6 @@ def run(name: str, strategy_name: str, seed: int, limit: int, root: Path, resume
             print(f"{name} {strategy_name} {seed}: {curve[-1]} after {time.perf_counter() - begun:.0f} s", flush=True)
             result = {"kind": name, "strategy": strategy_name, "seed": seed, "curve": curve, "allocation": list(state.parent)}
             write_atomic(file, (json.dumps(result) + "\n").encode())
-    text = HeldOut(supernet, "test.txt", CrossEntropy())
     result["perplexity"] = math.exp(text(state.parent).mean())
     result["dense_perplexity"] = math.exp(text((0,) * len(state.parent)).mean())
     write_atomic(file, (json.dumps(result) + "\n").encode())
@@ -256,7 +262,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run")
     one.add_argument("kind", choices=KINDS)
-    one.add_argument("strategy", choices=STRATEGIES)
+    one.add_argument("strategy", choices=STRATEGIES, nargs="+", help="one after the other")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--tokens", type=int, default=600_000)
     one.add_argument("--root", type=Path, default=cache_dir() / "benchmarks")
@@ -271,7 +277,8 @@ def main() -> None:
         plot()
         return
     keep_freed_memory()
-    run(given.kind, given.strategy, given.seed, given.tokens, given.root, given.resume)
+    for strategy in given.strategy:
+        run(given.kind, strategy, given.seed, given.tokens, given.root, given.resume)
 
 
 if __name__ == "__main__":
