@@ -89,8 +89,8 @@ def _selected(
 def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: Sequence[int], errors: float) -> Outcome:
     """Parent and leader on sequences that the leader was not found on: a few first, twice as many until the answer is clear.
 
-    A leader that is no better than its parent at any look has lost. At the last look half of the errors are enough: a gain that
-    is more likely real than not is worth having, once all that may be spent on the question has been.
+    At the last look half of the errors are enough: a gain that is more likely real than not is worth having, once all that may be
+    spent on the question has been. A leader whose gain would not be clear there if it stayed what it is has lost at once.
     """
     sequences = min(FEWEST, len(fresh))
     while True:
@@ -99,8 +99,9 @@ def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: S
         gains = losses[0] - losses[1]
         gain, error = float(gains.mean()), standard_error(gains)
         last = sequences == len(fresh)
-        clear = gain > 0 and gain > critical(LAST * errors if last else errors, sequences) * error
-        over = clear or last or gain <= 0
+        hope = critical(LAST * errors, len(fresh)) * error * (sequences / len(fresh)) ** 0.5
+        clear = gain > 0 and gain > (hope if last else critical(errors, sequences) * error)
+        over = clear or last or gain <= max(0.0, hope)
         survived = {1} if clear or not over else {0}
         measured.note([parent, leader], losses.mean(1), sequences, survived, time.perf_counter() - begun)
         if over:
