@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.strategies.base import Problem
+from search.strategies.checks import check_number, check_whole
 from search.strategies.rule import (
     Rule,
     Weights,
     by_block,
-    check_number,
-    check_whole,
     dense_of,
     sites,
     target_sparsity,

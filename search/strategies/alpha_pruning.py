@@ -16,10 +16,9 @@ from torch import Tensor
 from local_prune.devices import on_device
 from local_prune.members import finite
 from search.strategies.base import Dense, Problem
+from search.strategies.checks import check_choice, check_number
 from search.strategies.rule import (
     Rule,
-    check_choice,
-    check_number,
     dense_of,
     layers_of,
     sites,

@@ -21,8 +21,9 @@ import torch
 from local_prune.bonsai import ridge, strength_of
 from search.budget import Costs
 from search.strategies.base import Problem, Row, State, rng_state
+from search.strategies.checks import check_whole
 from search.strategies.measuring import Measured, sequences_for
-from search.strategies.rule import Rule, allowed, check_whole, only_allocation
+from search.strategies.rule import Rule, allowed, only_allocation
 from supernet.errors import InputError
 from supernet.space import Allocation
 

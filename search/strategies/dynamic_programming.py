@@ -16,9 +16,9 @@ import numpy as np
 
 from search.knapsack import knapsack
 from search.strategies.base import Problem, Row, State, first_state, rng_state
-from search.strategies.evolution import check_tokens, check_whole, draw
+from search.strategies.checks import check_choice, check_tokens, check_whole
+from search.strategies.evolution import draw
 from search.strategies.measuring import Measured
-from supernet.errors import InputError
 from supernet.space import Allocation
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,7 @@ class DynamicProgramming:
         check_whole("candidates", self.candidates, 1)
         check_whole("points", self.points, 1)
         check_tokens(self.tokens, "a score", "the comparison with the start")
-        if self.reference not in REFERENCES:
-            raise InputError(f"strategy.reference={self.reference} is not known; choose one of {', '.join(REFERENCES)}")
+        check_choice("reference", self.reference, REFERENCES)
 
     @property
     def tokens_per_generation(self) -> int:

@@ -14,8 +14,8 @@ import numpy as np
 
 from search.budget import Budget
 from search.strategies.base import Problem, Row, State, first_state, rng_state
+from search.strategies.checks import check_steps, check_whole
 from search.strategies.measuring import Measured, sequences_for
-from supernet.errors import InputError
 from supernet.space import Allocation
 
 ATTEMPTS = 50  # tries for each offspring before the space counts as exhausted
@@ -148,40 +148,3 @@ def few(most: int, rng: np.random.Generator) -> int:
 def _one(units: Iterable[int], rng: np.random.Generator) -> int | None:
     choice = list(units)
     return choice[int(rng.integers(len(choice)))] if choice else None
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """InputError unless a strategy's setting is a whole number that is large enough."""
-    if type(value) is not int or value < least:
-        raise InputError(f"strategy.{name}={value} must be a whole number of at least {least}")
-
-
-def check_steps(tokens: Sequence[int], survivors: Sequence[int]) -> None:
-    """InputError unless these are selection steps."""
-    for name, value in (("tokens", tokens), ("survivors", survivors)):
-        if not _are_whole(value):
-            raise InputError(f"strategy.{name}={value} must be a list of whole numbers, one for each selection step")
-    left, spent = list(survivors), list(tokens)
-    if not left or len(left) != len(spent) or left[-1] != 1 or min(left) < 1:
-        raise InputError(
-            f"strategy.survivors={left} must have one number for each of strategy.tokens={spent} "
-            "and end in 1; for example survivors=[4,1] tokens=[512,4096]"
-        )
-    if left != sorted(left, reverse=True) or min(spent) < 1 or spent != sorted(spent):
-        raise InputError(
-            f"strategy.survivors={left} must not rise, and strategy.tokens={spent} must be above 0 "
-            "and not fall; for example survivors=[4,1] tokens=[512,4096]"
-        )
-
-
-def check_tokens(tokens: Sequence[int], single: str, last: str) -> None:
-    """InputError unless these are two numbers of tokens: of one single measurement, and of the last comparison."""
-    if not _are_whole(tokens) or len(tokens) != 2 or min(tokens) < 1:
-        raise InputError(
-            f"strategy.tokens={tokens} must be a list of two whole numbers above 0, of {single} and of {last}; "
-            "for example [512,4096]"
-        )
-
-
-def _are_whole(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(type(number) is int for number in value)

@@ -22,10 +22,10 @@ from local_prune.devices import on_device
 from local_prune.members import finite
 from local_prune.statistics import Moments
 from search.strategies.base import Dense, Problem
+from search.strategies.checks import check_choice
 from search.strategies.rule import (
     Rule,
     Site,
-    check_choice,
     dense_of,
     input_moments,
     sites,

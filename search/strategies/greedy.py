@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from search.strategies.base import Problem, Row, State, first_state, rng_state
-from search.strategies.evolution import ATTEMPTS, affordable, check_tokens, check_whole, draw, exchange
+from search.strategies.checks import check_tokens, check_whole
+from search.strategies.evolution import ATTEMPTS, affordable, draw, exchange
 from search.strategies.measuring import Measured
 from supernet.space import Allocation
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from search.knapsack import relaxed
 from search.strategies.base import Problem, Row, State, first_state, rng_state
-from search.strategies.evolution import ATTEMPTS, check_whole, exchange
+from search.strategies.checks import check_whole
+from search.strategies.evolution import ATTEMPTS, exchange
 from search.strategies.measuring import Measured, sequences_for
 from search.strategies.proposals import PROPOSALS
 from search.strategies.race import Outcome, race

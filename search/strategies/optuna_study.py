@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.knapsack import knapsack, relaxed
 from search.strategies.base import Problem, Row, State, first_state, rng_state
+from search.strategies.checks import check_whole
 from search.strategies.measuring import Measured, sequences_for
 from supernet.errors import InputError
 from supernet.prunables import BITS, WEIGHTS
@@ -63,9 +64,7 @@ class OptunaStudy:
         if self.sampler not in SAMPLERS:
             raise InputError(f"strategy.sampler={self.sampler} must be one of {', '.join(SAMPLERS)}")
         for name, least in {"generations": 0, "offspring": SMALLEST[self.sampler], "tokens": 1, "knots": 1}.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise InputError(f"strategy.{name}={value} must be a whole number of at least {least}")
+            check_whole(name, getattr(self, name), least)
         if type(self.spread) not in (int, float) or not 0.0 < self.spread <= 1.0:
             raise InputError(f"strategy.spread={self.spread} must be a number above 0, and at most 1; 0.25 is a good start")
 

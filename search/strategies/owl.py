@@ -18,10 +18,10 @@ from torch import Tensor
 from local_prune.devices import on_device
 from local_prune.statistics import Moments
 from search.strategies.base import Dense, Problem
+from search.strategies.checks import check_number
 from search.strategies.rule import (
     Rule,
     by_block,
-    check_number,
     dense_of,
     input_moments,
     layers_of,

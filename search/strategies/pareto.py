@@ -19,7 +19,7 @@ import numpy as np
 from search.budget import Budget
 from search.knapsack import closest, uniform
 from search.strategies.base import Problem, Row, State, first_state, rng_state
-from search.strategies.evolution import check_whole
+from search.strategies.checks import check_whole
 from search.strategies.guided import DAMPING, Guided, next_damping
 from search.strategies.measuring import Measured, sequences_for
 from search.strategies.proposals import PROPOSALS

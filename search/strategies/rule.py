@@ -253,25 +253,6 @@ def input_moments(dense: Dense) -> tuple[dict[str, Moments], int]:
     return found, tokens
 
 
-def check_number(name: str, value: Any, lowest: float, highest: float, usual: str) -> None:
-    """InputError unless a setting is a number from `lowest` to `highest`."""
-    if type(value) not in (int, float) or not lowest <= value <= highest:
-        limits = f"from {lowest:g} to {highest:g}" if math.isfinite(highest) else f"of at least {lowest:g}"
-        raise InputError(f"strategy.{name}={value} must be a number {limits}; {usual} is the usual choice")
-
-
-def check_whole(name: str, value: Any, lowest: int, usual: str) -> None:
-    """InputError unless a setting is a whole number of at least `lowest`."""
-    if type(value) is not int or value < lowest:
-        raise InputError(f"strategy.{name}={value} must be a whole number of at least {lowest}; {usual} is the usual choice")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """InputError unless a setting is one of these words."""
-    if value not in choices:
-        raise InputError(f"strategy.{name}={value} is not known; choose one of {', '.join(choices)}")
-
-
 def wrong_kind(rule: str, needs: str, unit: Unit, instead: str) -> InputError:
     """Of a rule that has nothing to say about units of this kind."""
     return InputError(f"strategy={rule} is for {needs}, and {unit.name} is none ({unit.kind}); {instead}")

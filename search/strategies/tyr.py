@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.strategies.base import Problem
-from search.strategies.evolution import Evolution, check_whole, exchange, few
+from search.strategies.checks import check_whole
+from search.strategies.evolution import Evolution, exchange, few
 from supernet.space import Allocation
 
 
