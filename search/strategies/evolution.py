@@ -81,6 +81,21 @@ class Evolution(ABC):
         return list(found)
 
 
+@dataclass(frozen=True)
+class Exchanges(Evolution):
+    """Evolution whose offspring are the parent after a few exchanges.
+
+    Attributes:
+        max_exchanges: The most that an offspring makes.
+    """
+
+    max_exchanges: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("max_exchanges", self.max_exchanges, 1)
+
+
 def draw(tokens: int, problem: Problem, rng: np.random.Generator) -> np.ndarray:
     """Distinct sequences of the pool that hold at least so many tokens, or all of them."""
     return rng.permutation(problem.evaluate.sequences)[: sequences_for(tokens, problem)]

@@ -11,24 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.strategies.base import Problem
-from search.strategies.checks import check_whole
-from search.strategies.evolution import Evolution, exchange, few
+from search.strategies.evolution import Exchanges, exchange, few
 from supernet.space import Allocation
 
 
 @dataclass(frozen=True)
-class EvoPress(Evolution):
-    """Settings of EvoPress.
-
-    Attributes:
-        max_exchanges: The most switches that an offspring makes.
-    """
+class EvoPress(Exchanges):
+    """Settings of EvoPress."""
 
     max_exchanges: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole("max_exchanges", self.max_exchanges, 1)
 
     def propose(self, problem: Problem, parent: Allocation, rng: np.random.Generator) -> Allocation | None:
         """See `Evolution`."""
