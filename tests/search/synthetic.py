@@ -27,6 +27,7 @@ class Synthetic:
         noise: Standard deviation of what each sequence adds to each allocation.
         shift: Standard deviation of what each sequence adds to all allocations alike.
         error: Standard deviation of the error of first-order changes.
+        falling: Rates fall evenly from the first unit to the last, to about a quarter, instead of being drawn at random.
         calls: What was measured: allocations, and sequences.
         gradients: Sequences that gradients were taken on.
     """
@@ -36,6 +37,7 @@ class Synthetic:
     noise: float = 0.0
     shift: float = 0.0
     error: float = 0.0
+    falling: bool = False
     sequences: int = 40
     sequence_length: int = 16
     calls: list[tuple[list[Allocation], list[int]]] = field(default_factory=list)
@@ -44,8 +46,9 @@ class Synthetic:
     @property
     def losses(self) -> list[np.ndarray]:
         """Of each level of each unit; they add up."""
-        rates = np.random.default_rng(self.seed).lognormal(sigma=1.5, size=len(self.space.units))
-        units = zip(self.space.units, rates, strict=True)
+        count = len(self.space.units)
+        drawn = np.random.default_rng(self.seed).lognormal(sigma=1.5, size=count)
+        units = zip(self.space.units, 4.0 ** (-np.arange(count) / count) if self.falling else drawn, strict=True)
         return [np.array([rate * unit.sparsity(v) ** 2 for v in range(len(unit.levels))]) for unit, rate in units]
 
     @property

@@ -3,8 +3,8 @@
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,54 +15,29 @@ from hypothesis import strategies as st
 
 from search.budget import Budget, Limit, costs_of
 from search.knapsack import uniform
-from search.strategies.base import Problem, Row, State
+from search.strategies.base import Problem
 from search.strategies.optuna_study import SAMPLERS, SMALLEST, Curves, OptunaStudy, interpolation, kind_of, shifted
 from supernet.errors import InputError
 from supernet.space import Allocation, Level, Space, Unit
-from tests.search.synthetic import run
+from tests.search.synthetic import (
+    TRANSFORMER,
+    SpaceOf,
+    Synthetic,
+    budget_of,
+    make_problem,
+    run,
+    synthetic,
+    through_json,
+    without_seconds,
+)
 
-SpaceOf = Callable[..., Space]
-
-
-@dataclass
-class Synthetic:
-    """The first units of each kind are the most sensitive; each sequence adds something of its own, the same to all."""
-
-    space: Space
-    sequences: int = 20
-    sequence_length: int = 16
-    calls: list[tuple[list[Allocation], list[int]]] = field(default_factory=list)
-
-    def exact(self, allocation: Allocation) -> float:
-        units = self.space.units
-        return sum(
-            4.0 ** (-i / len(units)) * unit.sparsity(v) ** 2 for i, (unit, v) in enumerate(zip(units, allocation, strict=True))
-        )
-
-    def __call__(self, allocations: Sequence[Allocation], chosen: np.ndarray) -> np.ndarray:
-        self.calls.append((list(allocations), chosen.tolist()))
-        return np.array([[self.exact(a) + c for c in chosen] for a in allocations])
-
-    def changes(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
-        raise NotImplementedError
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(allocations) * len(chosen) for allocations, chosen in self.calls) * self.sequence_length
-
-
-TRANSFORMER = [(100, (8, 7, 6, 5, 4, 3, 2, 1, 0)), (3, (256, 224, 192, 160, 128, 96, 64, 32, 0))] * 8
-
-
-def make_problem(space: Space, sparsity: float = 0.4) -> Problem:
-    budget = Budget.from_sparsity(sparsity, space)
-    return Problem(space, budget, uniform(space, budget), Synthetic(space))
+BLOCKS = TRANSFORMER * 2  # eight, of nine levels
+EVALUATOR: dict[str, Any] = {"falling": True, "shift": 10.0}  # what depth tells is what curves can find
 
 
 @pytest.fixture
 def problem(space_of: SpaceOf) -> Problem:
-    """Eight blocks of nine levels."""
-    return make_problem(space_of(*TRANSFORMER))
+    return make_problem(space_of(*BLOCKS), **EVALUATOR)
 
 
 @pytest.fixture(params=SAMPLERS)
@@ -70,35 +45,20 @@ def strategy(request: pytest.FixtureRequest) -> OptunaStudy:
     return OptunaStudy(generations=6, offspring=6, tokens=60, sampler=request.param)
 
 
-def synthetic(problem: Problem) -> Synthetic:
-    assert isinstance(problem.evaluate, Synthetic)
-    return problem.evaluate
-
-
-def through_json(state: State) -> State:
-    """As a checkpoint keeps it."""
-    content = json.loads(json.dumps(asdict(state)))
-    return State(**(content | {"parent": tuple(content["parent"])}))
-
-
-def without_seconds(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    return [asdict(row) | {"seconds": 0.0} for row in rows]
-
-
 class TestSearch:
     @pytest.mark.parametrize("sparsity", [0.1, 0.437, 0.97])
     def test_the_budget_is_met_by_all_that_is_measured(self, strategy: OptunaStudy, space_of: SpaceOf, sparsity: float) -> None:
-        problem = make_problem(space_of(*TRANSFORMER), sparsity)
+        problem = make_problem(space_of(*BLOCKS), sparsity, **EVALUATOR)
         _, rows = run(strategy, problem)
         assert len({row.allocation for row in rows}) > 3
         assert all(problem.budget.met(row.allocation) for row in rows)
 
     def test_several_limits_are_all_kept(self, strategy: OptunaStudy, space_of: SpaceOf) -> None:
-        space = space_of(*TRANSFORMER)
+        space = space_of(*BLOCKS)
         costs = tuple(tuple((3, 1)[i % 2] * cost for cost in row) for i, row in enumerate(costs_of(space)))
         dense = sum(row[0] for row in costs)
         budget = Budget((*Budget.from_sparsity(0.3, space).limits, Limit("latency", int(0.65 * dense), dense, costs)))
-        problem = Problem(space, budget, uniform(space, budget), Synthetic(space))
+        problem = Problem(space, budget, uniform(space, budget), Synthetic(space, **EVALUATOR))
         states, rows = run(strategy, problem)
         assert states[-1].parent != problem.start
         assert all(problem.allows(row.allocation) for row in rows)
@@ -188,8 +148,7 @@ class TestSearch:
         """Of the larger budget, every other allocation leaves more than a step."""
         space = space_of(*units)
         start = tuple(len(unit.levels) - 1 if target == "lowest" else 0 for unit in space.units)
-        budget = Budget((Limit("parameters", space.cost(start), space.dense_cost, costs_of(space)),))
-        problem = Problem(space, budget, start, Synthetic(space))
+        problem = Problem(space, budget_of(space, space.cost(start)), start, Synthetic(space))
         states, rows = run(strategy, problem)
         assert rows == [] and synthetic(problem).calls == []
         assert (states[-1].exhausted, states[-1].parent, states[-1].generation) == (True, start, 0)
@@ -197,8 +156,7 @@ class TestSearch:
 
     def test_a_small_space_is_searched_to_its_end(self, strategy: OptunaStudy, space_of: SpaceOf) -> None:
         space = space_of((10, (4, 2)), (1, (9,)), (10, (4, 2)))
-        budget = Budget((Limit("parameters", space.dense_cost - 20, space.dense_cost, costs_of(space)),))
-        problem = Problem(space, budget, (1, 0, 0), Synthetic(space))
+        problem = Problem(space, budget_of(space, space.dense_cost - 20), (1, 0, 0), Synthetic(space, **EVALUATOR))
         states, rows = run(OptunaStudy(6, 6, 16, strategy.sampler, spread=1.0), problem)
         assert {row.allocation for row in rows} == {(1, 0, 0), (0, 0, 1)}
         assert states[-1].parent == (0, 0, 1)
@@ -211,7 +169,7 @@ class TestSearch:
                 losses[1::2] = np.nan
                 return losses
 
-        states, rows = run(strategy, Problem(problem.space, problem.budget, problem.start, Broken(problem.space)))
+        states, rows = run(strategy, Problem(problem.space, problem.budget, problem.start, Broken(problem.space, **EVALUATOR)))
         assert any(np.isnan(row.fitness) for row in rows)
         assert np.isfinite(states[-1].fitness)
 
