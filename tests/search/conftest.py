@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import PreTrainedModel
 
 from search.__main__ import main
 from search.config import CACHE_VARIABLE
@@ -45,6 +46,12 @@ def space_of() -> Callable[..., Space]:
 @pytest.fixture(scope="session")
 def random_space() -> Callable[..., Space]:
     return make_random_space
+
+
+@pytest.fixture(scope="module")
+def llama(model_of: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """A small random model that the tests of a file share. Not to be changed."""
+    return model_of("llama")
 
 
 @pytest.fixture
