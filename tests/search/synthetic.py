@@ -11,10 +11,13 @@ from search.budget import Budget, Limit, costs_of
 from search.knapsack import uniform
 from search.strategies.base import Problem, Row, State, Strategy
 from search.strategies.measuring import GRADIENT_COST
-from supernet.space import Allocation, Space
+from supernet.prunables import BITS
+from supernet.space import Allocation, Level, Space, Unit
 
 SpaceOf = Callable[..., Space]
 TRANSFORMER = [(1000, (8, 7, 6, 5, 4, 3, 2, 1, 0)), (30, (256, 224, 192, 160, 128, 96, 64, 32, 0))] * 4
+D_OUT, D_IN, GROUP, DENSE_BITS = 64, 256, 128, 16
+PER_GROUP = DENSE_BITS + 8  # a scale and a zero
 
 
 @dataclass
@@ -84,6 +87,17 @@ class Synthetic:
 def budget_of(space: Space, target: int) -> Budget:
     """At most so many parameters."""
     return Budget((Limit("parameters", target, space.dense_cost, costs_of(space)),))
+
+
+def bits_space(layers: int, widths: tuple[int, ...] = (8, 6, 4, 3, 2)) -> Space:
+    """Linear layers of alternating sizes, dense or with a scale and a zero for every group of codes."""
+    units = []
+    for index in range(layers):
+        d_out = D_OUT * (1 + index % 3)
+        levels = [Level(DENSE_BITS, DENSE_BITS * d_out * D_IN)]
+        levels += [Level(bits, d_out * (bits * D_IN + D_IN // GROUP * PER_GROUP)) for bits in widths]
+        units.append(Unit(f"layer.{index}", BITS, DENSE_BITS, tuple(levels)))
+    return Space(tuple(units))
 
 
 def make_problem(space: Space, sparsity: float = 0.4, **evaluator: Any) -> Problem:

@@ -1,18 +1,12 @@
 """A budget says what an allocation may cost, and whether it comes near enough."""
 
-from collections.abc import Callable
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from search.budget import Budget, Limit
 from supernet.errors import InputError
-from supernet.prunables import BITS
-from supernet.space import Level, Space, Unit
-
-SpaceOf = Callable[..., Space]
-TRANSFORMER = [(1000, (8, 7, 6, 5, 4, 3, 2, 1, 0)), (30, (256, 224, 192, 160, 128, 96, 64, 32, 0))] * 6
+from tests.search.synthetic import DENSE_BITS, TRANSFORMER, SpaceOf, bits_space
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.2, float("nan"), float("inf")])
@@ -88,22 +82,7 @@ def test_latencies_are_told_in_milliseconds() -> None:
     assert str(Limit("latency", 1_500_000, 6_000_000, ((6_000_000, 0),))) == "1.500 of 6.000 ms of all units to keep, 25.0%"
 
 
-D_OUT, D_IN, GROUP, DENSE = 64, 256, 128, 16
-PER_GROUP = DENSE + 8  # a scale and a zero
-
-
-def bits_space(layers: int, widths: tuple[int, ...] = (8, 6, 4, 3, 2)) -> Space:
-    """Linear layers of alternating sizes."""
-    units = []
-    for index in range(layers):
-        d_out = D_OUT * (1 + index % 3)
-        levels = [Level(DENSE, DENSE * d_out * D_IN)]
-        levels += [Level(bits, d_out * (bits * D_IN + D_IN // GROUP * PER_GROUP)) for bits in widths]
-        units.append(Unit(f"layer.{index}", BITS, DENSE, tuple(levels)))
-    return Space(tuple(units))
-
-
 def test_a_budget_below_the_narrowest_width_is_refused_in_bits() -> None:
     expected = r"budget\.bits=2 \(budget\.sparsity=0\.875\) cannot be met: .* take 2\.188 bits a weight, .*prune\.pruner\.bits$"
     with pytest.raises(InputError, match=expected):
-        Budget.from_sparsity(1 - 2 / DENSE, bits_space(6), "bits")
+        Budget.from_sparsity(1 - 2 / DENSE_BITS, bits_space(6), "bits")

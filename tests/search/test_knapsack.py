@@ -14,8 +14,8 @@ from search.knapsack import closest, knapsack, relaxed, uniform
 from supernet.errors import InputError
 from supernet.prunables import BITS, WEIGHTS
 from supernet.space import Allocation, Level, Space, Unit
+from tests.search.synthetic import D_IN, DENSE_BITS, TRANSFORMER, SpaceOf, bits_space
 
-SpaceOf = Callable[..., Space]
 SPACES: st.SearchStrategy[dict[str, int]] = st.builds(
     dict, seed=st.integers(0, 10_000), units=st.integers(1, 5), levels=st.integers(2, 4)
 )
@@ -100,18 +100,18 @@ def test_a_coarse_table_is_never_above_the_budget(
     assert all(gap > budget.first.target - space.cost(found) for gap in gaps)  # no unit could be a level denser
 
 
-TRANSFORMER = [(1000, (8, 7, 6, 5, 4, 3, 2, 1, 0)), (30, (256, 224, 192, 160, 128, 96, 64, 32, 0))] * 6
+SIX_BLOCKS = TRANSFORMER[:2] * 6
 
 
 @pytest.mark.parametrize("sparsity", [0.125, 0.25, 0.5, 0.625])
 def test_uniform_is_the_same_level_everywhere_where_the_grid_has_it(space_of: SpaceOf, sparsity: float) -> None:
-    space = space_of(*TRANSFORMER)
+    space = space_of(*SIX_BLOCKS)
     assert uniform(space, Budget.from_sparsity(sparsity, space)) == (round(sparsity * 8),) * 12
 
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.17, 0.3125, 0.44, 0.7])
 def test_uniform_spreads_what_the_grid_has_not(space_of: SpaceOf, sparsity: float) -> None:
-    space = space_of(*TRANSFORMER)
+    space = space_of(*SIX_BLOCKS)
     budget = Budget.from_sparsity(sparsity, space)
     allocation = uniform(space, budget)
     assert budget.met(allocation)
@@ -225,29 +225,15 @@ def test_a_limit_below_the_sparsest_levels_is_refused() -> None:
 
 # Bits
 
-D_OUT, D_IN, GROUP, DENSE = 64, 256, 128, 16
-PER_GROUP = DENSE + 8  # a scale and a zero
-
-
-def bits_space(layers: int, widths: tuple[int, ...] = (8, 6, 4, 3, 2)) -> Space:
-    """Linear layers of alternating sizes."""
-    units = []
-    for index in range(layers):
-        d_out = D_OUT * (1 + index % 3)
-        levels = [Level(DENSE, DENSE * d_out * D_IN)]
-        levels += [Level(bits, d_out * (bits * D_IN + D_IN // GROUP * PER_GROUP)) for bits in widths]
-        units.append(Unit(f"layer.{index}", BITS, DENSE, tuple(levels)))
-    return Space(tuple(units))
-
 
 @pytest.mark.parametrize("bits", [2.25, 2.5, 3.1, 4.1875, 4.25, 6, 8.2, 12])
 def test_an_average_of_bits_counts_scales_and_zeros(bits: float) -> None:
     space = bits_space(12)
-    weights = sum(unit.levels[0].cost for unit in space.units) // DENSE
-    budget = Budget.from_sparsity(1 - bits / DENSE, space, "bits")
+    weights = sum(unit.levels[0].cost for unit in space.units) // DENSE_BITS
+    budget = Budget.from_sparsity(1 - bits / DENSE_BITS, space, "bits")
     assert budget.first.kind == "bits"
     assert budget.first.target == pytest.approx(bits * weights, abs=1)
-    assert budget.first.dense == DENSE * weights
+    assert budget.first.dense == DENSE_BITS * weights
     allocation = uniform(space, budget)
     assert budget.met(allocation)
     average = space.cost(allocation) / weights
@@ -259,7 +245,7 @@ def test_an_average_of_bits_counts_scales_and_zeros(bits: float) -> None:
 def test_uniform_bits_are_the_same_width_everywhere_where_it_costs_just_that(bits: float, level: int) -> None:
     """Of every 128 codes there are a scale of 16 and a zero of 8 bits: 0.1875 a code."""
     space = bits_space(6)
-    allocation = uniform(space, Budget.from_sparsity(1 - bits / DENSE, space, "bits"))
+    allocation = uniform(space, Budget.from_sparsity(1 - bits / DENSE_BITS, space, "bits"))
     assert allocation == (level,) * 6 or (level == 0 and sum(allocation) == 1)  # one less than dense costs a level somewhere
 
 
