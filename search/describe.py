@@ -8,6 +8,7 @@ from local_prune.estimate import estimate
 from search.job import Job
 from search.knapsack import uniform
 from search.levels import mixture
+from search.strategies.rule import Rule
 from supernet.space import Allocation
 
 log = logging.getLogger(__name__)
@@ -30,4 +31,7 @@ def describe(job: Job) -> None:
     cost = estimate(job.loaded.model, job.calibration, job.pruner, space, weights, job.device)
     log.info("build: %s", cost)
     log.info("that is for each of %d rounds; the last rebuilds of 2 allocations take the same passes and fewer levels", rounds)
-    log.info("search: about %s forward tokens", f"{rounds * strategy.generations * strategy.tokens_per_generation:,}")
+    if isinstance(strategy, Rule) and not strategy.tokens_per_generation:
+        log.info("search: no allocation is measured; in each of %d rounds the rule looks at %s", rounds, strategy.looks_at)
+    else:
+        log.info("search: about %s forward tokens", f"{rounds * strategy.generations * strategy.tokens_per_generation:,}")

@@ -76,6 +76,8 @@ class AdaptPruner(Rule):
         sequences: Of the calibration text, that they are measured on.
     """
 
+    looks_at = "strategy.sequences of the calibration text, at most strategy.steps times"
+
     steps: int = 50
     amplitude: float = 0.02
     remeasure: bool = True

@@ -107,6 +107,8 @@ class AlphaPruning(Rule):
         tail: See `hill`.
     """
 
+    looks_at = "the weights alone"
+
     epsilon: float = 0.3
     by: str = "block"
     tail: str = "peak"

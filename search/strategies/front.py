@@ -35,6 +35,8 @@ class Front(Rule):
         file: A `front.json`.
     """
 
+    looks_at = "strategy.file alone"
+
     file: str
 
     def __post_init__(self) -> None:

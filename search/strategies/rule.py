@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,9 +34,15 @@ Visit = Callable[[SubBlock, Tensor, Mapping[str, Tensor], Tensor], None]
 
 
 class Rule:
-    """A strategy of one generation, which measures nothing unless it says so."""
+    """A strategy of one generation, which measures nothing unless it says so.
+
+    Attributes:
+        generations: How many.
+        looks_at: What its allocation comes from where it measures nothing, as `dry_run=true` says it.
+    """
 
     generations: int = 1
+    looks_at: ClassVar[str] = "the calibration text once"
 
     @property
     def tokens_per_generation(self) -> int:

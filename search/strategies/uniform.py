@@ -14,6 +14,8 @@ from supernet.space import Allocation
 class Uniform(Rule):
     """The uniform allocation of the space, whatever an earlier round found."""
 
+    looks_at = "the budget alone"
+
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
         """See `Rule`."""
         even = knapsack.uniform(problem.space, problem.budget)

@@ -26,6 +26,7 @@ from search.strategies.base import Problem, State, Strategy
 from search.strategies.bonsai import Bonsai
 from search.strategies.flap import Flap
 from search.strategies.owl import Owl
+from search.strategies.rule import Rule
 from search.strategies.shortgpt import ShortGPT
 from search.strategies.uniform import Uniform
 from supernet.architecture import sub_blocks
@@ -141,6 +142,9 @@ class TestEveryRule:
         problem = problem_of(space_of_kind(llama, "sub-blocks" if name == "shortgpt" else "KV groups"), 0.5, dense_of(llama, ids))
         state, _ = run(RULES[name], problem)
         assert state.tokens == (0 if name.startswith("alpha") else ids.numel())
+        rule = RULES[name]
+        assert isinstance(rule, Rule)
+        assert ("calibration text" in rule.looks_at) == (state.tokens > 0) and rule.tokens_per_generation == 0
 
     @pytest.mark.parametrize("name", [name.split()[0] for name in RULES if " " not in name])
     def test_its_file_has_its_defaults(self, name: str, conf: Any) -> None:
