@@ -130,6 +130,11 @@ def through_json(state: State) -> State:
     return State(**(content | {"parent": tuple(content["parent"])}))
 
 
+def as_json(states: Sequence[State]) -> list[str]:
+    """States that can be compared even where one holds a NaN, which equals nothing."""
+    return [json.dumps(asdict(state)) for state in states]
+
+
 def without_seconds(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """What must be the same in two runs."""
     return [asdict(row) | {"seconds": 0.0} for row in rows]

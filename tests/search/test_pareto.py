@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -23,6 +23,7 @@ from tests.search.synthetic import (
     TRANSFORMER,
     SpaceOf,
     Synthetic,
+    as_json,
     budget_of,
     make_problem,
     run,
@@ -65,11 +66,6 @@ def two_limits(space: Space, sparsity: float = 0.6) -> Problem:
 
 def allocations(state: State) -> list[Allocation]:
     return [tuple(point["allocation"]) for point in state.memory["front"]]
-
-
-def as_json(states: list[State]) -> list[str]:
-    """States that may hold a NaN, which equals nothing."""
-    return [json.dumps(asdict(state)) for state in states]
 
 
 # Pareto

@@ -17,12 +17,14 @@ from search.strategies.dynamic_programming import DynamicProgramming
 from search.strategies.evopress import EvoPress
 from search.strategies.greedy import Greedy
 from search.strategies.guided import Guided
+from search.strategies.pareto import Pareto
 from search.strategies.random import Random
 from search.strategies.tyr import Tyr
 from tests.search.synthetic import (
     TRANSFORMER,
     SpaceOf,
     Synthetic,
+    as_json,
     budget_of,
     last_step,
     make_problem,
@@ -37,6 +39,7 @@ STEPS: dict[str, Any] = {"generations": 12, "offspring": 8, "tokens": [32, 64, 1
 STRATEGIES: dict[str, Strategy] = {
     "guided": Guided(generations=12, offspring=8, proposal_tokens=32, tokens=64, growth=8),
     "guided by forward passes": Guided(generations=12, offspring=8, proposal="forward", proposal_tokens=64, tokens=64, growth=8),
+    "pareto": Pareto(points=4, generations=12, offspring=8, proposal_tokens=32, tokens=64, growth=8),
     "evopress": EvoPress(**STEPS),
     "evopress in one step": EvoPress(generations=12, offspring=8, tokens=[100], survivors=[1], max_exchanges=1),
     "tyr": Tyr(**STEPS),
@@ -62,15 +65,23 @@ def strategy(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+@pytest.fixture
+def one_budget(strategy: Strategy) -> None:
+    """For what holds where a generation works at the problem's budget alone."""
+    if isinstance(strategy, Pareto):
+        pytest.skip("works at several budgets; what holds of each is in test_pareto.py")
+
+
 class TestEveryStrategy:
     @pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.437, 0.8, 0.97])
     def test_the_budget_is_met_by_all_that_may_be_chosen(self, strategy: Strategy, space_of: SpaceOf, sparsity: float) -> None:
         problem = make_problem(space_of(*TRANSFORMER), sparsity, noise=0.05)
         states, rows = run(strategy, problem)
         assert rows
-        for generation in range(states[-1].generation):
-            assert all(problem.budget.met(row.allocation) for row in last_step(rows, generation))
         assert all(problem.budget.met(state.parent) for state in states)
+        if not isinstance(strategy, Pareto):  # whose rows are of several budgets
+            for generation in range(states[-1].generation):
+                assert all(problem.budget.met(row.allocation) for row in last_step(rows, generation))
 
     @pytest.mark.parametrize("seed", [seed for seed in range(10) if seed != 7])  # that one has hardly a choice
     def test_odd_spaces_are_no_exception(self, strategy: Strategy, random_space: SpaceOf, seed: int) -> None:
@@ -90,13 +101,15 @@ class TestEveryStrategy:
         problem = Problem(space, budget, uniform(space, budget), Synthetic(space))
         states, rows = run(strategy, problem)
         assert states[-1].parent != problem.start
-        for generation in range(states[-1].generation):
-            assert all(problem.allows(row.allocation) for row in last_step(rows, generation))
+        assert all(problem.allows(state.parent) for state in states)
+        if not isinstance(strategy, Pareto):
+            for generation in range(states[-1].generation):
+                assert all(problem.allows(row.allocation) for row in last_step(rows, generation))
 
     def test_a_seed_gives_the_same_run_and_another_one_another(self, strategy: Strategy, problem: Problem) -> None:
         states, rows = run(strategy, problem, seed=1)
         again, rows_again = run(strategy, problem, seed=1)
-        assert states[1:] == again[1:]
+        assert as_json(states) == as_json(again)
         assert without_seconds(rows) == without_seconds(rows_again)
         assert without_seconds(run(strategy, problem, seed=2)[1]) != without_seconds(rows)
 
@@ -112,7 +125,7 @@ class TestEveryStrategy:
         states, rows = run(strategy, problem)
         tokens = synthetic(problem).tokens
         resumed, rows_resumed = run(strategy, problem, pause=through_json)
-        assert resumed[1:] == states[1:]
+        assert as_json(resumed) == as_json(states)
         assert without_seconds(rows_resumed) == without_seconds(rows)
         assert synthetic(problem).tokens == 2 * tokens  # nothing was measured again
 
@@ -121,7 +134,7 @@ class TestEveryStrategy:
         while state.generation < strategy.generations and not state.exhausted:
             before = json.dumps(asdict(state))
             first, second = strategy.advance(problem, state), strategy.advance(problem, state)
-            assert first[0] == second[0]
+            assert as_json([first[0]]) == as_json([second[0]])
             assert json.dumps(asdict(state)) == before
             state = first[0]
 
@@ -130,6 +143,7 @@ class TestEveryStrategy:
         seen = [(row.generation, row.step, row.allocation) for row in rows]
         assert len(seen) == len(set(seen))
 
+    @pytest.mark.usefixtures("one_budget")
     def test_the_parent_stays_unless_it_is_beaten_on_the_same_tokens(self, strategy: Strategy, problem: Problem) -> None:
         states, rows = run(strategy, problem)
         for before, after in itertools.pairwise(states):
@@ -155,15 +169,20 @@ class TestEveryStrategy:
             assert shifts == pytest.approx([shifts[0]] * len(shifts))
             assert len({row.tokens for row in step}) == 1
 
-    def test_survivors_and_tokens_are_recorded(self, strategy: Strategy, problem: Problem) -> None:
+    def test_all_that_is_measured_is_recorded(self, strategy: Strategy, problem: Problem) -> None:
         states, rows = run(strategy, problem)
         assert states[-1].tokens == synthetic(problem).tokens
-        assert states[-1].tokens <= strategy.tokens_per_generation * strategy.generations * 1.2
         assert {a for allocations, _ in synthetic(problem).calls for a in allocations} == {row.allocation for row in rows}
+
+    @pytest.mark.usefixtures("one_budget")
+    def test_survivors_are_recorded_for_no_more_tokens_than_told(self, strategy: Strategy, problem: Problem) -> None:
+        states, rows = run(strategy, problem)
+        assert states[-1].tokens <= strategy.tokens_per_generation * strategy.generations * 1.2
         for generation, state in enumerate(states[1:]):
             (survivor,) = [row.allocation for row in last_step(rows, generation) if row.survived]
             assert survivor == state.parent
 
+    @pytest.mark.usefixtures("one_budget")
     @pytest.mark.parametrize("target", ["lowest", "dense"])
     def test_a_space_of_one_point_ends_at_once(self, strategy: Strategy, space_of: SpaceOf, target: str) -> None:
         """Of the larger budget, every other allocation leaves more than a step."""
