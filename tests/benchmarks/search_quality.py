@@ -169,7 +169,8 @@ def run(name: str, strategy_name: str, seed: int, limit: int, root: Path, resume
             curve.append(point(state.tokens, state.parent, last, held_out))
             last, due = state.parent, 1.25 * state.tokens
             print(f"{name} {strategy_name} {seed}: {curve[-1]} after {time.perf_counter() - begun:.0f} s", flush=True)
-            result = {"kind": name, "strategy": strategy_name, "seed": seed, "curve": curve, "allocation": list(state.parent)}
+            result = {"kind": name, "strategy": strategy_name, "seed": seed, "dtype": str(problem.dense.model.dtype)}
+            result |= {"curve": curve, "allocation": list(state.parent)}
             write_atomic(file, (json.dumps(result) + "\n").encode())
     result["perplexity"] = math.exp(text(state.parent).mean())
     result["dense_perplexity"] = math.exp(text((0,) * len(state.parent)).mean())
