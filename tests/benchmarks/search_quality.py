@@ -40,6 +40,7 @@ from search.fitness import CrossEntropy, Fitness, KlDivergence
 from search.knapsack import uniform
 from search.levels import Grid, mixture
 from search.memory import keep_freed_memory
+from search.models import LoadedModel
 from search.strategies.adapt_pruner import AdaptPruner
 from search.strategies.alpha_pruning import AlphaPruning
 from search.strategies.base import Dense, Problem, Strategy, rng_state
@@ -107,11 +108,11 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
 RULES = ("uniform", "owl", "alpha_pruning", "flap", "adapt_pruner", "bonsai")
 
 
-def supernet_of(kind: Kind, root: Path) -> Supernet:
+def supernet_of(kind: Kind, loaded: LoadedModel, root: Path) -> Supernet:
     """The finished supernet of a kind: found below the root, or built."""
-    loaded = smollm2()
     window = kind.grid.first(kind.pruner.prunables(sub_blocks(loaded.model)))
-    supernet = Supernet.open_or_create(root, window.space, {"benchmark": kind.name, "calibration": CALIBRATION})
+    described = {"benchmark": kind.name, "calibration": CALIBRATION, "dtype": str(loaded.model.dtype)}
+    supernet = Supernet.open_or_create(root, window.space, described)
     supernet.refresh()
     if not supernet.complete:
         even = uniform(window.space, Budget.from_sparsity(0.5, window.space))
@@ -124,8 +125,7 @@ def supernet_of(kind: Kind, root: Path) -> Supernet:
 class HeldOut:
     """Losses on text that no search sees, each allocation once."""
 
-    def __init__(self, supernet: Supernet, file: str, fitness: Fitness) -> None:
-        loaded = smollm2()
+    def __init__(self, loaded: LoadedModel, supernet: Supernet, file: str, fitness: Fitness) -> None:
         ids = tokens(loaded, file, HELD_OUT)
         self.evaluate = GenerationEvaluator(loaded.model, supernet, ids, fitness, Resources(memory=1 << 29, cache=0))
         self.known: dict[Allocation, np.ndarray] = {}
@@ -141,13 +141,15 @@ class HeldOut:
 def bench(name: str, root: Path) -> tuple[Problem, HeldOut, HeldOut]:
     """The problem of a kind, and what allocations are measured by in the end: KL divergence, and loss on the test text."""
     kind, loaded = KINDS[name], smollm2()
-    supernet = supernet_of(kind, root)
+    supernet = supernet_of(kind, loaded, root)
     budget = Budget.from_sparsity(kind.sparsity, supernet.space)
     pool = tokens(loaded, "train.txt", CALIBRATION + POOL)[CALIBRATION:]
     evaluator = GenerationEvaluator(loaded.model, supernet, pool, KlDivergence(), Resources(memory=1 << 30, cache=3 << 30))
     dense = Dense(loaded.model, tokens(loaded, "train.txt", CALIBRATION), 4, torch.device("cpu"))
     problem = Problem(supernet.space, budget, uniform(supernet.space, budget), evaluator, dense)
-    return problem, HeldOut(supernet, "validation.txt", KlDivergence()), HeldOut(supernet, "test.txt", CrossEntropy())
+    texts = {"validation.txt": KlDivergence(), "test.txt": CrossEntropy()}
+    held_out, text = (HeldOut(loaded, supernet, file, fitness) for file, fitness in texts.items())
+    return problem, held_out, text
 
 
 def run(name: str, strategy_name: str, seed: int, limit: int, root: Path, resume: bool = False) -> None:
@@ -225,11 +227,11 @@ def plot() -> None:
     """A picture for each supernet: held-out KL against forward tokens, one line a strategy (median) and its range over seeds."""
     found = results()
     for kind in KINDS:
-        figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
         curves = {name: runs for (of, name), runs in found.items() if of == kind and name not in RULES}
         points = {name: runs for (of, name), runs in found.items() if of == kind and name in RULES}
         if not curves:
             continue
+        figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
         styles = [(color, line) for line in ("-", "--", ":") for color in pyplot.get_cmap("tab10").colors[:7]]
         for (name, runs), (color, line) in zip(curves.items(), styles, strict=False):
             spent = sorted({p["tokens"] for one in runs for p in one["curve"] if p["tokens"] >= LEAST_DRAWN})
