@@ -176,7 +176,7 @@ def _search(
     pool, space = job.tokens["search"].ids, supernet.space
     seed = int(np.random.SeedSequence([int(job.config.seed), index]).generate_state(1)[0])
     with closing(GenerationEvaluator(job.loaded.model, supernet, pool, job.fitness, job.resources)) as evaluator:
-        problem = Problem(space, budget, start, evaluator, job.dense)
+        problem = Problem(space, budget, start, evaluator, job.dense, supernet.errors)
         state = state or job.strategy.begin(problem, seed)
         for _ in track(range(state.generation, job.strategy.generations), f"{title}: search"):
             with job.directory.stage("search"):

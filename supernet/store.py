@@ -139,6 +139,12 @@ class Supernet:
             write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=1).encode())
             self.manifest = manifest
 
+    @property
+    def errors(self) -> list[list[float] | None]:
+        """Relative squared output errors of each unit's levels, 0 for the dense one; None for what was built without any."""
+        records = (self.manifest["units"].get(unit.name, {}).get("errors") for unit in self.space.units)
+        return [None if record is None else [0.0, *record] for record in records]
+
     def candidate(self, unit: int, level: int, device: torch.device | str = "cpu") -> Candidate:
         """The candidate of a unit (index in the space) at a level of at least 1, decoded on `device` from what is stored.
 

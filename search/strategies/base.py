@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -34,13 +35,19 @@ class Dense:
 
 @dataclass(frozen=True)
 class Problem:
-    """Find the allocation of `space` that meets `budget` with the smallest fitness, beginning at `start`."""
+    """Find the allocation of `space` that meets `budget` with the smallest fitness, beginning at `start`.
+
+    Attributes:
+        errors: For each unit (levels,), the relative squared output errors of its candidates when they were built, 0 for the
+            dense level; None for units whose pruner records none.
+    """
 
     space: Space
     budget: Budget
     start: Allocation
     evaluate: Evaluator
     dense: Dense | None = None
+    errors: Sequence[Sequence[float] | None] | None = None
 
     def allows(self, allocation: Allocation) -> bool:
         """Whether it meets the budget: to within one smallest step, or as nearly as the start."""

@@ -24,20 +24,17 @@ from search.strategies.base import Problem, Row, State, first_state, rng_state
 from search.strategies.checks import check_whole
 from search.strategies.evolution import ATTEMPTS, exchange
 from search.strategies.measuring import Measured, sequences_for
-from search.strategies.proposals import PROPOSALS
+from search.strategies.proposals import PROPOSALS, Changes
 from search.strategies.race import Outcome, race
 from supernet.errors import InputError
 from supernet.space import Allocation
 
-DAMPING = 8.0  # at first
 RATIO = 2.0  # between neighbouring dampings of a generation
 LEAST = 0.05  # sparsity that distances are measured by
 DENSER = 0.2  # price of going denser, of that of going sparser
 SPREAD = 0.7  # of the logarithm of a unit's price, in those offspring whose prices are drawn
 EXCHANGES = 3  # at most, of a blind offspring
 HIGHEST, LOWEST = 1e4, 1e-2  # dampings
-
-Changes = Sequence[np.ndarray]  # (levels,) of each unit: predicted change of the fitness
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Guided:
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""
-        return first_state(problem, seed, {"damping": DAMPING, "known": {}})
+        return first_state(problem, seed, {"damping": PROPOSALS[self.proposal].damping, "known": {}})
 
     def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
         """See `Strategy`."""
@@ -93,8 +90,8 @@ class Guided:
         known = {int(sequence): loss for sequence, loss in memory["known"].items()}
         measured = Measured(problem, state.generation, {state.parent: known})
         seen = sequences_for(self.predicted_on, problem)
-        changes, remembered = PROPOSALS[self.proposal].predict(measured, state, order[:seen], rng)
-        offspring = self.propose(problem, state, changes, rng)
+        predictions, remembered = PROPOSALS[self.proposal].predict(problem, measured, state, order[:seen], rng)
+        offspring = self.propose(problem, state, predictions, rng)
         if not offspring:
             return replace(state, tokens=state.tokens + measured.tokens, exhausted=True), []
         unseen = order[seen:] + order[:seen]  # what the prediction was not made on comes first
@@ -108,18 +105,21 @@ class Guided:
         tokens = state.tokens + measured.tokens
         return State(parent, fitness, state.generation + 1, tokens, rng_state(rng), memory=memory), measured.rows
 
-    def propose(self, problem: Problem, state: State, changes: Changes, rng: np.random.Generator) -> dict[Allocation, float]:
-        """Distinct allocations, none like the parent, each with its damping."""
+    def propose(
+        self, problem: Problem, state: State, predictions: Sequence[Changes], rng: np.random.Generator
+    ) -> dict[Allocation, float]:
+        """Distinct allocations, none like the parent, each with its damping; predictions take turns."""
         found: dict[Allocation, float] = {}
         if state.generation == 0:  # the plain knapsack, too
-            _add(found, problem, state.parent, relaxed(changes, problem.budget), LOWEST)
-        prices = prices_of(problem, state.parent, changes)
+            _add(found, problem, state.parent, relaxed(predictions[0], problem.budget), LOWEST)
+        priced = [(changes, prices_of(problem, state.parent, changes)) for changes in predictions]
         for attempt in range(4 * self.offspring):
             if len(found) >= self.offspring:
                 break
             damping = state.memory["damping"] * RATIO ** (attempt % self.offspring - self.offspring / 2)
-            drawn = np.exp(SPREAD * rng.standard_normal(len(prices)))  # also where it is not used: each attempt draws as much
-            factors = drawn if attempt % 2 or attempt >= self.offspring else np.ones(len(prices))
+            drawn = np.exp(SPREAD * rng.standard_normal(len(state.parent)))  # also where unused: each attempt draws as much
+            factors = drawn if attempt % 2 or attempt >= self.offspring else np.ones(len(state.parent))
+            changes, prices = priced[attempt % len(priced)]
             losses = [g + damping * factor * price for g, price, factor in zip(changes, prices, factors, strict=True)]
             _add(found, problem, state.parent, relaxed(losses, problem.budget), damping)
         for _ in range(ATTEMPTS * self.offspring):  # where predictions give too little, blind exchanges

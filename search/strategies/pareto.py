@@ -20,7 +20,7 @@ from search.budget import Budget
 from search.knapsack import closest, uniform
 from search.strategies.base import Problem, Row, State, first_state, rng_state
 from search.strategies.checks import check_whole
-from search.strategies.guided import DAMPING, Guided, next_damping
+from search.strategies.guided import Guided, next_damping
 from search.strategies.measuring import Measured, sequences_for
 from search.strategies.proposals import PROPOSALS
 from search.strategies.race import Outcome, race
@@ -35,9 +35,9 @@ class Point:
         target: Of the first limit.
         start: The uniform allocation; where none comes within a step of the budget, one that comes as near will do.
         allocation: The best so far.
+        damping: See `search.strategies.guided`.
         fitness: Its fitness where it was last measured; None before that.
         tokens: How many it was measured on there.
-        damping: See `search.strategies.guided`.
         visits: Generations that worked here.
         remembered: What the proposal remembers.
         known: Losses of the allocation, by sequence (text, as JSON has it).
@@ -46,9 +46,9 @@ class Point:
     target: int
     start: Allocation
     allocation: Allocation
+    damping: float
     fitness: float | None = None
     tokens: int = 0
-    damping: float = DAMPING
     visits: int = 0
     remembered: dict[str, Any] = field(default_factory=dict)
     known: dict[str, float] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class Pareto(Guided):
         front = []
         for index, budget in enumerate(budgets_of(problem.budget, self.points)):
             start = problem.start if index == 0 else uniform(problem.space, budget)
-            front.append(Point(budget.first.target, start, start))
+            front.append(Point(budget.first.target, start, start, PROPOSALS[self.proposal].damping))
         return first_state(problem, seed, {"front": [point.to_json() for point in front]})
 
     def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
@@ -153,9 +153,10 @@ class _Generation:
         here = self.front[at]
         memory = {**here.remembered, "damping": here.damping}
         source = State(here.allocation, math.nan, here.visits, 0, rng_state(self.rng), memory=memory)
-        changes, remembered = PROPOSALS[self.settings.proposal].predict(self.measured, source, self.order[:seen], self.rng)
+        proposal, problem = PROPOSALS[self.settings.proposal], self.problems[at]
+        predictions, remembered = proposal.predict(problem, self.measured, source, self.order[:seen], self.rng)
         self.front[at] = replace(here, remembered=remembered, visits=here.visits + 1)
-        offspring = self.settings.propose(self.problems[at], source, changes, self.rng)
+        offspring = self.settings.propose(problem, source, predictions, self.rng)
         offspring = self._with_repaired(at, offspring, beside)
         outcome = self._race(at, offspring, unseen)
         if outcome is not None:
@@ -164,7 +165,7 @@ class _Generation:
         raced = [outcome]
         few = replace(self.settings, offspring=max(1, self.settings.offspring // 2))
         for index in beside:
-            offspring = few.propose(self.problems[index], source, changes, self.rng)
+            offspring = few.propose(self.problems[index], source, predictions, self.rng)
             raced.append(self._race(index, self._with_repaired(index, offspring, [at]), unseen))
         return any(one is not None for one in raced)
 

@@ -1,8 +1,9 @@
 """Predictions of what each level of each unit would change, for `search.strategies.guided`.
 
 `Gradient` takes one gradient of the fitness at the parent. `Forward` runs forward passes only, as Bonsai does (Dery et al. 2024):
-allocations around the parent in complementary pairs, which move many units at once, and a regression of fitness on what moved,
-over all that has been measured so far.
+complementary pairs of allocations, which move many units at once, and a regression of fitness on what moved, over all that has
+been measured so far. What a unit's levels cost is taken from the errors that its candidates had when they were built; how much
+a unit's error weighs is what is learned (SPDY, Frantar and Alistarh 2022, searches such weights at random).
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ import numpy as np
 import torch
 
 from local_prune.bonsai import kendall_tau
+from search.knapsack import relaxed
 from search.strategies.base import Problem, State
 from search.strategies.measuring import GRADIENT_COST, Measured
 from supernet.space import Allocation
 
 STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # of the ridge, by the mean of the kernel's diagonal
+CAUTION = (1.0, 3.0, 10.0)  # times the strength that ranks best: offspring of predictions that believe the data less
 FOLDS = 8
-REACH = 2  # levels that a unit moves in a perturbation, at most
-SHARES = {"unit": 0.4, "kind": 0.3, "depth": 0.3}  # of the prior variance: a unit's own, its kind's, that of units of like depth
-WIDTH = 0.1  # of the depth that is alike, as a share of all blocks
+SHARES = {"unit": 0.35, "kind": 0.35, "depth": 0.15, "both": 0.15}  # of the prior variance: who is alike
+WIDTH = 0.05  # of the depth that is alike, as a share of all blocks
+SPREAD = 0.7  # of a pair's weights, in standard deviations of the prior
+NOISE = 0.3  # of those offspring whose weights are drawn around what was learned
+DRAWN = 5  # of them
+
+Changes = Sequence[np.ndarray]  # (levels,) of each unit: predicted change of the fitness
 
 
 class Proposal(Protocol):
@@ -41,10 +48,15 @@ class Proposal(Protocol):
         """Of text, that a prediction is made on unless the user says otherwise."""
         ...
 
+    @property
+    def damping(self) -> float:
+        """Of the first generation's offspring: how little a prediction is believed far from the parent."""
+        ...
+
     def predict(
-        self, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
-    ) -> tuple[list[np.ndarray], dict[str, Any]]:
-        """Predicted changes of the fitness, (levels,) of each unit, and what is to be remembered for the next generation."""
+        self, problem: Problem, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
+    ) -> tuple[list[Changes], dict[str, Any]]:
+        """Predicted changes of the fitness, one prediction or several, and what is to be remembered for the next generation."""
         ...
 
     def learn(
@@ -60,12 +72,13 @@ class Gradient:
 
     cost: int = GRADIENT_COST
     tokens: int = 2048
+    damping: float = 8.0
 
     def predict(
-        self, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
-    ) -> tuple[list[np.ndarray], dict[str, Any]]:
+        self, problem: Problem, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
+    ) -> tuple[list[Changes], dict[str, Any]]:
         """See `Proposal`."""
-        return measured.changes(state.parent, sequences), {}
+        return [measured.changes(state.parent, sequences)], {}
 
     def learn(
         self, remembered: dict[str, Any], measured: Measured, parent: Allocation, offspring: Sequence[Allocation]
@@ -78,36 +91,38 @@ class Gradient:
 class Forward:
     """Ridge regression of the difference within complementary pairs on what differs.
 
-    Each pair is run on a sequence of its own: parent + moves and parent - moves. Curvature, which both share, drops out of
-    their difference. Coefficients are the loss of a unit by the share of its dense cost that is removed, with a prior under which
-    units of a kind, and units of like depth, are alike; moves are drawn from the same prior. How far to believe in the data is
-    chosen by the rank correlation of predictions with pairs that were left out.
+    The loss is taken for a weighted sum over units of the errors of their candidates (`curves_of`). The logarithms of the weights
+    have a prior under which units of a kind, and units of like depth, are alike. A pair is what the knapsack takes under weights
+    drawn from it around what is known so far, and under the opposite ones; it is run on a sequence of its own. What both sides
+    share drops out of their difference. How far to believe in the data is chosen by the rank correlation of predictions with
+    pairs that were left out.
     """
 
     cost: int = 2
     tokens: int = 8192
+    damping: float = 0.25
 
     def predict(
-        self, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
-    ) -> tuple[list[np.ndarray], dict[str, Any]]:
-        """See `Proposal`."""
-        problem = measured.problem
-        shares, covariance = shares_of(problem), prior_of(problem)
+        self, problem: Problem, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
+    ) -> tuple[list[Changes], dict[str, Any]]:
+        """See `Proposal`: predictions that believe the data less and less, then others drawn around the first."""
+        curves, root = curves_of(problem), np.linalg.cholesky(prior_of(problem))
         pairs = list(state.memory.get("pairs", []))
+        known = learned(pairs, curves, root)[0]
         for sequence in sequences:
-            plus, minus = _pair(problem, state.parent, covariance, rng)
-            if plus == minus:
+            drawn = SPREAD * root @ rng.standard_normal(len(curves))
+            sides = [relaxed(_weighted(curves, known + sign * drawn), problem.budget) for sign in (1, -1)]
+            if sides[0] == sides[1]:
                 continue
             begun = time.perf_counter()
-            losses = measured.losses([plus, minus], [sequence])[:, 0]
-            measured.note([plus, minus], losses, 1, set(), time.perf_counter() - begun)
-            pairs.append([list(plus), list(minus), float(losses[0] - losses[1])])
-        if not pairs:
-            return [np.zeros(len(row)) for row in shares], {"pairs": pairs}
-        removed = np.array([[[row[level] for row, level in zip(shares, one, strict=True)] for one in pair[:2]] for pair in pairs])
-        slopes = regressed(removed[:, 0] - removed[:, 1], np.array([pair[2] for pair in pairs]), covariance)
-        changes = [slope * (row - row[level]) for slope, row, level in zip(slopes, shares, state.parent, strict=True)]
-        return changes, {"pairs": pairs}
+            losses = measured.losses(sides, [sequence])[:, 0]
+            measured.note(sides, losses, 1, set(), time.perf_counter() - begun)
+            pairs.append([*map(list, sides), float(losses[0] - losses[1])])
+        logarithms = learned(pairs, curves, root)
+        logarithms += [logarithms[0] + NOISE * root @ rng.standard_normal(len(curves)) for _ in range(DRAWN)]
+        weighted = [_weighted(curves, one) for one in logarithms]
+        changes = [[row - row[level] for row, level in zip(rows, state.parent, strict=True)] for rows in weighted]
+        return list(changes), {"pairs": pairs}
 
     def learn(
         self, remembered: dict[str, Any], measured: Measured, parent: Allocation, offspring: Sequence[Allocation]
@@ -125,24 +140,38 @@ class Forward:
 PROPOSALS: dict[str, Proposal] = {"gradient": Gradient(), "forward": Forward()}
 
 
-def shares_of(problem: Problem) -> list[np.ndarray]:
-    """(levels,) of each unit: what is removed of its dense cost at each level."""
-    return [1.0 - np.array(costs) / max(1, costs[0]) for costs in problem.budget.leading.costs]
+def curves_of(problem: Problem) -> list[np.ndarray]:
+    """(levels,) of each unit: what its candidates lose, their recorded errors by the unit's dense cost; together 1 at the start.
+
+    A candidate that makes up for errors in front of its unit misses a part of its target at every level: what the first step
+    loses is at most what the second one shows. Units without recorded errors lose the square of the share that is removed.
+    """
+    curves = []
+    errors = problem.errors or [None] * len(problem.space.units)
+    for row, costs in zip(errors, problem.budget.leading.costs, strict=True):
+        cost = np.array(costs, dtype=float)
+        if row is None:
+            loss = (1.0 - cost / max(1.0, cost[0])) ** 2
+        else:
+            loss = np.array(row, dtype=float)
+            if len(loss) > 2 and cost[1] > cost[2]:
+                first = min(loss[1], max(0.0, loss[2] - loss[1]) * (cost[0] - cost[1]) / (cost[1] - cost[2]))
+                loss[1:] -= loss[1] - first
+        curves.append(loss * max(1.0, cost[0]))
+    total = sum(curve[level] for curve, level in zip(curves, problem.start, strict=True))
+    return [curve / total for curve in curves] if total > 0 else curves
 
 
 def prior_of(problem: Problem) -> np.ndarray:
-    """Covariance of the units' coefficients, (units, units): their own, their kind's and that of their depth."""
+    """Covariance of the logarithms of the units' weights, (units, units): a unit's own, its kind's, its depth's, that of both."""
     units = problem.space.units
     kinds = [(unit.kind, "".join(letter for letter in unit.name if not letter.isdigit())) for unit in units]
     depth = np.array([_block(unit.name) for unit in units], dtype=float)
     depth = (depth - depth.min()) / max(1.0, np.ptp(depth))
     same = np.array([[a == b for b in kinds] for a in kinds], dtype=float)
     near = np.exp(-0.5 * ((depth[:, None] - depth) / WIDTH) ** 2)
-    # What a unit has at stake grows with its size: shares of large units weigh more.
-    size = np.array([max(1, costs[0]) for costs in problem.budget.leading.costs], dtype=float) ** 0.5
-    size = size / size.mean()
-    covariance = SHARES["unit"] * np.eye(len(units)) + SHARES["kind"] * same * near + SHARES["depth"] * near
-    return np.asarray(covariance * size[:, None] * size)
+    shared = SHARES["kind"] * same + SHARES["depth"] * near + SHARES["both"] * same * near
+    return np.asarray(SHARES["unit"] * np.eye(len(units)) + shared)
 
 
 def _block(name: str) -> int:
@@ -150,55 +179,58 @@ def _block(name: str) -> int:
     return next((int(word) for word in name.split(".") if word.isdigit()), 0)
 
 
-def _pair(
-    problem: Problem, parent: Allocation, covariance: np.ndarray, rng: np.random.Generator
-) -> tuple[Allocation, Allocation]:
-    """The parent with moves drawn from the prior, up for about half of the cost and down for the other, and the opposite ones.
+def _weighted(curves: Changes, logarithms: np.ndarray) -> list[np.ndarray]:
+    return [curve * weight for curve, weight in zip(curves, np.exp(logarithms), strict=True)]
 
-    At its first or last level a unit moves on one side alone: its curvature is taken for slope then.
+
+def learned(pairs: Sequence[Sequence[Any]], curves: Changes, root: np.ndarray) -> list[np.ndarray]:
+    """Logarithms of the units' weights from pairs (plus, minus, difference of their losses), (units,) for each of `CAUTION`.
+
+    The loss is linear in the weights; their logarithms are taken for how far they are from 1, which keeps them positive.
     """
-    drawn = rng.multivariate_normal(np.zeros(len(parent)), covariance, method="cholesky")
-    drawn /= np.diag(covariance) ** 0.5
-    weights = np.array([max(1, costs[0]) for costs in problem.budget.leading.costs], dtype=float)
-    drawn -= np.average(drawn, weights=weights)
-    moves = np.sign(drawn).astype(int) * rng.integers(1, REACH + 1, size=len(parent))
-    highest = np.array([len(unit.levels) - 1 for unit in problem.space.units])
-    sides = (np.clip(np.array(parent) + sign * moves, 0, highest) for sign in (1, -1))
-    plus, minus = (tuple(int(level) for level in side) for side in sides)
-    return plus, minus
+    if not pairs:
+        return [np.zeros(len(curves)) for _ in CAUTION]
+    lost = np.array([[[curve[level] for curve, level in zip(curves, one, strict=True)] for one in pair[:2]] for pair in pairs])
+    moved, differences = lost[:, 0] - lost[:, 1], np.array([pair[2] for pair in pairs])
+    spread = ((moved @ root) ** 2).sum(1).mean()  # of the differences, under the prior, if a loss of 1 were shared out
+    scale = float((differences**2).mean() / spread) ** 0.5 if spread > 0 else 0.0
+    if scale == 0.0:
+        return [np.zeros(len(curves)) for _ in CAUTION]
+    moved = moved * scale
+    return regressed(moved, differences - moved.sum(1), differences, root)
 
 
-def regressed(moved: np.ndarray, differences: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-    """Coefficients that explain the differences: ridge regression under a prior, in its dual form.
+def regressed(moved: np.ndarray, rest: np.ndarray, differences: np.ndarray, root: np.ndarray) -> list[np.ndarray]:
+    """Coefficients that explain the rest: ridge regression under a prior, in its dual form.
 
     Args:
         moved: (pairs, units).
-        differences: (pairs,).
-        covariance: (units, units) of the prior.
+        rest: (pairs,): the differences without what the prior's mean explains.
+        differences: (pairs,): what predictions are ranked by.
+        root: (units, units): the prior's covariance is `root @ root.T`.
 
     Returns:
-        (units,) float64.
+        (units,) float64 for each of `CAUTION`: at the strength that ranks left-out pairs best, and at stronger ones.
     """
-    cross = covariance @ moved.T
-    gram = moved @ cross
+    half = moved @ root
+    gram, cross = half @ half.T, root @ half.T
     mean = float(gram.diagonal().mean()) or 1.0
-    solve = partial(_dual, gram, differences, mean)
-    folds = np.arange(len(differences)) % min(FOLDS, len(differences))
+    solve = partial(_dual, gram, rest, mean)
+    folds = np.arange(len(rest)) % min(FOLDS, len(rest))
     truth = torch.from_numpy(np.concatenate([differences, -differences]))
-    best, strength = -2.0, STRENGTHS[0]
-    for one in STRENGTHS if len(differences) >= FOLDS else ():
-        predicted = np.zeros_like(differences)
+    best, strength = -2.0, 1.0
+    for one in STRENGTHS if len(rest) >= FOLDS else ():
+        predicted = moved.sum(1)
         for fold in range(folds.max() + 1):
-            seen = np.flatnonzero(folds != fold)
-            unseen = np.flatnonzero(folds == fold)
-            predicted[unseen] = gram[np.ix_(unseen, seen)] @ solve(one, seen)
+            seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+            predicted[unseen] += gram[np.ix_(unseen, seen)] @ solve(one, seen)
         tau = kendall_tau(torch.from_numpy(np.concatenate([predicted, -predicted])), truth)
         if tau > best:
             best, strength = tau, one
-    return np.asarray(cross @ solve(strength, np.arange(len(differences))))
+    return [cross @ solve(strength * more, np.arange(len(rest))) for more in CAUTION]
 
 
-def _dual(gram: np.ndarray, differences: np.ndarray, mean: float, strength: float, seen: np.ndarray) -> np.ndarray:
+def _dual(gram: np.ndarray, rest: np.ndarray, mean: float, strength: float, seen: np.ndarray) -> np.ndarray:
     """Weights of the pairs that are seen, (seen,)."""
     system = gram[np.ix_(seen, seen)] + strength * mean * np.eye(len(seen))
-    return np.asarray(np.linalg.solve(system, differences[seen]))
+    return np.asarray(np.linalg.solve(system, rest[seen]))

@@ -89,7 +89,7 @@ KINDS = {
 }
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "guided": lambda: Guided(generations=MANY),
-    "guided-forward": lambda: Guided(generations=MANY, proposal="forward", proposal_tokens=8192),
+    "guided-forward": lambda: Guided(generations=MANY, proposal="forward"),
     "evopress": lambda: EvoPress(**STEPS, max_exchanges=3),
     "tyr": lambda: Tyr(**STEPS, max_exchanges=4),
     "random": lambda: Random(**STEPS, spread=0.3),
@@ -146,7 +146,7 @@ def bench(name: str, root: Path) -> tuple[Problem, HeldOut, HeldOut]:
     pool = tokens(loaded, "train.txt", CALIBRATION + POOL)[CALIBRATION:]
     evaluator = GenerationEvaluator(loaded.model, supernet, pool, KlDivergence(), Resources(memory=1 << 30, cache=3 << 30))
     dense = Dense(loaded.model, tokens(loaded, "train.txt", CALIBRATION), 4, torch.device("cpu"))
-    problem = Problem(supernet.space, budget, uniform(supernet.space, budget), evaluator, dense)
+    problem = Problem(supernet.space, budget, uniform(supernet.space, budget), evaluator, dense, supernet.errors)
     texts = {"validation.txt": KlDivergence(), "test.txt": CrossEntropy()}
     held_out, text = (HeldOut(loaded, supernet, file, fitness) for file, fitness in texts.items())
     return problem, held_out, text
@@ -163,7 +163,7 @@ def run(name: str, strategy_name: str, seed: int, limit: int, root: Path, resume
         before = json.loads(file.read_text())
         curve, last = before["curve"], tuple(before["allocation"])
         rng = rng_state(np.random.default_rng([seed, len(curve)]))
-        state = replace(state, parent=last, tokens=curve[-1]["tokens"], generation=len(curve), rng_state=rng)
+        state = replace(state, parent=last, tokens=curve[-1]["tokens"], generation=len(curve), rng=rng)
     while state.tokens < limit and state.generation < strategy.generations and not state.exhausted:
         state, _ = strategy.advance(problem, state)
         moved = state.parent != last and (strategy_name.startswith("guided") or state.tokens >= due)
