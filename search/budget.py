@@ -5,8 +5,10 @@ A limit counts one thing (parameters, bits, FLOPs, bytes, nanoseconds) in whole 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
@@ -75,7 +77,7 @@ class Budget:
     def from_sparsity(cls, sparsity: float, space: Space, kind: str = "parameters") -> Budget:
         """Remove the fraction `sparsity` of the prunable parameters or bits; InputError where this space cannot."""
         check_sparsity(sparsity)
-        target = int(space.dense_cost * (1.0 - sparsity))
+        target = math.floor(space.dense_cost * (1 - Fraction(str(float(sparsity)))))  # as typed: 0.55 of 20 leaves 9, not 8.99...
         if target < space.lowest_cost:
             raise InputError(_unreachable(sparsity, space, kind))
         return cls((Limit(kind, target, space.dense_cost, costs_of(space), space.units[0].total if kind == "bits" else 0),))

@@ -22,6 +22,12 @@ def test_a_budget_above_the_highest_level_is_refused_with_the_highest(space_of: 
         Budget.from_sparsity(0.5, space)
 
 
+@pytest.mark.parametrize("percent", range(5, 100, 5))
+def test_what_fits_exactly_is_within_the_budget(space_of: SpaceOf, percent: int) -> None:
+    space = space_of((1, tuple(range(20, -1, -1))))
+    assert Budget.from_sparsity(percent / 100, space).first.target == 20 - percent // 5
+
+
 COSTS = {  # of members of 10 and 7, steps of 10 and 14
     (0, 0): 68,
     (0, 1): 54,

@@ -38,9 +38,17 @@ class TestTowards:
         if problem.budget.met(found):
             assert distance(found) <= best + 1e-5
 
-    def test_alike_wishes_are_uniform(self, llama: PreTrainedModel) -> None:
-        problem = problem_of(space_of_kind(llama, "KV groups"), 0.3)
-        assert towards(problem, [0.3] * len(problem.space.units)) == problem.start
+    @pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.25, 0.3, 0.5, 0.55, 0.75, 0.8, 0.9])
+    def test_alike_wishes_are_as_even_as_uniform(self, llama: PreTrainedModel, sparsity: float) -> None:
+        problem = problem_of(space_of_kind(llama, "KV groups"), sparsity)
+        units = problem.space.units
+
+        def uneven(allocation: Allocation) -> float:
+            return sum(u.levels[0].cost * (u.sparsity(v) - sparsity) ** 2 for u, v in zip(units, allocation, strict=True))
+
+        found = towards(problem, [sparsity] * len(units))
+        assert problem.budget.met(found)
+        assert uneven(found) <= uneven(problem.start) + 1e-9
 
     def test_a_sparser_wish_is_not_a_denser_level(self, space_of: SpaceOf) -> None:
         problem = problem_of(space_of(*[(10, (8, 6, 4, 2, 0))] * 6), 0.4)
