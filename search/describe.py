@@ -30,8 +30,10 @@ def describe(job: Job) -> None:
     weights = mixture(window, job.accumulation, around)
     cost = estimate(job.loaded.model, job.calibration, job.pruner, space, weights, job.device)
     log.info("build: %s", cost)
-    log.info("that is for each of %d rounds; the last rebuilds of 2 allocations take the same passes and fewer levels", rounds)
+    each = f"that is for each of {rounds} rounds; " if rounds > 1 else ""
+    log.info("%sthe last rebuilds of 2 allocations take the same passes and fewer levels", each)
     if isinstance(strategy, Rule) and not strategy.tokens_per_generation:
-        log.info("search: no allocation is measured; in each of %d rounds the rule looks at %s", rounds, strategy.looks_at)
+        each = f"in each of {rounds} rounds " if rounds > 1 else ""
+        log.info("search: no allocation is measured; %sthe rule looks at %s", each, strategy.looks_at)
     else:
-        log.info("search: about %s forward tokens", f"{rounds * strategy.generations * strategy.tokens_per_generation:,}")
+        log.info("search: at most about %s forward tokens", f"{rounds * strategy.generations * strategy.tokens_per_generation:,}")

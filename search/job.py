@@ -125,7 +125,8 @@ class Job:
         promised = table.rest + sum(row[level] for row, level in zip(table.costs, allocation, strict=True))
         measured = speedup(self.model_on_device(), pruned, request_of(self.config.budget))
         warn_if_busy([table.dense / 1e9, measured["dense_seconds"]])
-        return measured | {"promised": round(table.dense / promised, 4)}
+        asked = given_limits(self.config.budget)["speedup"]
+        return measured | {"asked": asked, "promised": round(table.dense / promised, 4)}
 
     @cached_property
     def _latency_table(self) -> LatencyTable:

@@ -45,6 +45,7 @@ from supernet.store import Supernet
 
 log = logging.getLogger(__name__)
 
+MISSED = 0.05  # of the speed-up asked for
 STAGES = ("build", "search", "evaluate", "export")
 # These may change between runs in the same directory.
 NOT_SETTINGS = ("stages", "dry_run", "fresh", "run_name", "device", "evaluator", "study")
@@ -94,6 +95,8 @@ def run(config: DictConfig, path: Path) -> None:
         if found is None:
             return
         _write_allocation(job, found)
+        if not any(found.kept.values()):
+            log.warning("nothing is kept of any unit: no level between that and more fits the budget; ask for less")
         if "evaluate" in stages:
             _evaluate(job, found)
         if "export" in stages:
@@ -140,7 +143,7 @@ def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
         state = job.directory.load_state(index, space)
         if state is None or not _finished(job, state):
             if "search" not in stages and stages != ["build"]:
-                raise InputError(f"{title} is not searched yet; add search to stages={stages}")
+                raise InputError(f"{title} is not searched yet; add search to stages=[{','.join(stages)}]")
             supernet = job.supernet_around(window, start, f"{title}: build", "build" in stages)
             if "search" not in stages:
                 log.info("%s: the supernet is %s", title, supernet.path)
@@ -178,7 +181,7 @@ def _search(
     with closing(GenerationEvaluator(job.loaded.model, supernet, pool, job.fitness, job.resources)) as evaluator:
         problem = Problem(space, budget, start, evaluator, job.dense, supernet.errors)
         state = state or job.strategy.begin(problem, seed)
-        for _ in track(range(state.generation, job.strategy.generations), f"{title}: search"):
+        for _ in track(range(state.generation, job.strategy.generations), f"{title}: search", state.generation):
             with job.directory.stage("search"):
                 state, rows = job.strategy.advance(problem, state)
                 job.directory.save_state(index, space, state, rows)
@@ -238,7 +241,15 @@ def _evaluate(job: Job, found: Found) -> None:
     }
     if "speedup" in given_limits(job.config.budget):
         metrics["latency"] = job.speedup(_assembled(job, supernets["searched"]), found.space, found.allocation)
+        warn_if_missed(metrics["latency"])
     job.directory.write("metrics.json", metrics)
+
+
+def warn_if_missed(latency: Mapping[str, Any]) -> None:
+    """Tell the user where the model is clearly not as fast as was asked for."""
+    if latency["speedup"] < (1.0 - MISSED) * latency["asked"]:
+        why = "other work on this machine may have spoilt one of the measurements; ask for more, or measure again when it is idle"
+        log.warning("the model is %.2f times as fast, not %g times as asked: %s", latency["speedup"], latency["asked"], why)
 
 
 def _measure(job: Job, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:

@@ -16,10 +16,10 @@ Item = TypeVar("Item")
 LINES = 10  # a step's plain lines at most, besides the first
 
 
-def track(items: Sequence[Item], title: str) -> Iterator[Item]:
-    """The items, one by one, with progress drawn under `title`."""
+def track(items: Sequence[Item], title: str, before: int = 0) -> Iterator[Item]:
+    """The items, one by one, with progress drawn under `title`; `before` of them were done in an earlier run."""
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=title, dynamic_ncols=True)
+        yield from tqdm(items, desc=title, dynamic_ncols=True, initial=before, total=before + len(items))
         return
     start = shown = time.perf_counter()
     for done, item in enumerate(items, start=1):
@@ -28,7 +28,8 @@ def track(items: Sequence[Item], title: str) -> Iterator[Item]:
         if done == len(items) or (done % -(-len(items) // LINES) == 0 and now - shown > 1.0):
             shown = now
             left = (now - start) / done * (len(items) - done)
-            log.info("%s: %d of %d, %s so far, about %s left", title, done, len(items), clock(now - start), clock(left))
+            counts = title, before + done, before + len(items)
+            log.info("%s: %d of %d, %s so far, about %s left", *counts, clock(now - start), clock(left))
 
 
 def clock(seconds: float) -> str:

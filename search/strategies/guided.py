@@ -35,6 +35,7 @@ DENSER = 0.2  # price of going denser, of that of going sparser
 SPREAD = 0.7  # of the logarithm of a unit's price, in those offspring whose prices are drawn
 EXCHANGES = 3  # at most, of a blind offspring
 HIGHEST, LOWEST = 1e4, 1e-2  # dampings
+LEADER = 4  # times `tokens` that finding the leader of a race costs; judging it costs `growth` times for it and for the parent
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Guided:
 
     @property
     def tokens_per_generation(self) -> int:
-        """See `Strategy`."""
-        return PROPOSALS[self.proposal].cost * self.predicted_on + self.tokens * (4 + self.growth)
+        """See `Strategy`; a race ends earlier where the answer is clear, and what the pool has bounds it."""
+        return PROPOSALS[self.proposal].cost * self.predicted_on + self.tokens * (LEADER + 2 * self.growth)
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""

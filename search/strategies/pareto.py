@@ -20,7 +20,7 @@ from search.budget import Budget
 from search.knapsack import closest, uniform
 from search.strategies.base import Problem, Row, State, first_state, rng_state
 from search.strategies.checks import check_whole
-from search.strategies.guided import Guided, next_damping
+from search.strategies.guided import LEADER, Guided, next_damping
 from search.strategies.measuring import Measured, sequences_for
 from search.strategies.proposals import PROPOSALS
 from search.strategies.race import Outcome, race
@@ -89,10 +89,10 @@ class Pareto(Guided):
 
     @property
     def tokens_per_generation(self) -> int:
-        """See `Strategy`. A race at each neighbour has half the offspring; the last generation measures all points."""
-        races = 4 if self.points == 1 else 4 + 2 * 3
-        last = self.points * self.tokens * self.growth // max(1, self.generations)
-        return PROPOSALS[self.proposal].cost * self.predicted_on + races * self.tokens + last
+        """See `Guided`. There is a race at each neighbour, too, and the last generation measures all points."""
+        more = 0 if self.points == 1 else 2 * (LEADER + 2 * self.growth)
+        last = self.points * self.growth // max(1, self.generations)
+        return super().tokens_per_generation + self.tokens * (more + last)
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""

@@ -254,6 +254,11 @@ def test_stages_that_need_a_search_say_so(call: Call, refusal: Refusal) -> None:
     assert "add search to stages" in refusal(call(SMOKE, "stages=[build,evaluate,export]"))
 
 
+def test_a_budget_that_leaves_nothing_is_told(call: Call) -> None:
+    process = call(SMOKE, "budget.sparsity=0.99", "strategy=uniform", "rounds=1", "stages=[build,search]")
+    assert process.returncode == 0 and "nothing is kept of any unit" in process.stdout + process.stderr
+
+
 def test_another_text_under_the_same_name_is_refused(call: Call, tmp_path: Path, refusal: Refusal) -> None:
     text, command = tmp_path / "text.txt", (SMOKE, "data=local", "data.source.path=text.txt", "stages=[build]")
     text.write_text("\n\n".join(f"The {n}th paragraph of a text on numbers such as {n * n}." for n in range(400)))

@@ -14,6 +14,7 @@ from search.costs import CostTable
 from search.knapsack import uniform
 from search.limits import make_budget, request_of
 from search.models import LoadedModel, random_llama
+from search.pipeline import warn_if_missed
 from search.report import allocation_json, metrics_table, model_card
 from search.settings import budget_record, given_limits
 from supernet.architecture import parameter_count, sub_blocks
@@ -191,10 +192,27 @@ def test_reports_name_what_was_limited(tiny_llama: LoadedModel) -> None:
     assert "% of the FLOPs of the prunable layers of `m` were removed" in model_card("m", None, content, False)
 
 
+def test_a_missed_speedup_is_flagged(caplog: pytest.LogCaptureFixture) -> None:
+    warn_if_missed({"speedup": 1.44, "asked": 1.5})
+    assert not caplog.records
+    warn_if_missed({"speedup": 1.4, "asked": 1.5})
+    assert "1.40 times as fast, not 1.5 times as asked" in caplog.text
+
+
 def test_a_measured_speedup_is_told() -> None:
     rows = {name: ROW | {"kept": 0.5} for name in ("dense", "uniform", "searched")}
-    measured = {"speedup": 1.482, "promised": 1.5, "searched_seconds": 0.0135, "dense_seconds": 0.02, "device": "A CPU"}
+    measured = {
+        "speedup": 1.482,
+        "asked": 1.45,
+        "promised": 1.5,
+        "searched_seconds": 0.0135,
+        "dense_seconds": 0.02,
+        "device": "A CPU",
+    }
     request = {"batch": 2, "prompt": 512, "generated": 64}
     last = metrics_table(rows | {"latency": measured | request}).splitlines()[-1]
-    assert last == "1.48 times as fast as dense (1.50 expected): 0.0135 instead of 0.02 s for 2 x 512 + 64 tokens on A CPU"
+    assert (
+        last
+        == "1.48 times as fast as dense (1.45 asked for, 1.50 expected): 0.0135 instead of 0.02 s for 2 x 512 + 64 tokens on A CPU"
+    )
     assert "times as fast" not in metrics_table(rows)

@@ -1,0 +1,123 @@
+"""Predictions by forward passes: the curves they weigh, and the weights they learn."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from search.strategies import proposals
+from search.strategies.base import Problem, first_state
+from search.strategies.measuring import Measured
+from search.strategies.proposals import CAUTION, DRAWN, PROPOSALS, curves_of, learned, prior_of, regressed
+from tests.search.synthetic import TRANSFORMER, SpaceOf, make_problem, synthetic
+
+FORWARD = PROPOSALS["forward"]
+
+
+def with_errors(problem: Problem) -> Problem:
+    """Errors that are the losses but for the weights: what a build records."""
+    units = problem.space.units
+    return replace(problem, errors=[[unit.sparsity(level) ** 2 for level in range(len(unit.levels))] for unit in units])
+
+
+def weights_of(problem: Problem) -> np.ndarray:
+    """The logarithms of what the problem's losses are to its curves, without their mean."""
+    curves = curves_of(problem)
+    logarithms = np.log([loss[-1] / curve[-1] for loss, curve in zip(synthetic(problem).losses, curves, strict=True)])
+    return np.asarray(logarithms - logarithms.mean())
+
+
+class TestCurves:
+    def test_together_they_are_1_at_the_start(self, space_of: SpaceOf) -> None:
+        for problem in (make_problem(space_of(*TRANSFORMER)), with_errors(make_problem(space_of(*TRANSFORMER)))):
+            curves = curves_of(problem)
+            assert sum(curve[level] for curve, level in zip(curves, problem.start, strict=True)) == pytest.approx(1.0)
+            assert all(curve[0] == 0.0 and (np.diff(curve) > 0).all() for curve in curves)
+
+    def test_without_errors_a_unit_loses_the_square_of_what_it_misses(self, space_of: SpaceOf) -> None:
+        problem = make_problem(space_of(*TRANSFORMER))
+        for without, exact in zip(curves_of(problem), curves_of(with_errors(problem)), strict=True):
+            assert_allclose(without, exact)
+
+    def test_errors_in_front_of_a_unit_are_not_its_own(self, space_of: SpaceOf) -> None:
+        problem = make_problem(space_of((10, (4, 3, 2, 1)), (10, (4, 3, 2, 1))))
+        own = [[0.0, 0.01, 0.03, 0.1], [0.0, 0.02, 0.04, 0.2]]
+        missed = [own[0], [0.0, *(0.5 + error for error in own[1][1:])]]
+        expected, found = (curves_of(replace(problem, errors=errors)) for errors in (own, missed))
+        for one, other in zip(expected, found, strict=True):
+            assert_allclose(other, one)
+
+    def test_units_with_two_levels_keep_their_error(self, space_of: SpaceOf) -> None:
+        problem = make_problem(space_of((10, (4, 0)), (10, (4, 0))), 0.5)
+        first, second = curves_of(replace(problem, errors=[[0.0, 0.2], [0.0, 0.6]]))
+        assert second[1] == pytest.approx(3 * first[1])
+
+
+def random_regression(pairs: int, units: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(pairs)
+    return rng.normal(size=(pairs, units)), rng.normal(size=pairs), np.tril(rng.normal(size=(units, units)))
+
+
+@pytest.mark.parametrize(("pairs", "units"), [(5, 8), (20, 8), (12, 12)])
+def test_the_dual_form_is_ridge_regression(pairs: int, units: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proposals, "STRENGTHS", (0.7,))
+    moved, rest, root = random_regression(pairs, units)
+    chosen = 0.7 if pairs >= proposals.FOLDS else 1.0
+    covariance = root @ root.T
+    mean = np.diag(moved @ covariance @ moved.T).mean()
+    for more, found in zip(CAUTION, regressed(moved, rest, rest, root), strict=True):
+        penalty = chosen * more * mean * np.linalg.inv(covariance)
+        assert_allclose(found, np.linalg.solve(moved.T @ moved + penalty, moved.T @ rest), rtol=1e-6, atol=1e-9)
+
+
+def test_the_strength_that_ranks_left_out_pairs_best_is_taken() -> None:
+    rng = np.random.default_rng(0)
+    moved, root = rng.normal(size=(60, 6)), np.eye(6)
+    truth = rng.normal(size=6)
+    clean = moved @ truth
+    believed, doubted = (np.linalg.norm(regressed(moved, y, y, root)[0]) for y in (clean, rng.permutation(clean)))
+    assert believed > 3 * doubted
+
+
+def test_alike_are_units_of_a_kind_and_of_like_depth(space_of: SpaceOf) -> None:
+    covariance = prior_of(make_problem(space_of(*TRANSFORMER)))
+    assert_allclose(np.diag(covariance), 1.0)
+    assert_allclose(covariance, covariance.T)
+    assert np.linalg.eigvalsh(covariance).min() > 0
+
+
+def test_weights_are_learned_from_pairs(space_of: SpaceOf) -> None:
+    problem = with_errors(make_problem(space_of(*TRANSFORMER * 3), sequence_length=16))
+    truth, correlations = weights_of(problem), []
+    for count in (4, 40):
+        measured = Measured(problem, 0)
+        _, memory = FORWARD.predict(problem, measured, first_state(problem, 0), range(count), np.random.default_rng(1))
+        assert measured.tokens == FORWARD.cost * count * 16
+        root = np.linalg.cholesky(prior_of(problem))
+        correlations.append(np.corrcoef(learned(memory["pairs"], curves_of(problem), root)[0], truth)[0, 1])
+    assert correlations[1] > max(0.7, correlations[0])
+
+
+def test_sides_of_a_pair_meet_the_budget_and_are_opposite(space_of: SpaceOf) -> None:
+    problem = with_errors(make_problem(space_of(*TRANSFORMER * 3)))
+    _, memory = FORWARD.predict(problem, Measured(problem, 0), first_state(problem, 0), range(8), np.random.default_rng(0))
+    for plus, minus, difference in memory["pairs"]:
+        assert problem.budget.met(plus) and problem.budget.met(minus)
+        assert difference == pytest.approx(synthetic(problem).exact(tuple(plus)) - synthetic(problem).exact(tuple(minus)))
+        assert np.dot(np.subtract(plus, problem.start), np.subtract(minus, problem.start)) < 0
+
+
+def test_predictions_are_changes_from_the_parent(space_of: SpaceOf) -> None:
+    problem = with_errors(make_problem(space_of(*TRANSFORMER)))
+    found, _ = FORWARD.predict(problem, Measured(problem, 0), first_state(problem, 0), [0, 1], np.random.default_rng(0))
+    assert len(found) == len(CAUTION) + DRAWN
+    for changes in found:
+        assert all(change[level] == 0.0 for change, level in zip(changes, problem.start, strict=True))
+
+
+@pytest.mark.parametrize("pairs", [[], [[[1, 1], [1, 1], 0.0]]])
+def test_nothing_to_learn_from_leaves_the_weights_alike(pairs: list[list[object]], space_of: SpaceOf) -> None:
+    problem = make_problem(space_of((10, (4, 2)), (10, (4, 2))), 0.2)
+    for logarithms in learned(pairs, curves_of(problem), np.eye(2)):
+        assert_allclose(logarithms, 0.0)
