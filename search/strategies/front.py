@@ -1,14 +1,15 @@
 """An allocation taken from the front of an earlier run (`search.strategies.pareto`) at any of its budgets: no search.
 
-Between two points of the front each unit keeps what lies between the two allocations, in proportion to cost; the nearest
-allocation that the budget allows is taken. `front.json`, which holds a front, is written and read here.
+Between two points of the front each unit keeps what lies between the two allocations, in proportion to cost. What comes of that
+has not been measured by the earlier run, so it is measured beside what the two points have, repaired to the budget, and the
+uniform allocation: the best of these is taken. `front.json`, which holds a front, is written and read here.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,16 @@ import numpy as np
 
 from search.budget import Budget, Limit
 from search.errors import reason
-from search.strategies.base import Problem
-from search.strategies.rule import Rule, towards
+from search.knapsack import closest
+from search.strategies.base import Problem, Row, State, rng_state
+from search.strategies.checks import check_whole
+from search.strategies.measuring import Measured, sequences_for
+from search.strategies.rule import Rule, only_allocation, towards
 from supernet.errors import InputError
-from supernet.space import Allocation, Space
+from supernet.space import Space
 
 FORMAT = 1
+CANDIDATES = 4  # that may be measured: in between, beside, uniform
 
 Kept = Mapping[str, int]  # members kept per unit
 
@@ -33,38 +38,63 @@ class Front(Rule):
 
     Attributes:
         file: A `front.json`.
+        tokens: Of the search text, that allocations between two points are measured on; 0 takes the one in between as it is.
     """
 
     looks_at = "strategy.file alone"
 
     file: str
+    tokens: int = 8192
 
     def __post_init__(self) -> None:
+        check_whole("tokens", self.tokens, 0)
         _ = self.points  # a file that cannot be read should not wait for a build
+
+    @property
+    def tokens_per_generation(self) -> int:
+        """See `Strategy`."""
+        return CANDIDATES * self.tokens
 
     @cached_property
     def points(self) -> list[Kept]:
         """From the sparsest to the dense model."""
         return read_front(self.file)
 
-    def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """See `Rule`."""
-        return towards(problem, self.sparsities(problem.space, problem.budget)), 0
+    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
+        """See `Strategy`."""
+        if only_allocation(problem) is not None:
+            return super().advance(problem, state)
+        wished = towards(problem, self.sparsities(problem.space, problem.budget))
+        below = int(self.place(problem.space, problem.budget))
+        beside = [problem.space.nearest(dict(kept)) for kept in self.points[below : below + 2]]
+        others = [*(closest(one, problem.budget) for one in beside), problem.start]
+        candidates = list(dict.fromkeys([wished, *(one for one in others if problem.allows(one))]))
+        if wished in beside or not self.tokens or len(candidates) == 1:
+            return replace(state, parent=wished, generation=1), []
+        rng, measured = state.generator(), Measured(problem, state.generation)
+        sequences = rng.permutation(problem.evaluate.sequences)[: sequences_for(self.tokens, problem)]
+        (best,) = measured.step(candidates, sequences, 1)
+        fitness = float(measured.losses([best], sequences).mean())
+        return State(best, fitness, 1, state.tokens + measured.tokens, rng_state(rng)), measured.rows
 
     def sparsities(self, space: Space, budget: Budget) -> np.ndarray:
         """What the front wishes for every unit, (units,), of what the leading limit counts; InputError where it has no answer."""
-        totals = {unit.name: unit.total for unit in space.units}
-        if self.points[-1] != totals:
-            raise InputError(f"strategy.file={self.file} is of other units: {_difference(self.points[-1], totals)}")
-        # Each limit says how far towards the dense model we may go along the front; the tightest one decides.
-        place = min(self._place(limit, space) for limit in budget.limits)
+        place = self.place(space, budget)
         costs = _costs(self.points, space, budget.leading)  # (points, units)
         below = min(int(place), len(costs) - 2)
         wish = costs[below] + (place - below) * (costs[below + 1] - costs[below])
         return np.asarray(1.0 - wish / np.maximum(1, costs[-1]))
 
+    def place(self, space: Space, budget: Budget) -> float:
+        """How far along the front the budget goes: 1.5 is half way from point 1 to point 2; InputError where it has no answer."""
+        totals = {unit.name: unit.total for unit in space.units}
+        if self.points[-1] != totals:
+            raise InputError(f"strategy.file={self.file} is of other units: {_difference(self.points[-1], totals)}")
+        # Each limit says how far towards the dense model we may go along the front; the tightest one decides.
+        return min(self._place(limit, space) for limit in budget.limits)
+
     def _place(self, limit: Limit, space: Space) -> float:
-        """The densest place on the front that keeps a limit; 1.5 is half way from point 1 to point 2."""
+        """The densest place on the front that keeps a limit."""
         costs = np.maximum.accumulate(_costs(self.points, space, limit).sum(1))
         if limit.target < costs[0] - 0.5:  # costs between levels are rounded
             raise InputError(

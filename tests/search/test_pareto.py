@@ -1,6 +1,7 @@
 """The front of one run: within all budgets, resumable, better than uniform everywhere; and budgets taken from it afterwards."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -200,9 +201,12 @@ def file(problem: Problem, tmp_path: Path) -> Path:
 
 
 def taken(file: Path, problem: Problem) -> Allocation:
-    rule = Front(str(file))
+    rule = Front(str(file), tokens=64)
+    before = synthetic(problem).tokens
     state, rows = rule.advance(problem, rule.begin(problem, 0))
-    assert (rows, state.tokens) == ([], 0)
+    assert state.tokens == synthetic(problem).tokens - before <= rule.tokens_per_generation
+    assert [row.allocation for row in rows if row.survived] == ([state.parent] if rows else [])
+    assert (state.generation, math.isnan(state.fitness)) == (1, not rows)
     return state.parent
 
 
@@ -218,9 +222,23 @@ def test_the_file(file: Path, problem: Problem) -> None:
 
 
 def test_a_point_s_own_budget_gives_its_allocation(file: Path, problem: Problem) -> None:
+    before = synthetic(problem).tokens
     for index, budget in enumerate(budgets_of(problem.budget, POINTS)):
         found = taken(file, replace(problem, budget=budget, start=uniform(problem.space, budget)))
         assert problem.space.kept(found) == read_front(str(file))[index]
+    assert synthetic(problem).tokens == before  # the front's own run has measured them
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_of_what_a_budget_allows_is_taken(file: Path, problem: Problem, seed: int) -> None:
+    asked = replace(make_problem(problem.space, 0.37), evaluate=Synthetic(problem.space, seed=seed + 10))  # others' losses
+    rule = Front(str(file), tokens=64)
+    found, rows = rule.advance(asked, rule.begin(asked, 0))
+    assert len(rows) > 2 and asked.start in {row.allocation for row in rows}
+    assert synthetic(asked).exact(found.parent) == min(synthetic(asked).exact(row.allocation) for row in rows)
+    asked = replace(asked, evaluate=Synthetic(problem.space, seed=seed + 10))
+    state, rows = Front(str(file), tokens=0).advance(asked, rule.begin(asked, 0))
+    assert (rows, state.tokens, synthetic(asked).calls) == ([], 0, [])
 
 
 @pytest.mark.parametrize("sparsity", [0.59, 0.5, 0.4, 0.23, 0.1, 0.02])
