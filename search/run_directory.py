@@ -227,7 +227,9 @@ def _move_aside(path: Path) -> None:
 def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:
     """Paths of the values that differ, with both values."""
     if isinstance(before, dict) and isinstance(after, dict):
-        other_kind = before.get("_target_") != after.get("_target_")  # then all its settings differ, too
-        keys = ["_target_"] if other_kind else dict.fromkeys([*before, *after])
+        kinds = [str(one.get("_target_")).rsplit(".", 1)[-1] for one in (before, after)]
+        if before.get("_target_") != after.get("_target_"):  # then all its settings differ, too
+            return ["{}: {} there, {} now".format(prefix, *kinds)]
+        keys = dict.fromkeys([*before, *after])
         return [line for key in keys for line in _changes(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key)]
     return [] if before == after else [f"{prefix}: {json.dumps(before)} there, {json.dumps(after)} now"]
