@@ -36,4 +36,5 @@ def describe(job: Job) -> None:
         each = f"in each of {rounds} rounds " if rounds > 1 else ""
         log.info("search: no allocation is measured; %sthe rule looks at %s", each, strategy.looks_at)
     else:
-        log.info("search: at most about %s forward tokens", f"{rounds * strategy.generations * strategy.tokens_per_generation:,}")
+        tokens = rounds * strategy.generations * strategy.tokens_per_generation
+        log.info("search: about %s forward tokens, fewer where it ends early or the search text is short", f"{tokens:,}")

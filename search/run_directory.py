@@ -227,8 +227,8 @@ def _move_aside(path: Path) -> None:
 def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:
     """Paths of the values that differ, with both values."""
     if isinstance(before, dict) and isinstance(after, dict):
-        kinds = [str(one.get("_target_")).rsplit(".", 1)[-1] for one in (before, after)]
-        if before.get("_target_") != after.get("_target_"):  # then all its settings differ, too
+        kinds = before.get("_target_"), after.get("_target_")
+        if kinds[0] != kinds[1]:  # then all its settings differ, too
             return ["{}: {} there, {} now".format(prefix, *kinds)]
         keys = dict.fromkeys([*before, *after])
         return [line for key in keys for line in _changes(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key)]

@@ -2,7 +2,8 @@
 
 Between two points of the front each unit keeps what lies between the two allocations, in proportion to cost. What comes of that
 has not been measured by the earlier run, so it is measured beside what the two points have, repaired to the budget, and the
-uniform allocation: the best of these is taken. `front.json`, which holds a front, is written and read here.
+allocation that the round starts at (uniform in the first): the best of these is taken. `front.json`, which holds a front, is
+written and read here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from supernet.errors import InputError
 from supernet.space import Space
 
 FORMAT = 1
-CANDIDATES = 4  # that may be measured: in between, beside, uniform
+CANDIDATES = 4  # that may be measured: in between, beside, the start
 
 Kept = Mapping[str, int]  # members kept per unit
 
@@ -69,7 +70,7 @@ class Front(Rule):
         beside = [problem.space.nearest(dict(kept)) for kept in self.points[below : below + 2]]
         others = [*(closest(one, problem.budget) for one in beside), problem.start]
         candidates = list(dict.fromkeys([wished, *(one for one in others if problem.allows(one))]))
-        if wished in beside or not self.tokens or len(candidates) == 1:
+        if problem.space.kept(wished) in self.points or not self.tokens or len(candidates) == 1:
             return replace(state, parent=wished, generation=1), []
         rng, measured = state.generator(), Measured(problem, state.generation)
         sequences = rng.permutation(problem.evaluate.sequences)[: sequences_for(self.tokens, problem)]

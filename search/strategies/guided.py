@@ -35,7 +35,9 @@ DENSER = 0.2  # price of going denser, of that of going sparser
 SPREAD = 0.7  # of the logarithm of a unit's price, in those offspring whose prices are drawn
 EXCHANGES = 3  # at most, of a blind offspring
 HIGHEST, LOWEST = 1e4, 1e-2  # dampings
-LEADER = 4  # times `tokens` that finding the leader of a race costs; judging it costs `growth` times for it and for the parent
+LEADER = (
+    4  # times `tokens` that finding the leader of a race costs, about; judging it costs `growth` times, and so does its parent
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Guided:
 
     @property
     def tokens_per_generation(self) -> int:
-        """See `Strategy`; a race ends earlier where the answer is clear, and what the pool has bounds it."""
+        """See `Strategy`; less where races end early, or the pool has less."""
         return PROPOSALS[self.proposal].cost * self.predicted_on + self.tokens * (LEADER + 2 * self.growth)
 
     def begin(self, problem: Problem, seed: int) -> State:
@@ -94,7 +96,7 @@ class Guided:
         predictions, remembered = PROPOSALS[self.proposal].predict(problem, measured, state, order[:seen], rng)
         offspring = self.propose(problem, state, predictions, rng)
         if not offspring:
-            return replace(state, tokens=state.tokens + measured.tokens, exhausted=True), []
+            return replace(state, tokens=state.tokens + measured.tokens, exhausted=True), measured.rows
         unseen = order[seen:] + order[:seen]  # what the prediction was not made on comes first
         enough, most = (sequences_for(tokens, problem) for tokens in (self.tokens, self.tokens * self.growth))
         outcome = race(measured, state.parent, list(offspring), unseen, enough, most, self.errors)
@@ -120,7 +122,7 @@ class Guided:
             damping = state.memory["damping"] * RATIO ** (attempt % self.offspring - self.offspring / 2)
             drawn = np.exp(SPREAD * rng.standard_normal(len(state.parent)))  # also where unused: each attempt draws as much
             factors = drawn if attempt % 2 or attempt >= self.offspring else np.ones(len(state.parent))
-            changes, prices = priced[attempt % len(priced)]
+            changes, prices = priced[(3 * attempt + state.generation) % len(priced)]  # each meets all dampings in time
             losses = [g + damping * factor * price for g, price, factor in zip(changes, prices, factors, strict=True)]
             _add(found, problem, state.parent, relaxed(losses, problem.budget), damping)
         for _ in range(ATTEMPTS * self.offspring):  # where predictions give too little, blind exchanges

@@ -91,8 +91,8 @@ class Pareto(Guided):
     def tokens_per_generation(self) -> int:
         """See `Guided`. There is a race at each neighbour, too, and the last generation measures all points."""
         more = 0 if self.points == 1 else 2 * (LEADER + 2 * self.growth)
-        last = self.points * self.growth // max(1, self.generations)
-        return super().tokens_per_generation + self.tokens * (more + last)
+        last = self.points * self.growth * self.tokens // max(1, self.generations)
+        return super().tokens_per_generation + self.tokens * more + last
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""
@@ -161,7 +161,8 @@ class _Generation:
         outcome = self._race(at, offspring, unseen)
         if outcome is not None:
             damping = next_damping(here.damping, outcome, offspring[outcome.leader])
-            self.front[at] = replace(self.front[at], damping=damping)
+            remembered = proposal.learn(remembered, self.measured, here.allocation, list(offspring))
+            self.front[at] = replace(self.front[at], damping=damping, remembered=remembered)
         raced = [outcome]
         few = replace(self.settings, offspring=max(1, self.settings.offspring // 2))
         for index in beside:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from local_prune.bonsai import kendall_tau
+from search.budget import costs_of
 from search.knapsack import relaxed
 from search.strategies.base import Problem, State
 from search.strategies.measuring import GRADIENT_COST, Measured
@@ -141,21 +142,21 @@ PROPOSALS: dict[str, Proposal] = {"gradient": Gradient(), "forward": Forward()}
 
 
 def curves_of(problem: Problem) -> list[np.ndarray]:
-    """(levels,) of each unit: what its candidates lose, their recorded errors by the unit's dense cost; together 1 at the start.
+    """(levels,) of each unit: what its candidates lose, their recorded errors by the unit's size; together 1 at the start.
 
     A candidate that makes up for errors in front of its unit misses a part of its target at every level: what the first step
     loses is at most what the second one shows. Units without recorded errors lose the square of the share that is removed.
     """
     curves = []
     errors = problem.errors or [None] * len(problem.space.units)
-    for row, costs in zip(errors, problem.budget.leading.costs, strict=True):
+    for row, costs in zip(errors, costs_of(problem.space), strict=True):
         cost = np.array(costs, dtype=float)
-        if row is None:
+        if row is None or not np.isfinite(row).all():
             loss = (1.0 - cost / max(1.0, cost[0])) ** 2
         else:
-            loss = np.array(row, dtype=float)
+            loss = np.maximum.accumulate(np.array(row, dtype=float))
             if len(loss) > 2 and cost[1] > cost[2]:
-                first = min(loss[1], max(0.0, loss[2] - loss[1]) * (cost[0] - cost[1]) / (cost[1] - cost[2]))
+                first = min(loss[1], (loss[2] - loss[1]) * (cost[0] - cost[1]) / (cost[1] - cost[2]))
                 loss[1:] -= loss[1] - first
         curves.append(loss * max(1.0, cost[0]))
     total = sum(curve[level] for curve, level in zip(curves, problem.start, strict=True))
@@ -192,21 +193,22 @@ def learned(pairs: Sequence[Sequence[Any]], curves: Changes, root: np.ndarray) -
         return [np.zeros(len(curves)) for _ in CAUTION]
     lost = np.array([[[curve[level] for curve, level in zip(curves, one, strict=True)] for one in pair[:2]] for pair in pairs])
     moved, differences = lost[:, 0] - lost[:, 1], np.array([pair[2] for pair in pairs])
-    spread = ((moved @ root) ** 2).sum(1).mean()  # of the differences, under the prior, if a loss of 1 were shared out
-    scale = float((differences**2).mean() / spread) ** 0.5 if spread > 0 else 0.0
+    squares = (moved.sum(1) ** 2 + ((moved @ root) ** 2).sum(1)).mean()  # of the differences, by the prior, at a scale of 1
+    scale = float((differences**2).mean() / squares) ** 0.5 if squares > 0 else 0.0
     if scale == 0.0:
         return [np.zeros(len(curves)) for _ in CAUTION]
-    moved = moved * scale
-    return regressed(moved, differences - moved.sum(1), differences, root)
+    besides: dict[tuple[int, ...], int] = {}  # offspring of one parent share its noise: they are left out together
+    groups = np.array([besides.setdefault(tuple(pair[1]), len(besides)) for pair in pairs])
+    return regressed(moved * scale, differences, groups, root)
 
 
-def regressed(moved: np.ndarray, rest: np.ndarray, differences: np.ndarray, root: np.ndarray) -> list[np.ndarray]:
-    """Coefficients that explain the rest: ridge regression under a prior, in its dual form.
+def regressed(moved: np.ndarray, differences: np.ndarray, groups: np.ndarray, root: np.ndarray) -> list[np.ndarray]:
+    """The z of `differences = moved @ (1 + z)`: ridge regression under a prior, in its dual form; all pairs weigh the same.
 
     Args:
         moved: (pairs, units).
-        rest: (pairs,): the differences without what the prior's mean explains.
-        differences: (pairs,): what predictions are ranked by.
+        differences: (pairs,).
+        groups: (pairs,) int: pairs of a group are left out together.
         root: (units, units): the prior's covariance is `root @ root.T`.
 
     Returns:
@@ -215,19 +217,19 @@ def regressed(moved: np.ndarray, rest: np.ndarray, differences: np.ndarray, root
     half = moved @ root
     gram, cross = half @ half.T, root @ half.T
     mean = float(gram.diagonal().mean()) or 1.0
-    solve = partial(_dual, gram, rest, mean)
-    folds = np.arange(len(rest)) % min(FOLDS, len(rest))
+    solve = partial(_dual, gram, differences - moved.sum(1), mean)
+    folds = groups % FOLDS
     truth = torch.from_numpy(np.concatenate([differences, -differences]))
     best, strength = -2.0, 1.0
-    for one in STRENGTHS if len(rest) >= FOLDS else ():
+    for one in STRENGTHS if groups.max() + 1 >= FOLDS else ():
         predicted = moved.sum(1)
-        for fold in range(folds.max() + 1):
+        for fold in range(FOLDS):
             seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
             predicted[unseen] += gram[np.ix_(unseen, seen)] @ solve(one, seen)
         tau = kendall_tau(torch.from_numpy(np.concatenate([predicted, -predicted])), truth)
         if tau > best:
             best, strength = tau, one
-    return [cross @ solve(strength * more, np.arange(len(rest))) for more in CAUTION]
+    return [cross @ solve(strength * more, np.arange(len(differences))) for more in CAUTION]
 
 
 def _dual(gram: np.ndarray, rest: np.ndarray, mean: float, strength: float, seen: np.ndarray) -> np.ndarray:

@@ -101,9 +101,10 @@ def bits_space(layers: int, widths: tuple[int, ...] = (8, 6, 4, 3, 2)) -> Space:
 
 
 def make_problem(space: Space, sparsity: float = 0.4, **evaluator: Any) -> Problem:
-    """From the uniform allocation to the best one."""
+    """From the uniform allocation to the best one; the errors of a build are the losses but for the rates."""
     budget = Budget.from_sparsity(sparsity, space)
-    return Problem(space, budget, uniform(space, budget), Synthetic(space, **evaluator))
+    errors = [[unit.sparsity(level) ** 2 for level in range(len(unit.levels))] for unit in space.units]
+    return Problem(space, budget, uniform(space, budget), Synthetic(space, **evaluator), errors=errors)
 
 
 def synthetic(problem: Problem) -> Synthetic:

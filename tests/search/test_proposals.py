@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from search.budget import Budget, Limit
 from search.strategies import proposals
 from search.strategies.base import Problem, first_state
 from search.strategies.measuring import Measured
@@ -13,12 +14,6 @@ from search.strategies.proposals import CAUTION, DRAWN, PROPOSALS, curves_of, le
 from tests.search.synthetic import TRANSFORMER, SpaceOf, make_problem, synthetic
 
 FORWARD = PROPOSALS["forward"]
-
-
-def with_errors(problem: Problem) -> Problem:
-    """Errors that are the losses but for the weights: what a build records."""
-    units = problem.space.units
-    return replace(problem, errors=[[unit.sparsity(level) ** 2 for level in range(len(unit.levels))] for unit in units])
 
 
 def weights_of(problem: Problem) -> np.ndarray:
@@ -30,15 +25,31 @@ def weights_of(problem: Problem) -> np.ndarray:
 
 class TestCurves:
     def test_together_they_are_1_at_the_start(self, space_of: SpaceOf) -> None:
-        for problem in (make_problem(space_of(*TRANSFORMER)), with_errors(make_problem(space_of(*TRANSFORMER)))):
-            curves = curves_of(problem)
+        problem = make_problem(space_of(*TRANSFORMER))
+        for errors in (problem.errors, None):
+            curves = curves_of(replace(problem, errors=errors))
             assert sum(curve[level] for curve, level in zip(curves, problem.start, strict=True)) == pytest.approx(1.0)
             assert all(curve[0] == 0.0 and (np.diff(curve) > 0).all() for curve in curves)
 
     def test_without_errors_a_unit_loses_the_square_of_what_it_misses(self, space_of: SpaceOf) -> None:
         problem = make_problem(space_of(*TRANSFORMER))
-        for without, exact in zip(curves_of(problem), curves_of(with_errors(problem)), strict=True):
+        steep = replace(problem, errors=[[error**2 for error in row] for row in problem.errors or []])
+        for without, exact, other in zip(*map(curves_of, (replace(problem, errors=None), problem, steep)), strict=True):
             assert_allclose(without, exact)
+            assert other[-1] / other[1] > 2 * exact[-1] / exact[1]
+        nothing = curves_of(replace(problem, errors=[[0.0, np.inf, *row[2:]] for row in problem.errors or []]))
+        assert_allclose(np.concatenate(nothing), np.concatenate(curves_of(problem)))
+
+    def test_what_time_a_level_takes_does_not_matter(self, space_of: SpaceOf) -> None:
+        problem = make_problem(space_of((10, (4, 3, 2, 1)), (10, (4, 3, 2, 1))))
+        times = ((100, 100, 50, 40), (100, 50, 50, 40))
+        slow = replace(problem, budget=Budget((Limit("latency", 120, 200, times),)))
+        assert_allclose(np.concatenate(curves_of(slow)), np.concatenate(curves_of(problem)))
+
+    def test_a_sparser_level_never_gains(self, space_of: SpaceOf) -> None:
+        problem = make_problem(space_of((10, (4, 3, 2, 1)), (10, (4, 3, 2, 1))))
+        for curve in curves_of(replace(problem, errors=[[0.0, 0.5, 0.4, 0.6], [0.0, 0.1, 0.2, 0.1]])):
+            assert (np.diff(curve) >= 0).all() and curve[-1] > 0
 
     def test_errors_in_front_of_a_unit_are_not_its_own(self, space_of: SpaceOf) -> None:
         problem = make_problem(space_of((10, (4, 3, 2, 1)), (10, (4, 3, 2, 1))))
@@ -62,11 +73,11 @@ def random_regression(pairs: int, units: int) -> tuple[np.ndarray, np.ndarray, n
 @pytest.mark.parametrize(("pairs", "units"), [(5, 8), (20, 8), (12, 12)])
 def test_the_dual_form_is_ridge_regression(pairs: int, units: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proposals, "STRENGTHS", (0.7,))
-    moved, rest, root = random_regression(pairs, units)
+    moved, differences, root = random_regression(pairs, units)
     chosen = 0.7 if pairs >= proposals.FOLDS else 1.0
     covariance = root @ root.T
-    mean = np.diag(moved @ covariance @ moved.T).mean()
-    for more, found in zip(CAUTION, regressed(moved, rest, rest, root), strict=True):
+    mean, rest = np.diag(moved @ covariance @ moved.T).mean(), differences - moved.sum(1)
+    for more, found in zip(CAUTION, regressed(moved, differences, np.arange(pairs), root), strict=True):
         penalty = chosen * more * mean * np.linalg.inv(covariance)
         assert_allclose(found, np.linalg.solve(moved.T @ moved + penalty, moved.T @ rest), rtol=1e-6, atol=1e-9)
 
@@ -75,20 +86,32 @@ def test_the_strength_that_ranks_left_out_pairs_best_is_taken() -> None:
     rng = np.random.default_rng(0)
     moved, root = rng.normal(size=(60, 6)), np.eye(6)
     truth = rng.normal(size=6)
-    clean = moved @ truth
-    believed, doubted = (np.linalg.norm(regressed(moved, y, y, root)[0]) for y in (clean, rng.permutation(clean)))
+    clean, order = moved @ truth, rng.permutation(60)
+    believed, doubted = (
+        np.linalg.norm(regressed(moved, y + moved.sum(1), np.arange(60), root)[0]) for y in (clean, clean[order])
+    )
     assert believed > 3 * doubted
+
+
+def test_pairs_of_a_group_are_left_out_together() -> None:
+    """Copies of a pair predict each other, whatever they say: only where they are apart does noise look like knowledge."""
+    rng = np.random.default_rng(0)
+    moved, noise = np.repeat(rng.normal(size=(16, 40)), 2, 0), np.repeat(rng.normal(size=16), 2)
+    noise += moved.sum(1)
+    apart, together = (np.linalg.norm(regressed(moved, noise, g, np.eye(40))[0]) for g in (np.arange(32), np.arange(32) // 2))
+    assert apart > together
 
 
 def test_alike_are_units_of_a_kind_and_of_like_depth(space_of: SpaceOf) -> None:
     covariance = prior_of(make_problem(space_of(*TRANSFORMER)))
+    assert covariance[0, 2] > covariance[0, 1] and covariance[0, 6] > covariance[0, 1]  # attention like attention
     assert_allclose(np.diag(covariance), 1.0)
     assert_allclose(covariance, covariance.T)
     assert np.linalg.eigvalsh(covariance).min() > 0
 
 
 def test_weights_are_learned_from_pairs(space_of: SpaceOf) -> None:
-    problem = with_errors(make_problem(space_of(*TRANSFORMER * 3), sequence_length=16))
+    problem = make_problem(space_of(*TRANSFORMER * 3), sequence_length=16)
     truth, correlations = weights_of(problem), []
     for count in (4, 40):
         measured = Measured(problem, 0)
@@ -100,7 +123,7 @@ def test_weights_are_learned_from_pairs(space_of: SpaceOf) -> None:
 
 
 def test_sides_of_a_pair_meet_the_budget_and_are_opposite(space_of: SpaceOf) -> None:
-    problem = with_errors(make_problem(space_of(*TRANSFORMER * 3)))
+    problem = make_problem(space_of(*TRANSFORMER * 3))
     _, memory = FORWARD.predict(problem, Measured(problem, 0), first_state(problem, 0), range(8), np.random.default_rng(0))
     for plus, minus, difference in memory["pairs"]:
         assert problem.budget.met(plus) and problem.budget.met(minus)
@@ -109,7 +132,7 @@ def test_sides_of_a_pair_meet_the_budget_and_are_opposite(space_of: SpaceOf) -> 
 
 
 def test_predictions_are_changes_from_the_parent(space_of: SpaceOf) -> None:
-    problem = with_errors(make_problem(space_of(*TRANSFORMER)))
+    problem = make_problem(space_of(*TRANSFORMER))
     found, _ = FORWARD.predict(problem, Measured(problem, 0), first_state(problem, 0), [0, 1], np.random.default_rng(0))
     assert len(found) == len(CAUTION) + DRAWN
     for changes in found:

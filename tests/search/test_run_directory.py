@@ -79,7 +79,7 @@ def test_another_kind_of_thing_is_one_change(tmp_path: Path) -> None:
     advance(opened(tmp_path, prune={"_target_": "a.One", "damping": 0.1}), 0, 1.0)
     with pytest.raises(InputError) as refusal:
         opened(tmp_path, prune={"_target_": "a.Two", "norm": 2})
-    assert "(prune: One there, Two now)" in str(refusal.value)
+    assert "(prune: a.One there, a.Two now)" in str(refusal.value)
 
 
 def test_a_directory_without_results_takes_any_settings(tmp_path: Path) -> None:
