@@ -41,6 +41,7 @@ def _run(config: DictConfig) -> None:
         transformers.utils.logging.disable_progress_bar()
         # transformers logs a warning for each attribute that layers of a pruned model may differ in; ours are meant to.
         logging.getLogger("transformers.integrations.heterogeneity").setLevel(logging.ERROR)
+        logging.getLogger("huggingface_hub").propagate = False  # it prints its retries by a handler of its own
         run(config, Path(HydraConfig.get().runtime.output_dir))
 
 
