@@ -90,7 +90,8 @@ class Front(Rule):
         """How far along the front the budget goes: 1.5 is half way from point 1 to point 2; InputError where it has no answer."""
         totals = {unit.name: unit.total for unit in space.units}
         if self.points[-1] != totals:
-            raise InputError(f"strategy.file={self.file} is of other units: {_difference(self.points[-1], totals)}")
+            other = _difference(self.points[-1], totals)
+            raise InputError(f"strategy.file={self.file} is of other units: {other}; give one of the same model and prune settings")
         # Each limit says how far towards the dense model we may go along the front; the tightest one decides.
         return min(self._place(limit, space) for limit in budget.limits)
 

@@ -285,7 +285,7 @@ def refusal_of(file: Path, problem: Problem) -> str:
 def test_mistakes_are_told(file: Path, problem: Problem, space_of: SpaceOf) -> None:
     assert "sparser than the sparsest point" in refusal_of(file, make_problem(problem.space, 0.7))
     assert "other units: unit.8: no such unit there" in refusal_of(file, make_problem(space_of(*TRANSFORMER, (1, (4, 0))), 0.5))
-    assert "unit.0: 8 members there, 7 members here" in refusal_of(
+    assert "unit.0: 8 members there, 7 members here; give one of the same model" in refusal_of(
         file, make_problem(space_of((1000, (7, 3)), *TRANSFORMER[1:]), 0.3)
     )
     assert "is not there" in refusal_of(file.with_name("none.json"), problem)
