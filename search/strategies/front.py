@@ -91,7 +91,8 @@ class Front(Rule):
         totals = {unit.name: unit.total for unit in space.units}
         if self.points[-1] != totals:
             other = _difference(self.points[-1], totals)
-            raise InputError(f"strategy.file={self.file} is of other units: {other}; give one of the same model and prune settings")
+            advice = "give one of the same model and prune settings"
+            raise InputError(f"strategy.file={self.file} is of other units: {other}; {advice}")
         # Each limit says how far towards the dense model we may go along the front; the tightest one decides.
         return min(self._place(limit, space) for limit in budget.limits)
 
