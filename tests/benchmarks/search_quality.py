@@ -200,9 +200,9 @@ def results() -> dict[tuple[str, str], list[dict[str, Any]]]:
     return found
 
 
-def at(one: Mapping[str, Any], spent: float) -> float:
-    """Held-out KL of the parent after so many tokens; NaN where the run was shorter."""
-    reached = one["curve"][-1]["tokens"] >= 0.9 * spent or math.isinf(spent)
+def at(one: Mapping[str, Any], spent: float, stopped: bool = False) -> float:
+    """Held-out KL of the parent after so many tokens; where the run was shorter NaN, or with `stopped` what it had in the end."""
+    reached = stopped or one["curve"][-1]["tokens"] >= 0.9 * spent or math.isinf(spent)
     return float([p["kl"] for p in one["curve"] if p["tokens"] <= spent][-1]) if reached else math.nan
 
 
@@ -224,7 +224,10 @@ def table() -> str:
 
 
 def plot() -> None:
-    """A picture for each supernet: held-out KL against forward tokens, one line a strategy (median) and its range over seeds."""
+    """A picture for each supernet: held-out KL against forward tokens, one line a strategy (median) and its range over seeds.
+
+    A run that was stopped keeps what it had.
+    """
     found = results()
     for kind in KINDS:
         curves = {name: runs for (of, name), runs in found.items() if of == kind and name not in RULES}
@@ -235,12 +238,11 @@ def plot() -> None:
         styles = [(color, line) for line in ("-", "--", ":") for color in pyplot.get_cmap("tab10").colors[:7]]
         for (name, runs), (color, line) in zip(curves.items(), styles, strict=False):
             spent = sorted({p["tokens"] for one in runs for p in one["curve"] if p["tokens"] >= LEAST_DRAWN})
-            reached = [[at(one, tokens) for one in runs] for tokens in spent]
-            kept = [(x, [y for y in row if not math.isnan(y)]) for x, row in zip(spent, reached, strict=True)]
-            x = [tokens for tokens, row in kept if row]
-            rows = [row for _, row in kept if row]
-            axes.step(x, [statistics.median(row) for row in rows], where="post", color=color, linestyle=line, label=name)
-            axes.fill_between(x, [min(row) for row in rows], [max(row) for row in rows], step="post", color=color, alpha=0.15)
+            rows = [[at(one, tokens, stopped=True) for one in runs] for tokens in spent]
+            middle = [statistics.median(row) for row in rows]
+            axes.step(spent, middle, where="post", color=color, linestyle=line, marker=".", label=name)
+            lowest, highest = [min(row) for row in rows], [max(row) for row in rows]
+            axes.fill_between(spent, lowest, highest, step="post", color=color, alpha=0.15)
         for name, runs in points.items():
             ends = statistics.median(at(one, math.inf) for one in runs)
             axes.axhline(ends, color="0.6", linewidth=0.8)
