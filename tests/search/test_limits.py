@@ -134,7 +134,7 @@ def test_all_that_are_given_are_kept(sparsity: Any, parameters: Any, size: Any, 
         table = tables[name]
         assert table.rest + sum(row[level] for row, level in zip(table.costs, allocation, strict=True)) <= most
     if sparsity is not None:
-        assert space.cost(allocation) <= (1 - sparsity) * space.dense_cost
+        assert space.cost(allocation) <= round((1 - sparsity) * space.dense_cost, 6)  # 0.1 is a little less in floating point
     assert budget.met(allocation)
 
 
