@@ -132,7 +132,7 @@ def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
     start = uniform(window.space, budget)
     log.info("budget: %s", budget)
     if isinstance(job.strategy, Front):  # it should not refuse them after hours of building
-        job.strategy.sparsities(window.space, budget)
+        job.strategy.place(window.space, budget)
     if not budget.met(start):
         nearest = window.space.cost(start) / window.space.dense_cost
         log.warning("no allocation of the first round comes that near; the search begins at %.1f %% kept", 100 * nearest)

@@ -65,8 +65,8 @@ class Front(Rule):
         """See `Strategy`."""
         if only_allocation(problem) is not None:
             return super().advance(problem, state)
-        wished = towards(problem, self.sparsities(problem.space, problem.budget))
-        below = int(self.place(problem.space, problem.budget))
+        place = self.place(problem.space, problem.budget)
+        wished, below = towards(problem, self._sparsities(place, problem)), int(place)
         beside = [problem.space.nearest(dict(kept)) for kept in self.points[below : below + 2]]
         others = [*(closest(one, problem.budget) for one in beside), problem.start]
         candidates = list(dict.fromkeys([wished, *(one for one in others if problem.allows(one))]))
@@ -78,10 +78,9 @@ class Front(Rule):
         fitness = float(measured.losses([best], sequences).mean())
         return State(best, fitness, 1, state.tokens + measured.tokens, rng_state(rng)), measured.rows
 
-    def sparsities(self, space: Space, budget: Budget) -> np.ndarray:
-        """What the front wishes for every unit, (units,), of what the leading limit counts; InputError where it has no answer."""
-        place = self.place(space, budget)
-        costs = _costs(self.points, space, budget.leading)  # (points, units)
+    def _sparsities(self, place: float, problem: Problem) -> np.ndarray:
+        """What the front wishes for every unit at a place, (units,), of what the leading limit counts."""
+        costs = _costs(self.points, problem.space, problem.budget.leading)  # (points, units)
         below = min(int(place), len(costs) - 2)
         wish = costs[below] + (place - below) * (costs[below + 1] - costs[below])
         return np.asarray(1.0 - wish / np.maximum(1, costs[-1]))

@@ -35,9 +35,8 @@ DENSER = 0.2  # price of going denser, of that of going sparser
 SPREAD = 0.7  # of the logarithm of a unit's price, in those offspring whose prices are drawn
 EXCHANGES = 3  # at most, of a blind offspring
 HIGHEST, LOWEST = 1e4, 1e-2  # dampings
-LEADER = (
-    4  # times `tokens` that finding the leader of a race costs, about; judging it costs `growth` times, and so does its parent
-)
+# Times `tokens` that finding the leader of a race costs, about; judging it costs `growth` times, and so does its parent.
+LEADER = 4
 
 
 @dataclass(frozen=True)
