@@ -99,7 +99,10 @@ class Row:
 class Strategy(Protocol):
     """A search that advances generation by generation."""
 
-    generations: int
+    @property
+    def generations(self) -> int:
+        """How many there are at most."""
+        ...
 
     @property
     def tokens_per_generation(self) -> int:

@@ -37,12 +37,15 @@ class Rule:
     """A strategy of one generation, which measures nothing unless it says so.
 
     Attributes:
-        generations: How many.
         looks_at: What its allocation comes from where it measures nothing, as `dry_run=true` says it.
     """
 
-    generations: int = 1
     looks_at: ClassVar[str] = "the calibration text once"
+
+    @property
+    def generations(self) -> int:
+        """See `Strategy`."""
+        return 1
 
     @property
     def tokens_per_generation(self) -> int:

@@ -1,12 +1,14 @@
 """Bonsai: pairs, regression, and what both find on losses that cost nothing."""
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
+from search.strategies.base import State
 from search.strategies.bonsai import Bonsai, pair_around, predicted, worths
 from supernet.errors import InputError
 from supernet.space import Allocation
@@ -66,6 +68,20 @@ class TestBonsai:
         assert len(rows) == 10 and {row.step for row in rows} == set(range(5))
         assert all(row.tokens == 36 and not row.survived for row in rows)
         assert rule.tokens_per_generation == 300
+
+    def test_a_killed_run_goes_on_behind_its_last_portion(self, space_of: SpaceOf) -> None:
+        problem, rule = problem_of(space_of(*[(10, (4, 3, 2, 1, 0))] * 6), 0.5), Bonsai(samples=50, tokens=30)
+        whole, rows = run(rule, problem)
+        assert rule.generations == whole.generation == 3 and [row.generation for row in rows] == [0] * 20 + [1] * 20 + [2] * 10
+        assert rule.tokens_per_generation == 500 and not whole.memory
+        state = rule.begin(problem, 0)
+        for generation in range(3):
+            kept = json.loads(json.dumps(asdict(state)))
+            state = State(**kept | {"parent": tuple(kept["parent"])})
+            assert state.parent == problem.start and len(state.memory.get("pairs", [])) == 10 * generation
+            state, _ = rule.advance(problem, state)
+        assert (state.parent, state.tokens, state.rng) == (whole.parent, whole.tokens, whole.rng)
+        assert state.parent != problem.start
 
     def test_a_loss_that_is_not_finite(self, space_of: SpaceOf) -> None:
         problem = problem_of(space_of(*[(10, (4, 3, 2, 1, 0))] * 4), 0.5)
