@@ -30,6 +30,7 @@ class Limit:
         costs: What each level of each unit takes; never rising from level to level.
         dense_bits: Of a weight, where bits are counted.
         slack: What may be left of the target in any case, where costs are not known better.
+        rest: What the whole dense model takes besides its units; None where the limit is of the units alone.
     """
 
     kind: str
@@ -38,10 +39,14 @@ class Limit:
     costs: Costs
     dense_bits: int = 0
     slack: int = 0
+    rest: int | None = None
 
     def __str__(self) -> str:
         if self.kind == "latency":
             return f"{self.target / 1e6:,.3f} of {self.dense / 1e6:,.3f} ms of all units to keep, {self.target / self.dense:.1%}"
+        if self.rest is not None:
+            whole = f"{self.target + self.rest:,} of {self.dense + self.rest:,} {self.kind} of the whole model to keep"
+            return f"{whole} ({self.target:,} of {self.dense:,} of what can be pruned, {self.target / self.dense:.1%})"
         share = f"{self.target:,} of {self.dense:,} prunable {self.kind} to keep, {self.target / self.dense:.1%}"
         return f"{share} ({self.dense_bits * self.target / self.dense:.2f} bits a weight)" if self.dense_bits else share
 

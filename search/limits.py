@@ -81,7 +81,7 @@ def _of_whole(kind: str, said: str, value: float, table: CostTable, space: Space
         raise InputError(
             f"{said} cannot be met: with all units at their highest level {table.lowest:,} {kind} are left; {_remedy(space)}"
         )
-    return Limit(kind, int(value) - table.rest, table.dense - table.rest, table.costs)
+    return Limit(kind, int(value) - table.rest, table.dense - table.rest, table.costs, rest=table.rest)
 
 
 def _of_speedup(said: str, value: float, table: CostTable, space: Space) -> Limit:
@@ -94,7 +94,7 @@ def _of_speedup(said: str, value: float, table: CostTable, space: Space) -> Limi
             f"{_remedy(space)}"
         )
     # Timings are not known better than that, and the smallest of their differences would be a step that nothing can meet.
-    return Limit("latency", target, table.dense - table.rest, table.costs, slack=table.dense // 500)
+    return Limit("latency", target, table.dense - table.rest, table.costs, slack=table.dense // 500, rest=table.rest)
 
 
 def _remedy(space: Space) -> str:

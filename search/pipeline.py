@@ -35,6 +35,7 @@ from search.settings import budget_record, check_settings, given_limits
 from search.strategies.base import Problem, State
 from search.strategies.front import Front, front_json
 from search.strategies.pareto import Pareto
+from search.strategies.rule import Rule
 from search.trials import Trials
 from supernet.architecture import parameter_count
 from supernet.assemble import assemble
@@ -112,8 +113,9 @@ def _stages(config: DictConfig) -> list[str]:
 
 
 def _check_rounds(job: Job) -> None:
-    if isinstance(job.strategy, Pareto) and int(job.config.rounds) != 1:
-        raise InputError(f"rounds={job.config.rounds} with strategy=pareto: a front is of one set of levels; use rounds=1")
+    if isinstance(job.strategy, Pareto | Front) and int(job.config.rounds) != 1:
+        name = type(job.strategy).__name__.lower()
+        raise InputError(f"rounds={job.config.rounds} with strategy={name}: a front is of one set of levels; use rounds=1")
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
@@ -131,7 +133,9 @@ def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
     budget = job.budget(window.space)
     start = uniform(window.space, budget)
     log.info("budget: %s", budget)
-    if isinstance(job.strategy, Front):  # it should not refuse them after hours of building
+    if isinstance(job.strategy, Rule):  # what it has nothing to say about should not wait for hours of building
+        job.strategy.check(job.loaded.model, window.space)
+    if isinstance(job.strategy, Front):
         job.strategy.place(window.space, budget)
     if not budget.met(start):
         nearest = window.space.cost(start) / window.space.dense_cost
@@ -290,11 +294,24 @@ def _export(job: Job, found: Found) -> None:
         job.directory.write("metrics.json", metrics | {"stages": job.directory.costs()})
 
 
+def warn_if_worse(metrics: Mapping[str, Any]) -> None:
+    """Tell the user where the allocation found is worse than the uniform one."""
+    searched, even = (metrics[name]["kl_divergence"] for name in ("searched", "uniform"))
+    if searched > even:
+        log.warning(
+            "the searched model is further from the dense one than the uniform one is (KL %.4f, %.4f): take strategy=uniform, or "
+            "search longer (strategy.generations) on more text (data.sequences.search)",
+            searched,
+            even,
+        )
+
+
 def _summarise(job: Job) -> None:
     """The table at the end."""
     metrics = job.directory.read("metrics.json")
     if metrics is not None:
         log.info("on %s held-out tokens:\n%s", f"{metrics['evaluation_tokens']:,}", metrics_table(metrics))
+        warn_if_worse(metrics)
     seconds = {name: cost["seconds"] for name, cost in job.directory.costs().items()}
     peak = max((cost["peak_memory_bytes"] for cost in job.directory.costs().values()), default=0)
     log.info("%s; peak memory %.2f GB", ", ".join(f"{name} {clock(value)}" for name, value in seconds.items()), peak / 1e9)

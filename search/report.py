@@ -25,6 +25,7 @@ def allocation_json(space: Space, allocation: Allocation, budget: Budget, model:
         )
     limits = [
         {"kind": limit.kind, "target": limit.target, "dense": limit.dense, "achieved": limit.cost(allocation)}
+        | ({} if limit.rest is None else {"rest": limit.rest})  # of the whole model, besides
         for limit in budget.limits
     ]
     amounts = limits[0] | ({"besides": limits[1:]} if len(limits) > 1 else {})

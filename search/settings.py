@@ -110,11 +110,13 @@ def read_bytes(key: str, value: Any) -> int | None:
     """A size in bytes: a whole number, or one with a unit ("4GB", "512 MiB"); None stays None."""
     if value is None or (type(value) is int and value >= 0):
         return value
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT])(i?)B", str(value))
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT])(i?)B", str(value))
     if not found:
-        raise InputError(f"{key}={value} is not a size; use a number of bytes, or one with a unit such as 4GB or 512MiB")
+        raise InputError(
+            f"{key}={value} is not a size; use a number of bytes, or one with a unit (kB to TB, KiB to TiB) such as 4GB or 512MiB"
+        )
     number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** ("kMGT".index(unit) + 1))
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1))
 
 
 def _check_number(key: str, value: Any, example: Any) -> None:

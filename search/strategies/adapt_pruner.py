@@ -92,7 +92,8 @@ class AdaptPruner(Rule):
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
         """See `Rule`."""
-        dense, of_units = dense_of(problem), sites(problem)
+        dense = dense_of(problem)
+        of_units = sites(dense.model, problem.space)
         sizes = by_block(of_units, unit_sizes(problem.budget))
         ids = dense.ids[: self.sequences]
         supernet = self._supernet(problem)

@@ -120,7 +120,8 @@ class AlphaPruning(Rule):
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
         """See `Rule`."""
-        dense, of_units = dense_of(problem), sites(problem)
+        dense = dense_of(problem)
+        of_units = sites(dense.model, problem.space)
         of_layers = self._alphas(dense, {site.block for site in of_units})
         alphas = []
         for site in of_units:

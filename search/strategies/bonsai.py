@@ -119,9 +119,7 @@ class Bonsai(Rule):
         state = replace(state, parent=parent, generation=state.generation + 1, tokens=state.tokens + measured.tokens)
         return replace(state, rng=rng_state(rng), memory=memory), measured.rows
 
-    def _pair(
-        self, problem: Problem, start: Allocation, measured: Measured, rng: np.random.Generator
-    ) -> Pair:
+    def _pair(self, problem: Problem, start: Allocation, measured: Measured, rng: np.random.Generator) -> Pair:
         """Two sub-models, measured."""
         begun, count = time.perf_counter(), sequences_for(self.tokens, problem)
         most = np.array([len(unit.levels) - 1 for unit in problem.space.units])

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from local_prune.devices import on_device
 from local_prune.members import finite
@@ -35,7 +36,7 @@ from search.strategies.rule import (
 )
 from supernet.architecture import ATTENTION, blocks
 from supernet.prunables import BITS, WEIGHTS
-from supernet.space import Allocation, Unit
+from supernet.space import Allocation, Space, Unit
 
 METRICS = ("WIFV", "WIFN")
 NEEDS = "heads, neurons and single weights"
@@ -136,12 +137,15 @@ class Flap(Rule):
         if self.metric is not None:
             check_choice("metric", self.metric, METRICS)
 
+    def check(self, model: PreTrainedModel, space: Space) -> None:
+        """See `Rule`."""
+        for site, unit in zip(sites(model, space), space.units, strict=True):
+            _check_kind(site, unit)
+
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
         """See `Rule`."""
-        of_units = sites(problem)
-        for site, unit in zip(of_units, problem.space.units, strict=True):
-            _check_kind(site, unit)
         dense = dense_of(problem)
+        of_units = sites(dense.model, problem.space)
         moments, tokens = input_moments(dense)
         ranked = [self._ranked(dense, site, moments) for site in of_units]
         limit = problem.budget.leading

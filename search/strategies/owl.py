@@ -86,7 +86,8 @@ class Owl(Rule):
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
         """See `Rule`."""
-        dense, of_units = dense_of(problem), sites(problem)
+        dense = dense_of(problem)
+        of_units = sites(dense.model, problem.space)
         moments, tokens = input_moments(dense)
         sizes = by_block(of_units, unit_sizes(problem.budget))
         shares = np.array([self._share(dense, block, moments) for block in sizes])

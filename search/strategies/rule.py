@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from local_prune.members import finite
 from local_prune.passes import begin, lent_parts
@@ -25,7 +26,7 @@ from search.strategies.base import Dense, Problem, Row, State, first_state
 from supernet.architecture import SubBlock
 from supernet.errors import InputError
 from supernet.placement import places
-from supernet.space import Allocation, Unit
+from supernet.space import Allocation, Space, Unit
 
 TIE = 1e-6  # weight of the distance to the uniform allocation: it decides where a wish is as near to several allocations
 
@@ -52,6 +53,9 @@ class Rule:
         """See `Strategy`. What a rule spends is calibration text, whose size is not known here; the state counts it."""
         return 0
 
+    def check(self, model: PreTrainedModel, space: Space) -> None:
+        """InputError for units of a kind that the rule has nothing to say about: known before anything is built."""
+
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""
         return first_state(problem, seed)
@@ -61,6 +65,8 @@ class Rule:
         only = only_allocation(problem)
         if only is not None:
             return replace(state, parent=only, exhausted=True), []
+        if problem.dense is not None:
+            self.check(problem.dense.model, problem.space)
         allocation, tokens = self.allocate(problem)
         return State(allocation, math.nan, state.generation + 1, state.tokens + tokens, state.rng), []
 
@@ -176,14 +182,14 @@ def layers_of(part: SubBlock) -> list[str]:
     return [layer for stage in part.stages for layer in stage]
 
 
-def sites(problem: Problem) -> list[Site]:
+def sites(model: PreTrainedModel, space: Space) -> list[Site]:
     """Where each unit of the space acts."""
     found: dict[int, Site] = {}
-    for place in places(dense_of(problem).model, problem.space):
+    for place in places(model, space):
         for unit, layer in place.units:
             before = found[unit].parts if unit in found else ()
             found[unit] = Site((*before, place.part), layer)
-    for index, unit_ in enumerate(problem.space.units):
+    for index, unit_ in enumerate(space.units):
         if index not in found:
             raise InputError(f"{unit_.name} is no part of the dense model")
     return [found[index] for index in range(len(found))]

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from search.strategies.base import Dense, Problem
 from search.strategies.rule import Rule, Site, Weights, allowed, dense_of, sites, walk, wrong_kind
 from supernet.architecture import SubBlock
 from supernet.errors import InputError
-from supernet.space import Allocation
+from supernet.space import Allocation, Space
 
 
 def cosines(before: Tensor, behind: Tensor) -> Tensor:
@@ -77,14 +78,18 @@ def _close(blocks: dict[int, float], passed: dict[int, float]) -> None:
 class ShortGPT(Rule):
     """Drop the blocks, or sub-blocks, of lowest influence until the budget is met."""
 
-    def allocate(self, problem: Problem) -> tuple[Allocation, int]:
+    def check(self, model: PreTrainedModel, space: Space) -> None:
         """See `Rule`."""
-        for unit in problem.space.units:
+        for unit in space.units:
             if unit.total != 1:
                 instead = "use prune=depth, or strategy=adapt_pruner, which gives blocks sparsities by the same similarity"
                 raise wrong_kind("shortgpt", "blocks and sub-blocks that are there or not", unit, instead)
-        of_units = sites(problem)
-        found = similarities(dense_of(problem))
+
+    def allocate(self, problem: Problem) -> tuple[Allocation, int]:
+        """See `Rule`."""
+        dense = dense_of(problem)
+        of_units = sites(dense.model, problem.space)
+        found = similarities(dense)
         influences = np.array([1.0 - found.of(site) for site in of_units])
         dropped = drop_lowest(influences, problem)
         if problem.allows(dropped):

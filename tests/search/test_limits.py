@@ -14,7 +14,7 @@ from search.costs import CostTable
 from search.knapsack import uniform
 from search.limits import make_budget, request_of
 from search.models import LoadedModel, random_llama
-from search.pipeline import warn_if_missed
+from search.pipeline import warn_if_missed, warn_if_worse
 from search.report import allocation_json, metrics_table, model_card
 from search.settings import budget_record, given_limits
 from supernet.architecture import parameter_count, sub_blocks
@@ -187,6 +187,7 @@ def test_reports_name_what_was_limited(tiny_llama: LoadedModel) -> None:
     assert [limit["kind"] for limit in content["budget"]["besides"]] == ["flops"]
     for limit in (content["budget"], *content["budget"]["besides"]):
         assert limit["achieved"] <= limit["target"] < limit["dense"]
+        assert limit["rest"] + limit["target"] == {"parameters": 200_000, "flops": 1e9}[limit["kind"]]
     assert "% of the prunable parameters of `m` were removed" in model_card("m", None, content, False)
     content["budget"] = content["budget"]["besides"][0]
     assert "% of the FLOPs of the prunable layers of `m` were removed" in model_card("m", None, content, False)
@@ -197,6 +198,13 @@ def test_a_missed_speedup_is_flagged(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
     warn_if_missed({"speedup": 1.4, "asked": 1.5})
     assert "1.40 times as fast, not 1.5 times as asked" in caplog.text
+
+
+def test_a_search_that_lost_is_flagged(caplog: pytest.LogCaptureFixture) -> None:
+    warn_if_worse({"searched": {"kl_divergence": 0.5}, "uniform": {"kl_divergence": 0.5}})
+    assert not caplog.records
+    warn_if_worse({"searched": {"kl_divergence": 0.6}, "uniform": {"kl_divergence": 0.5}})
+    assert "KL 0.6000, 0.5000): take strategy=uniform, or search longer" in caplog.text
 
 
 def test_a_measured_speedup_is_told() -> None:

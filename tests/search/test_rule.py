@@ -102,13 +102,13 @@ class TestTowards:
             towards(problem, [math.nan, 0.2])
 
 
-def test_a_unit_of_another_model_is_told(llama: PreTrainedModel, ids: Tensor) -> None:
+def test_a_unit_of_another_model_is_told(llama: PreTrainedModel) -> None:
     units = (
         Unit("model.layers.0.mlp", "mlp", 4, (Level(4, 4), Level(2, 2))),
         Unit("nowhere", "mlp", 4, (Level(4, 4), Level(2, 2))),
     )
     with pytest.raises(InputError, match="nowhere is no part"):
-        sites(problem_of(Space(units), 0.25, dense_of(llama, ids)))
+        sites(llama, Space(units))
 
 
 def test_moments_of_all_inputs_in_one_pass(any_model: PreTrainedModel, ids: Tensor) -> None:

@@ -20,6 +20,9 @@ from supernet.errors import InputError
         ("512MiB", 512 << 20),
         ("2 GiB", 2 << 30),
         ("1TB", 10**12),
+        ("800KB", 800_000),
+        ("800 kB", 800_000),
+        ("8KiB", 8192),
     ],
 )
 def test_sizes_are_numbers_with_or_without_a_unit(text: Any, size: int | None) -> None:
