@@ -212,6 +212,15 @@ def test_a_mistake_is_answered_in_one_line_by_a_fresh_process(
     assert part in refusal(run_search(tmp_path, *arguments))
 
 
+@pytest.mark.parametrize(("strategy", "prune"), [("flap", "depth"), ("shortgpt", "wanda")])
+def test_a_rule_for_other_units_is_refused_before_anything_is_built(
+    strategy: str, prune: str, call: Call, tmp_path: Path, refusal: Refusal
+) -> None:
+    line = refusal(call(SMOKE, f"strategy={strategy}", f"prune={prune}", "supernet.root=supernets"))
+    assert f"strategy={strategy} is for " in line and "; use " in line
+    assert not (tmp_path / "supernets").exists()
+
+
 def test_a_configuration_that_is_not_yaml_is_answered_in_one_line(call: Call, tmp_path: Path, refusal: Refusal) -> None:
     (tmp_path / "ours/model").mkdir(parents=True)
     (tmp_path / "ours/model/broken.yaml").write_text("a: b\n  c: d\n")
