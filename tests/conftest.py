@@ -243,12 +243,12 @@ def start_search() -> Callable[..., subprocess.Popen[str]]:
 
 @pytest.fixture(scope="session")
 def run_search(start_search: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command line of this checkout in a fresh process; arguments are those of `start_search`."""
+    """Runs the command line of this checkout in a fresh process; arguments are those of `start_search`, and seconds."""
 
-    def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: Any, timeout: float = 500, **options: Any) -> subprocess.CompletedProcess[str]:
         with start_search(*arguments, **options) as process:
             try:
-                output = process.communicate(timeout=500)
+                output = process.communicate(timeout=timeout)
             finally:
                 process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, *output)

@@ -37,8 +37,8 @@ class Outcome:
         return json.loads((self.folder / name).read_text())
 
 
-def demo(folder: Path, run_search: Callable[..., CompletedProcess[str]], *overrides: str) -> Outcome:
-    process = run_search(folder, DEMO, *overrides)
+def demo(folder: Path, run_search: Callable[..., CompletedProcess[str]], *overrides: str, **options: float) -> Outcome:
+    process = run_search(folder, DEMO, *overrides, **options)
     assert (process.returncode, process.stderr) == (0, ""), process.stderr
     return Outcome(folder / "outputs/search/demo", process.stdout)
 
@@ -82,9 +82,9 @@ def test_the_reduced_demo_exports_a_model_that_generates(reduced: Outcome, reloa
 def test_the_demo_beats_uniform(
     smollm2: LoadedModel, tmp_path: Path, run_search: Callable[..., CompletedProcess[str]], reload: Callable[..., dict[str, Any]]
 ) -> None:
-    outcome = demo(tmp_path, run_search)
+    outcome = demo(tmp_path, run_search, timeout=3 * 3600)  # three quarters of an hour in float32 on two cores of its own
     metrics = outcome.read("metrics.json")
     assert metrics["searched"]["kl_divergence"] < metrics["uniform"]["kl_divergence"]
     assert metrics["searched"]["perplexity"] < metrics["uniform"]["perplexity"]
-    assert max(cost["peak_memory_bytes"] for cost in metrics["stages"].values()) < 4e9
+    assert max(cost["peak_memory_bytes"] for cost in metrics["stages"].values()) < 5e9
     assert reload(outcome.folder / "export", torch.arange(32).view(1, 32))["parameters"] == metrics["searched"]["parameters"]
