@@ -43,7 +43,11 @@ class Limit:
 
     def __str__(self) -> str:
         if self.kind == "latency":
-            return f"{self.target / 1e6:,.3f} of {self.dense / 1e6:,.3f} ms of all units to keep, {self.target / self.dense:.1%}"
+            units = f"{self.target / 1e6:,.3f} of {self.dense / 1e6:,.3f} ms of all units"
+            if self.rest is None:
+                return f"{units} to keep, {self.target / self.dense:.1%}"
+            whole = f"{(self.target + self.rest) / 1e6:,.3f} of {(self.dense + self.rest) / 1e6:,.3f} ms of the whole model"
+            return f"{whole} to keep ({units}, {self.target / self.dense:.1%})"
         if self.rest is not None:
             whole = f"{self.target + self.rest:,} of {self.dense + self.rest:,} {self.kind} of the whole model to keep"
             return f"{whole} ({self.target:,} of {self.dense:,} of what can be pruned, {self.target / self.dense:.1%})"

@@ -8,6 +8,7 @@ from local_prune.estimate import estimate
 from search.job import Job
 from search.knapsack import uniform
 from search.levels import mixture
+from search.strategies.front import Front
 from search.strategies.rule import Rule
 from supernet.space import Allocation
 
@@ -26,6 +27,8 @@ def describe(job: Job) -> None:
     else:
         budget = job.budget(space)
         log.info("budget: %s", budget)
+        if isinstance(strategy, Front):
+            strategy.place(space, budget)
         around = uniform(space, budget)
     weights = mixture(window, job.accumulation, around)
     cost = estimate(job.loaded.model, job.calibration, job.pruner, space, weights, job.device)

@@ -210,13 +210,7 @@ class Job:
 
     def rebuild(self, kept: Mapping[str, int], title: str) -> Supernet:
         """The candidates of one allocation, built once more along it with exact error accumulation."""
-        if title not in self._rebuilt:
-            self._rebuilt[title] = self.supernet(*exact(self.prunables, kept, self.accumulation), f"{title} model: last rebuild")
-        return self._rebuilt[title]
-
-    @cached_property
-    def _rebuilt(self) -> dict[str, Supernet]:
-        return {}
+        return self.supernet(*exact(self.prunables, kept, self.accumulation), f"{title} model: last rebuild")
 
     def supernet_around(self, window: Window, around: Allocation, title: str, may_build: bool) -> Supernet:
         """The supernet of a round: its window of levels, and the allocation known before it."""

@@ -36,6 +36,7 @@ from search.strategies.base import Problem, State
 from search.strategies.front import Front, front_json
 from search.strategies.pareto import Pareto
 from search.strategies.rule import Rule
+from search.strategies.uniform import Uniform
 from search.trials import Trials
 from supernet.architecture import parameter_count
 from supernet.assemble import assemble
@@ -77,6 +78,7 @@ def run(config: DictConfig, path: Path) -> None:
         job = Job(config, RunDirectory(path, _settings(config), fresh=False))
         _ = job.fitness, job.resources
         _check_rounds(job)
+        _check_units(job)
         describe(job)
         return
     keep_freed_memory()
@@ -90,7 +92,7 @@ def run(config: DictConfig, path: Path) -> None:
         )  # a mistake in their settings should not wait for hours of building
         _check_rounds(job)
         job.directory.identify(job.identity)
-        _ = job.prunables  # nor should a model that cannot be pruned so
+        _check_units(job)  # nor should a model that cannot be pruned so
         trials = None if config.study is None else Trials(config.study, job.directory)
         found = _rounds(job, stages, trials)
         if found is None:
@@ -113,9 +115,20 @@ def _stages(config: DictConfig) -> list[str]:
 
 
 def _check_rounds(job: Job) -> None:
-    if isinstance(job.strategy, Pareto | Front) and int(job.config.rounds) != 1:
-        name = type(job.strategy).__name__.lower()
-        raise InputError(f"rounds={job.config.rounds} with strategy={name}: a front is of one set of levels; use rounds=1")
+    rounds = int(job.config.rounds)
+    if isinstance(job.strategy, Pareto) and rounds != 1:
+        raise InputError(f"rounds={rounds} with strategy=pareto: a front is of one set of levels; use rounds=1")
+    if isinstance(job.strategy, Front) and rounds != 1:
+        log.warning(
+            "rounds=%d with strategy=front: every round is built, for levels a little nearer to the front; rounds=1 will do",
+            rounds,
+        )
+
+
+def _check_units(job: Job) -> None:
+    """InputError for units that the strategy has nothing to say about: it should not wait for hours of building."""
+    if isinstance(job.strategy, Rule):
+        job.strategy.check(job.loaded.model, job.grid.first(job.prunables).space)
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
@@ -133,8 +146,6 @@ def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
     budget = job.budget(window.space)
     start = uniform(window.space, budget)
     log.info("budget: %s", budget)
-    if isinstance(job.strategy, Rule):  # what it has nothing to say about should not wait for hours of building
-        job.strategy.check(job.loaded.model, window.space)
     if isinstance(job.strategy, Front):
         job.strategy.place(window.space, budget)
     if not budget.met(start):
@@ -294,15 +305,14 @@ def _export(job: Job, found: Found) -> None:
         job.directory.write("metrics.json", metrics | {"stages": job.directory.costs()})
 
 
-def warn_if_worse(metrics: Mapping[str, Any]) -> None:
-    """Tell the user where the allocation found is worse than the uniform one."""
-    searched, even = (metrics[name]["kl_divergence"] for name in ("searched", "uniform"))
-    if searched > even:
+def warn_if_worse(metrics: Mapping[str, Any], rule: bool) -> None:
+    """Tell the user where the allocation found, by a rule or a search, is worse than the uniform one."""
+    searched, even = (round(metrics[name]["kl_divergence"], 4) for name in ("searched", "uniform"))
+    if not searched <= even:  # also where it is not finite
+        longer = "search longer (strategy.generations), or on more text (data.sequences.search)"
+        advice = "use another strategy, such as guided" if rule else longer
         log.warning(
-            "the searched model is further from the dense one than the uniform one is (KL %.4f, %.4f): take strategy=uniform, or "
-            "search longer (strategy.generations) on more text (data.sequences.search)",
-            searched,
-            even,
+            "the model found is further from the dense one than the uniform one (KL %g and %g): %s", searched, even, advice
         )
 
 
@@ -311,7 +321,8 @@ def _summarise(job: Job) -> None:
     metrics = job.directory.read("metrics.json")
     if metrics is not None:
         log.info("on %s held-out tokens:\n%s", f"{metrics['evaluation_tokens']:,}", metrics_table(metrics))
-        warn_if_worse(metrics)
+        if not isinstance(job.strategy, Uniform) and not isinstance(job.fitness, CrossEntropy):
+            warn_if_worse(metrics, isinstance(job.strategy, Rule))
     seconds = {name: cost["seconds"] for name, cost in job.directory.costs().items()}
     peak = max((cost["peak_memory_bytes"] for cost in job.directory.costs().values()), default=0)
     log.info("%s; peak memory %.2f GB", ", ".join(f"{name} {clock(value)}" for name, value in seconds.items()), peak / 1e9)

@@ -14,7 +14,7 @@ ROWS = ("dense", "uniform", "searched")
 
 
 def allocation_json(space: Space, allocation: Allocation, budget: Budget, model: Mapping[str, str]) -> dict[str, Any]:
-    """The content of `allocation.json`."""
+    """The content of `allocation.json`; a limit's `rest` is what the whole dense model takes besides its units."""
     units = []
     for unit, level in zip(space.units, allocation, strict=True):
         chosen = unit.levels[level]

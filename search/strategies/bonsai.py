@@ -110,6 +110,8 @@ class Bonsai(Rule):
         """See `Strategy`."""
         if only_allocation(problem) is not None:
             return super().advance(problem, state)
+        if state.generation and not state.memory:  # found by an earlier version, in one generation
+            return replace(state, exhausted=True), []
         rng, measured = state.generator(), Measured(problem, state.generation)
         pairs = list(state.memory.get("pairs", []))
         for _ in range(min(PORTION, self.samples // 2 - len(pairs))):

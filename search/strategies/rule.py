@@ -35,7 +35,7 @@ Visit = Callable[[SubBlock, Tensor, Mapping[str, Tensor], Tensor], None]
 
 
 class Rule:
-    """A strategy of one generation, which measures nothing unless it says so.
+    """A strategy that computes its allocation, in one generation and without measuring any unless it says so.
 
     Attributes:
         looks_at: What its allocation comes from where it measures nothing, as `dry_run=true` says it.

@@ -74,9 +74,10 @@ def dense_of(model: PreTrainedModel, ids: Tensor, batch: int = 2) -> Dense:
 def run(rule: Strategy, problem: Problem, seed: int = 0) -> tuple[State, list[Row]]:
     """To the end."""
     state, rows = rule.begin(problem, seed), list[Row]()
-    while state.generation < rule.generations and not state.exhausted:
-        state, more = rule.advance(problem, state)
-        rows += more
+    for _ in range(rule.generations):
+        if not state.exhausted:
+            state, more = rule.advance(problem, state)
+            rows += more
     return state, rows
 
 

@@ -216,8 +216,9 @@ def test_a_mistake_is_answered_in_one_line_by_a_fresh_process(
 def test_a_rule_for_other_units_is_refused_before_anything_is_built(
     strategy: str, prune: str, call: Call, tmp_path: Path, refusal: Refusal
 ) -> None:
-    line = refusal(call(SMOKE, f"strategy={strategy}", f"prune={prune}", "supernet.root=supernets"))
-    assert f"strategy={strategy} is for " in line and "; use " in line
+    for more in ("rounds=1", "dry_run=true"):
+        line = refusal(call(SMOKE, f"strategy={strategy}", f"prune={prune}", "supernet.root=supernets", more))
+        assert f"strategy={strategy} is for " in line and "; use " in line
     assert not (tmp_path / "supernets").exists()
 
 

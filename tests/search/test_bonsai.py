@@ -83,6 +83,12 @@ class TestBonsai:
         assert (state.parent, state.tokens, state.rng) == (whole.parent, whole.tokens, whole.rng)
         assert state.parent != problem.start
 
+    def test_what_an_earlier_version_found_in_one_generation_stays(self, space_of: SpaceOf) -> None:
+        problem, rule = problem_of(space_of(*[(10, (4, 3, 2, 1, 0))] * 6), 0.5), Bonsai(samples=50, tokens=30)
+        found = replace(rule.begin(problem, 0), generation=1, tokens=1500)
+        state, rows = rule.advance(problem, found)
+        assert state == replace(found, exhausted=True) and not rows
+
     def test_a_loss_that_is_not_finite(self, space_of: SpaceOf) -> None:
         problem = problem_of(space_of(*[(10, (4, 3, 2, 1, 0))] * 4), 0.5)
 

@@ -84,6 +84,11 @@ def test_what_is_allowed_fits_all_limits(targets: tuple[int, int], beside: tuple
             assert budget.allows(allocation, beside)
 
 
+def test_latencies_of_the_whole_model_are_told_with_it() -> None:
+    told = "4.500 of 9.000 ms of the whole model to keep (1.500 of 6.000 ms of all units, 25.0%)"
+    assert str(Limit("latency", 1_500_000, 6_000_000, ((6_000_000, 0),), rest=3_000_000)) == told
+
+
 def test_limits_of_the_whole_model_are_told_as_they_were_asked_for() -> None:
     told = "140 of 200 flops of the whole model to keep (40 of 100 of what can be pruned, 40.0%)"
     assert str(Limit("flops", 40, 100, ((60, 40, 20), (40, 20)), rest=100)) == told

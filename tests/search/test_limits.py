@@ -1,5 +1,6 @@
 """Budgets as they are set: each is a limit, all that are given are kept, and the impossible is refused with the possible."""
 
+import math
 from typing import Any
 
 import pytest
@@ -201,10 +202,12 @@ def test_a_missed_speedup_is_flagged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_search_that_lost_is_flagged(caplog: pytest.LogCaptureFixture) -> None:
-    warn_if_worse({"searched": {"kl_divergence": 0.5}, "uniform": {"kl_divergence": 0.5}})
+    warn_if_worse({"searched": {"kl_divergence": 0.50001}, "uniform": {"kl_divergence": 0.5}}, rule=False)
     assert not caplog.records
-    warn_if_worse({"searched": {"kl_divergence": 0.6}, "uniform": {"kl_divergence": 0.5}})
-    assert "KL 0.6000, 0.5000): take strategy=uniform, or search longer" in caplog.text
+    warn_if_worse({"searched": {"kl_divergence": 0.6}, "uniform": {"kl_divergence": 0.5}}, rule=False)
+    assert "(KL 0.6 and 0.5): search longer (strategy.generations)" in caplog.text
+    warn_if_worse({"searched": {"kl_divergence": math.nan}, "uniform": {"kl_divergence": 0.5}}, rule=True)
+    assert "(KL nan and 0.5): use another strategy" in caplog.text
 
 
 def test_a_measured_speedup_is_told() -> None:
