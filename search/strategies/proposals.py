@@ -26,6 +26,7 @@ from supernet.space import Allocation
 
 STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # of the ridge, by the mean of the kernel's diagonal
 CAUTION = (1.0, 3.0, 10.0)  # times the strength that ranks best: offspring of predictions that believe the data less
+MISFIT = 0.25  # variance of what the model misses of a pair, in that of a sequence
 FOLDS = 8
 SHARES = {"unit": 0.35, "kind": 0.35, "depth": 0.15, "both": 0.15}  # of the prior variance: who is alike
 WIDTH = 0.05  # of the depth that is alike, as a share of all blocks
@@ -118,7 +119,7 @@ class Forward:
             begun = time.perf_counter()
             losses = measured.losses(sides, [sequence])[:, 0]
             measured.note(sides, losses, 1, set(), time.perf_counter() - begun)
-            pairs.append([*map(list, sides), float(losses[0] - losses[1])])
+            pairs.append([*map(list, sides), float(losses[0] - losses[1]), 1])
         logarithms = learned(pairs, curves, root)
         logarithms += [logarithms[0] + NOISE * root @ rng.standard_normal(len(curves)) for _ in range(DRAWN)]
         weighted = [_weighted(curves, one) for one in logarithms]
@@ -134,7 +135,7 @@ class Forward:
             after = measured.known(child)
             both = sorted(before.keys() & after.keys())
             if both:
-                pairs.append([list(child), list(parent), float(np.mean([after[one] - before[one] for one in both]))])
+                pairs.append([list(child), list(parent), float(np.mean([after[one] - before[one] for one in both])), len(both)])
         return {"pairs": pairs}
 
 
@@ -185,7 +186,9 @@ def _weighted(curves: Changes, logarithms: np.ndarray) -> list[np.ndarray]:
 
 
 def learned(pairs: Sequence[Sequence[Any]], curves: Changes, root: np.ndarray) -> list[np.ndarray]:
-    """Logarithms of the units' weights from pairs (plus, minus, difference of their losses), (units,) for each of `CAUTION`.
+    """Logarithms of the units' weights from pairs, (units,) for each of `CAUTION`.
+
+    A pair is plus, minus, the mean difference of their losses, and the sequences that it was measured on.
 
     The loss is linear in the weights; their logarithms are taken for how far they are from 1, which keeps them positive.
     """
@@ -199,15 +202,20 @@ def learned(pairs: Sequence[Sequence[Any]], curves: Changes, root: np.ndarray) -
         return [np.zeros(len(curves)) for _ in CAUTION]
     besides: dict[tuple[int, ...], int] = {}  # offspring of one parent share its noise: they are left out together
     groups = np.array([besides.setdefault(tuple(pair[1]), len(besides)) for pair in pairs])
-    return regressed(moved * scale, differences, groups, root)
+    sequences = np.array([(*pair, 1)[3] for pair in pairs])  # which an earlier version did not keep
+    noise = (1.0 / sequences + MISFIT) / (1.0 + MISFIT)
+    return regressed(moved * scale, differences, noise, groups, root)
 
 
-def regressed(moved: np.ndarray, differences: np.ndarray, groups: np.ndarray, root: np.ndarray) -> list[np.ndarray]:
-    """The z of `differences = moved @ (1 + z)`: ridge regression under a prior, in its dual form; all pairs weigh the same.
+def regressed(
+    moved: np.ndarray, differences: np.ndarray, noise: np.ndarray, groups: np.ndarray, root: np.ndarray
+) -> list[np.ndarray]:
+    """The z of `differences = moved @ (1 + z)`: ridge regression under a prior, in its dual form.
 
     Args:
         moved: (pairs, units).
         differences: (pairs,).
+        noise: (pairs,) variance of a difference, relative to that of a pair on one sequence.
         groups: (pairs,) int: pairs of a group are left out together.
         root: (units, units): the prior's covariance is `root @ root.T`.
 
@@ -217,7 +225,7 @@ def regressed(moved: np.ndarray, differences: np.ndarray, groups: np.ndarray, ro
     half = moved @ root
     gram, cross = half @ half.T, root @ half.T
     mean = float(gram.diagonal().mean()) or 1.0
-    solve = partial(_dual, gram, differences - moved.sum(1), mean)
+    solve = partial(_dual, gram, differences - moved.sum(1), mean * noise)
     folds = groups % FOLDS
     truth = torch.from_numpy(np.concatenate([differences, -differences]))
     best, strength = -2.0, 1.0
@@ -232,7 +240,7 @@ def regressed(moved: np.ndarray, differences: np.ndarray, groups: np.ndarray, ro
     return [cross @ solve(strength * more, np.arange(len(differences))) for more in CAUTION]
 
 
-def _dual(gram: np.ndarray, rest: np.ndarray, mean: float, strength: float, seen: np.ndarray) -> np.ndarray:
+def _dual(gram: np.ndarray, rest: np.ndarray, noise: np.ndarray, strength: float, seen: np.ndarray) -> np.ndarray:
     """Weights of the pairs that are seen, (seen,)."""
-    system = gram[np.ix_(seen, seen)] + strength * mean * np.eye(len(seen))
+    system = gram[np.ix_(seen, seen)] + strength * np.diag(noise[seen])
     return np.asarray(np.linalg.solve(system, rest[seen]))

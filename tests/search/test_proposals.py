@@ -77,9 +77,11 @@ def test_the_dual_form_is_ridge_regression(pairs: int, units: int, monkeypatch: 
     chosen = 0.7 if pairs >= proposals.FOLDS else 1.0
     covariance = root @ root.T
     mean, rest = np.diag(moved @ covariance @ moved.T).mean(), differences - moved.sum(1)
-    for more, found in zip(CAUTION, regressed(moved, differences, np.arange(pairs), root), strict=True):
+    noise = np.random.default_rng(0).uniform(0.2, 1.0, size=pairs)
+    for more, found in zip(CAUTION, regressed(moved, differences, noise, np.arange(pairs), root), strict=True):
         penalty = chosen * more * mean * np.linalg.inv(covariance)
-        assert_allclose(found, np.linalg.solve(moved.T @ moved + penalty, moved.T @ rest), rtol=1e-6, atol=1e-9)
+        weighted = moved.T / noise
+        assert_allclose(found, np.linalg.solve(weighted @ moved + penalty, weighted @ rest), rtol=1e-6, atol=1e-9)
 
 
 def test_the_strength_that_ranks_left_out_pairs_best_is_taken() -> None:
@@ -88,7 +90,7 @@ def test_the_strength_that_ranks_left_out_pairs_best_is_taken() -> None:
     truth = rng.normal(size=6)
     clean, order = moved @ truth, rng.permutation(60)
     believed, doubted = (
-        np.linalg.norm(regressed(moved, y + moved.sum(1), np.arange(60), root)[0]) for y in (clean, clean[order])
+        np.linalg.norm(regressed(moved, y + moved.sum(1), np.ones(60), np.arange(60), root)[0]) for y in (clean, clean[order])
     )
     assert believed > 3 * doubted
 
@@ -98,7 +100,9 @@ def test_pairs_of_a_group_are_left_out_together() -> None:
     rng = np.random.default_rng(0)
     moved, noise = np.repeat(rng.normal(size=(16, 40)), 2, 0), np.repeat(rng.normal(size=16), 2)
     noise += moved.sum(1)
-    apart, together = (np.linalg.norm(regressed(moved, noise, g, np.eye(40))[0]) for g in (np.arange(32), np.arange(32) // 2))
+    apart, together = (
+        np.linalg.norm(regressed(moved, noise, np.ones(32), g, np.eye(40))[0]) for g in (np.arange(32), np.arange(32) // 2)
+    )
     assert apart > together
 
 
@@ -125,7 +129,8 @@ def test_weights_are_learned_from_pairs(space_of: SpaceOf) -> None:
 def test_sides_of_a_pair_meet_the_budget_and_are_opposite(space_of: SpaceOf) -> None:
     problem = make_problem(space_of(*TRANSFORMER * 3))
     _, memory = FORWARD.predict(problem, Measured(problem, 0), first_state(problem, 0), range(8), np.random.default_rng(0))
-    for plus, minus, difference in memory["pairs"]:
+    for plus, minus, difference, sequences in memory["pairs"]:
+        assert sequences == 1
         assert problem.budget.met(plus) and problem.budget.met(minus)
         assert difference == pytest.approx(synthetic(problem).exact(tuple(plus)) - synthetic(problem).exact(tuple(minus)))
         assert np.dot(np.subtract(plus, problem.start), np.subtract(minus, problem.start)) < 0
@@ -139,7 +144,20 @@ def test_predictions_are_changes_from_the_parent(space_of: SpaceOf) -> None:
         assert all(change[level] == 0.0 for change, level in zip(changes, problem.start, strict=True))
 
 
-@pytest.mark.parametrize("pairs", [[], [[[1, 1], [1, 1], 0.0]]])
+def test_what_was_measured_on_more_sequences_counts_more(space_of: SpaceOf) -> None:
+    """Two pairs that contradict each other; an earlier version did not keep how many sequences there were."""
+    problem = make_problem(space_of(*[(10, (4, 2, 0))] * 2))
+    one, other = [[0, 2], [2, 0]], [[2, 0], [0, 2]]
+    heavier = [
+        learned([[*one, 0.1, first], [*other, 0.1, second]], curves_of(problem), np.eye(2))[0]
+        for first, second in ((16, 1), (1, 16), (4, 4))
+    ]
+    assert heavier[0][0] < heavier[2][0] < heavier[1][0]
+    old = learned([[*one, 0.1], [*other, 0.2]], curves_of(problem), np.eye(2))
+    assert_allclose(old, learned([[*one, 0.1, 1], [*other, 0.2, 1]], curves_of(problem), np.eye(2)))
+
+
+@pytest.mark.parametrize("pairs", [[], [[[1, 1], [1, 1], 0.0, 1]]])
 def test_nothing_to_learn_from_leaves_the_weights_alike(pairs: list[list[object]], space_of: SpaceOf) -> None:
     problem = make_problem(space_of((10, (4, 2)), (10, (4, 2))), 0.2)
     for logarithms in learned(pairs, curves_of(problem), np.eye(2)):
