@@ -92,7 +92,7 @@ def run(config: DictConfig, path: Path) -> None:
         )  # a mistake in their settings should not wait for hours of building
         _check_rounds(job)
         job.directory.identify(job.identity)
-        _check_units(job)  # nor should a model that cannot be pruned so
+        _check_units(job)
         trials = None if config.study is None else Trials(config.study, job.directory)
         found = _rounds(job, stages, trials)
         if found is None:
@@ -126,9 +126,10 @@ def _check_rounds(job: Job) -> None:
 
 
 def _check_units(job: Job) -> None:
-    """InputError for units that the strategy has nothing to say about: it should not wait for hours of building."""
+    """InputError for units that cannot be pruned so, or of which a rule has nothing to say: not after hours of building."""
+    space = job.grid.first(job.prunables).space
     if isinstance(job.strategy, Rule):
-        job.strategy.check(job.loaded.model, job.grid.first(job.prunables).space)
+        job.strategy.check(job.loaded.model, space)
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
