@@ -16,21 +16,6 @@ from supernet.errors import InputError
 SHARE = 0.5  # of the memory that is free, which activations may take
 
 
-def free_memory() -> int:
-    """Bytes of main memory that can be taken without swapping: of the machine, or of the control group if that has less."""
-    values = dict(line.split(":") for line in _text("/proc/meminfo").splitlines() if ":" in line)
-    available = int(values.get("MemAvailable", f"{2**53} kB").split()[0]) * 1024
-    limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
-    return min(available, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else available
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
 class Activations:
     """A list of equally typed tensors that are set one by one: (batch, tokens, hidden) each, undefined before.
 

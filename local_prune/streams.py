@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.activations import SHARE, Activations, free_memory
+from local_prune.activations import SHARE, Activations
 from local_prune.devices import moved
 from local_prune.pruner import Calibration
 from supernet.architecture import SubBlock, entry, sub_blocks
+from supernet.memory import available
 
 OWN_OUTPUT = "own output"  # of the dense layer, on the inputs that it gets in the pruned model
 TARGETS = {"pruned": OWN_OUTPUT, "dense": "dense output", "residual": "residual"}  # by fit, as the manifest calls them
@@ -42,7 +43,7 @@ class Streams:
         self.device, self.fit = device, fit
         batches = calibration.ids.split(calibration.batch)
         shapes, dtype = [(*ids.shape, int(model.config.hidden_size)) for ids in batches], _stream_dtype(model)
-        in_memory = stream_bytes(model, calibration, fit) <= SHARE * free_memory()
+        in_memory = stream_bytes(model, calibration, fit) <= SHARE * available()
         self.pruned = Activations(shapes, dtype, in_memory, folder)
         self.dense = Activations(shapes, dtype, in_memory, folder) if fit != "pruned" else None
         self._ahead = False  # whether the dense stream is behind the sub-block at work already

@@ -53,7 +53,7 @@ def _user_errors() -> Iterator[None]:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
-        from search.memory import is_out_of_memory
+        from supernet.memory import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

@@ -24,13 +24,13 @@ from local_prune.devices import moved, on_device
 from search.attention import blocked_attention
 from search.fitness import NO_LABEL, Fitness, Targets, targets, token_slices
 from search.gradient import Scorer, loss_gradient, part_gradient, presence
-from search.memory import available, give_back_freed_memory, is_out_of_memory
 from search.workers import Workers
 from supernet.architecture import blocks, entry, final_norm_and_head, head_of
 from supernet.cache import CandidateCache, Key
 from supernet.encoding import Candidate, Members
 from supernet.errors import InputError
 from supernet.families import family_of
+from supernet.memory import available, give_back_freed_memory, is_out_of_memory
 from supernet.placement import Place, is_absent, places, together
 from supernet.space import Allocation
 from supernet.store import Supernet

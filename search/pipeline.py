@@ -27,7 +27,6 @@ from search.export.huggingface import export
 from search.fitness import CrossEntropy
 from search.job import Job
 from search.knapsack import closest, uniform
-from search.memory import keep_freed_memory
 from search.progress import clock, track
 from search.report import allocation_json, metrics_table, model_card
 from search.run_directory import RunDirectory, locked
@@ -41,6 +40,7 @@ from search.trials import Trials
 from supernet.architecture import parameter_count
 from supernet.assemble import assemble
 from supernet.errors import InputError
+from supernet.memory import keep_freed_memory
 from supernet.modeling_pruned import PrunedMixin
 from supernet.space import Allocation, Space
 from supernet.store import Supernet

@@ -37,8 +37,8 @@ from search.evaluator import GenerationEvaluator
 from search.fitness import KlDivergence
 from search.knapsack import uniform
 from search.levels import Grid, mixture
-from search.memory import keep_freed_memory
 from supernet.architecture import SubBlock, sub_blocks
+from supernet.memory import keep_freed_memory
 from supernet.placement import full_weight, places
 from supernet.space import Allocation
 from supernet.store import Supernet

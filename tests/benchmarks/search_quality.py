@@ -39,7 +39,6 @@ from search.evaluator import GenerationEvaluator, Resources
 from search.fitness import CrossEntropy, Fitness, KlDivergence
 from search.knapsack import uniform
 from search.levels import Grid, mixture
-from search.memory import keep_freed_memory
 from search.models import LoadedModel
 from search.strategies.adapt_pruner import AdaptPruner
 from search.strategies.alpha_pruning import AlphaPruning
@@ -57,6 +56,7 @@ from search.strategies.tyr import Tyr
 from search.strategies.uniform import Uniform
 from supernet.architecture import sub_blocks
 from supernet.atomic import write_atomic
+from supernet.memory import keep_freed_memory
 from supernet.space import Allocation
 from supernet.store import Supernet
 from tests.benchmarks.pruners import smollm2, tokens, untracked

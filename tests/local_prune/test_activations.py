@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from local_prune import activations
-from local_prune.activations import Activations, free_memory
+from local_prune.activations import Activations
 from supernet.errors import InputError
 
 
@@ -77,28 +76,3 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write .* of activations to .*/file/folder: Not a directory"):
         Activations([(1, 1, 1)], torch.float32, False, tmp_path / "file" / "folder")
-
-
-MACHINE = "MemTotal:       8000 kB\nMemAvailable:   4000 kB\n"
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"/proc/meminfo": MACHINE}, 4_096_000),
-        ({"/proc/meminfo": MACHINE, "memory.max": "max\n", "memory.current": "1\n"}, 4_096_000),
-        ({"/proc/meminfo": MACHINE, "memory.max": "3000000\n", "memory.current": "1000000\n"}, 2_000_000),
-        ({"/proc/meminfo": MACHINE, "memory.max": "9000000\n", "memory.current": "1000000\n"}, 4_096_000),
-    ],
-    ids=["machine", "unlimited group", "limited group", "group with more than the machine has"],
-)
-def test_free_memory_is_the_least_of_machine_and_group(
-    monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int
-) -> None:
-    monkeypatch.setattr(activations, "_text", lambda path: next((t for name, t in files.items() if path.endswith(name)), ""))
-    assert free_memory() == expected
-
-
-def test_where_nothing_says_how_much_memory_there_is_all_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "_text", lambda path: "")
-    assert free_memory() > 1e18

@@ -176,7 +176,7 @@ def test_a_build_with_activations_on_disk_is_the_same(
 ) -> None:
     model = model_of("llama")
     expected = unit_files(built(model, tmp_path / "memory", ObsPruner(), IDS, fit=fit))
-    monkeypatch.setattr(streams, "free_memory", lambda: 0)
+    monkeypatch.setattr(streams, "available", lambda: 0)
     mapped: list[int] = []
 
     def track(items: Sequence[Any], title: str) -> Iterable[Any]:
@@ -197,7 +197,7 @@ def test_a_disk_without_space_for_activations_is_told(
     def full(descriptor: int, offset: int, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(streams, "free_memory", lambda: 0)
+    monkeypatch.setattr(streams, "available", lambda: 0)
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(
         InputError, match=r"^cannot write 0\.0 GB of activations to .*: No space left on device; use fewer seq"

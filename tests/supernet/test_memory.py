@@ -1,5 +1,6 @@
 """Free memory is what the machine, the container and the process leave, and errors for want of it are told from others."""
 
+import errno
 import resource
 from pathlib import Path
 
@@ -7,42 +8,41 @@ import psutil
 import pytest
 import torch
 
-from search import memory
-from search.memory import available, give_back_freed_memory, is_out_of_memory, keep_freed_memory
+from supernet import memory
+from supernet.memory import available, give_back_freed_memory, is_out_of_memory, keep_freed_memory
 
-CPU = torch.device("cpu")
 VERSION_1, VERSION_2 = reversed(memory.CGROUPS)
 
 
 def test_no_more_is_free_than_the_machine_has() -> None:
-    assert 0 < available(CPU) <= psutil.virtual_memory().total
+    assert 0 < available() <= psutil.virtual_memory().total
 
 
 def test_a_limit_on_the_address_space_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     used = psutil.Process().memory_info().vms
     monkeypatch.setattr(resource, "getrlimit", lambda _: (used + 10_000_000, resource.RLIM_INFINITY))
-    assert available(CPU) <= 10_000_000 + 1_000_000_000
+    assert available() <= 10_000_000 + 1_000_000_000
     monkeypatch.setattr(resource, "getrlimit", lambda _: (used // 2, resource.RLIM_INFINITY))
-    assert available(CPU) == 0
+    assert available() == 0
 
 
-def write_group(root: Path, names: tuple[str, str, str], limit: str, usage: int, cache: int) -> None:
+def write_group(root: Path, names: tuple[str, str, str, str], limit: str, usage: int, cache: int, shared: int = 0) -> None:
     folder = (root / names[0]).parent
     folder.mkdir(parents=True, exist_ok=True)
     (root / names[0]).write_text(f"{limit}\n")
     (root / names[1]).write_text(f"{usage}\n")
-    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cache}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cache}\n{names[3]} {shared}\n")
 
 
 @pytest.mark.parametrize("names", [VERSION_1, VERSION_2])
-def test_a_containers_limit_counts_without_what_the_kernel_takes_back(tmp_path: Path, names: tuple[str, str, str]) -> None:
-    write_group(tmp_path, names, "1000000", 700_000, 200_000)
+def test_a_containers_limit_counts_without_what_the_kernel_takes_back(tmp_path: Path, names: tuple[str, str, str, str]) -> None:
+    write_group(tmp_path, names, "1000000", 700_000, 250_000, shared=50_000)
     assert memory._left_in_group(*names, root=tmp_path) == 500_000
 
 
 @pytest.mark.parametrize("names", [VERSION_1, VERSION_2])
 @pytest.mark.parametrize("limit", ["max", str(2**63 - 4096)])
-def test_no_limit_is_none(tmp_path: Path, names: tuple[str, str, str], limit: str) -> None:
+def test_no_limit_is_none(tmp_path: Path, names: tuple[str, str, str, str], limit: str) -> None:
     write_group(tmp_path, names, limit, 700_000, 200_000)
     assert memory._left_in_group(*names, root=tmp_path) is None
 
@@ -55,10 +55,22 @@ def test_limits_of_groups_around_this_one_count(tmp_path: Path, monkeypatch: pyt
     assert memory._left_in_group(*VERSION_2, root=tmp_path) == 500_000
 
 
-def test_the_group_of_this_process_and_those_around_it_are_looked_at(tmp_path: Path) -> None:
-    folders = memory._group_folders(tmp_path)
-    assert folders[-1] == tmp_path
-    assert all(folder.is_relative_to(tmp_path) for folder in folders)
+@pytest.mark.parametrize(
+    ("root", "groups", "expected"),
+    [
+        ("", "0::/slurm/job_7\n", ["slurm/job_7", "slurm", ""]),
+        ("memory", "5:cpu:/other\n4:memory,hugetlb:/job_7\n0::/else\n", ["memory/job_7", "memory"]),
+        ("memory", "0::/slurm/job_7\n", ["memory"]),
+        ("", "", [""]),
+    ],
+    ids=["version 2", "version 1", "version 1 without memory", "no groups"],
+)
+def test_the_group_of_this_process_and_those_around_it_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str, groups: str, expected: list[str]
+) -> None:
+    own = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: groups if path == Path("/proc/self/cgroup") else own(path))
+    assert memory._group_folders(tmp_path / root) == [tmp_path / name for name in expected]
 
 
 def test_a_machine_without_control_groups_has_none(tmp_path: Path) -> None:
@@ -74,6 +86,9 @@ def test_a_machine_without_control_groups_has_none(tmp_path: Path) -> None:
         (MemoryError(), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError("can't start new thread"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
         (ValueError("out of memory"), False),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import resource
 import sys
 from pathlib import Path
@@ -12,14 +13,24 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_KEPT = 32 << 20  # glibc takes no higher threshold
-CGROUPS = (  # limit, usage, and what of it is page cache, which the kernel takes back when it is short
-    ("memory.max", "memory.current", "file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache"),
+CPU = torch.device("cpu")
+# Limit and usage, then what of the usage is page cache, which the kernel takes back when memory is short, and what of that
+# cache is shared memory, which it does not.
+CGROUPS = (
+    ("memory.max", "memory.current", "file", "shmem"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache", "total_shmem"),
 )
-SHORT = ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")  # what libraries say
+SHORT = (  # what libraries say; a thread that cannot start is one whose stack found no room
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "status_alloc_failed",
+    "can't start new thread",
+    "resource temporarily unavailable",
+)
 
 
-def available(device: torch.device) -> int:
+def available(device: torch.device = CPU) -> int:
     """Bytes that could be allocated on the device now."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -31,16 +42,17 @@ def available(device: torch.device) -> int:
     return max(0, min(size for size in found if size is not None))
 
 
-def _left_in_group(limit: str, usage: str, cache: str, root: Path = Path("/sys/fs/cgroup")) -> int | None:
+def _left_in_group(limit: str, usage: str, cache: str, shared: str, root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes left below the limits of this process's control group and those around it; None where there is none.
 
     A container sees its own group at the root. Elsewhere the group's path is in /proc/self/cgroup.
     """
-    left = [_left_in(folder, Path(limit).name, Path(usage).name, cache) for folder in _group_folders((root / limit).parent)]
+    folders = _group_folders((root / limit).parent)
+    left = [_left_in(folder, Path(limit).name, Path(usage).name, cache, shared) for folder in folders]
     return min((size for size in left if size is not None), default=None)
 
 
-def _left_in(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+def _left_in(folder: Path, limit: str, usage: str, cache: str, shared: str) -> int | None:
     try:
         most = (folder / limit).read_text().strip()
         if most == "max" or int(most) >= 1 << 60:
@@ -49,7 +61,7 @@ def _left_in(folder: Path, limit: str, usage: str, cache: str) -> int | None:
         counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    return int(most) - used + int(counts.get(cache, 0)) - int(counts.get("shmem", 0))
+    return int(most) - used + int(counts.get(cache, 0)) - int(counts.get(shared, 0))
 
 
 def _group_folders(root: Path) -> list[Path]:
@@ -89,7 +101,9 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that there was no memory left, on a device or in main memory."""
+    """Whether an error says that there was no memory left, on a device or in main memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SHORT)
