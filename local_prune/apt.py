@@ -46,7 +46,8 @@ def joint_errors(W: Tensor, U: Tensor, removed: Tensor) -> Tensor:
         chosen = ranked[start : start + max(1, SYSTEMS // sizes[start] ** 2)]
         index = _padded(removed[:, chosen].T, sizes[start])
         flat = index.unsqueeze(2) * (2 * size) + index.unsqueeze(1)
-        solved = torch.linalg.solve(torch.take(extended, flat).mT, weight[chosen].gather(1, index))  # column-major: no copy
+        lower = torch.linalg.cholesky(torch.take(extended, flat))  # not by LU: see local_prune.structured
+        solved = torch.cholesky_solve(weight[chosen].gather(1, index).unsqueeze(2), lower).squeeze(2)
         z = W.new_zeros(len(chosen), 2 * size).scatter_(1, index, solved)
         errors[:, chosen] = U @ z[:, :size].T
         start += len(chosen)
@@ -76,7 +77,8 @@ def keep_least_loss(group: Tensor, A: Tensor, keep: int) -> Tensor:
     of = len(group)
     subsets = torch.tensor(list(combinations(range(of), of - keep)), device=A.device)  # (subsets, r)
     matrices = A[subsets.unsqueeze(2), subsets.unsqueeze(1)]
-    roots = torch.linalg.inv(torch.linalg.cholesky(matrices))  # R R^T = A_PP makes the loss ||R^-1 w_P||^2
+    identity = torch.eye(of - keep, dtype=A.dtype, device=A.device).expand_as(matrices)
+    roots = torch.linalg.solve_triangular(torch.linalg.cholesky(matrices), identity, upper=False)  # the loss is ||L^-1 w_P||^2
     spread = A.new_zeros(*subsets.shape, of).scatter_(2, subsets.unsqueeze(1).expand_as(roots), roots)
     losses = (spread.flatten(0, 1) @ group).view(*subsets.shape, -1).square().sum(1)
     stays = torch.ones(len(subsets), of, dtype=torch.bool, device=A.device).scatter_(1, subsets, False)

@@ -111,8 +111,9 @@ def ridge(signs: Tensor, differences: Tensor, prior: Tensor, strength: float) ->
     if math.isinf(strength) or not mean:
         return scale * prior
     gram.diagonal().add_(strength * mean)
-    correction: Tensor = weighted.T @ torch.linalg.solve(gram, differences - scale * expected)
-    return prior * (scale + correction)
+    rest = (differences - scale * expected).unsqueeze(1)
+    correction = weighted.T @ torch.cholesky_solve(rest, torch.linalg.cholesky(gram))
+    return prior * (scale + correction.squeeze(1))
 
 
 def strength_of(signs: Tensor, differences: Tensor, prior: Tensor) -> float:

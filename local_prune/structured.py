@@ -98,23 +98,27 @@ def _remove_rows(
 
 
 def _order_of_groups(inverse: Tensor, weight: Tensor, moment: Tensor, width: int, count: int, first_order: float) -> Tensor:
-    """Groups of several rows: few and wide, so H^-1 and W are updated, and shrink, at each removal."""
+    """Groups of several rows: few and wide, so H^-1 and W are updated, and shrink, at each removal.
+
+    All systems are positive definite and are solved by Cholesky, (H^-1)_PP = L L^T. Batched LU, which `torch.linalg.solve` uses,
+    gives wrong numbers in a process where anybody has called `torch.set_num_threads` (docs/experiments.md).
+    """
     names = torch.arange(len(inverse) // width, device=inverse.device)
     order: list[Tensor] = []
     for _ in range(count):
         left = len(names)
         blocks = inverse.view(left, width, left, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (left, width, width)
         W, G = weight.view(left, width, -1), moment.view(left, width, -1)
-        score = 0.5 * (W * torch.linalg.solve(blocks, W)).sum((1, 2)) + first_order * (W * G).sum((1, 2)).abs()
+        lower = torch.linalg.cholesky(blocks)
+        halves = torch.linalg.solve_triangular(lower, W, upper=False)  # ||L^-1 W_P||^2 = tr(W_P^T [(H^-1)_PP]^-1 W_P)
+        score = 0.5 * halves.square().sum((1, 2)) + first_order * (W * G).sum((1, 2)).abs()
         group = int(score.argmin())
         order.append(names[group])
         keep = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
         keep[group * width : (group + 1) * width] = False
-        columns = inverse[keep][:, ~keep]
-        solved = torch.linalg.solve(inverse[~keep][:, ~keep], torch.cat([columns.T, weight[~keep]], dim=1))
-        kept = int(keep.sum())
-        inverse = inverse[keep][:, keep] - columns @ solved[:, :kept]
-        weight = weight[keep] - columns @ solved[:, kept:]
+        across = torch.linalg.solve_triangular(lower[group], inverse[~keep][:, keep], upper=False)  # (width, rows kept)
+        inverse = torch.addmm(inverse[keep][:, keep], across.T, across, alpha=-1)
+        weight = torch.addmm(weight[keep], across.T, halves[group], alpha=-1)
         moment, names = moment[keep], names[names != names[group]]
     return torch.stack(order) if order else names[:0]
 

@@ -1,8 +1,9 @@
 """Independent pieces of work side by side on a CPU.
 
 An operation on a few megabytes that is split over all threads waits for them to wake and to meet again; meanwhile another
-piece of work can go on. The pieces keep torch's number of threads: `torch.set_num_threads` must not be called, in any thread,
-as batched solves in the main thread (`local_prune.structured`) are wrong from then on with torch 2.13 and MKL.
+piece of work can go on. The pieces keep torch's number of threads: `torch.set_num_threads` would break batched LU in the whole
+process with torch 2.13 and MKL (`torch.linalg.solve` and `inv`). This project solves by Cholesky, which stays right, but others
+in the process may not.
 """
 
 from __future__ import annotations

@@ -13,6 +13,12 @@ from typing import Any
 # Before anything imports huggingface_hub, which reads it once: what is not here is refused without a wait.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# One thread for the tiny tensors of most tests: several would wait for each other a hundred times longer than they work, and
+# their number changes the last bits. torch reads the variable once, when it is imported; `torch.set_num_threads` would break
+# batched LU for the rest of the process. Subprocesses, which work on real models, get the variable as it was.
+OUTER_THREADS = os.environ.get("OMP_NUM_THREADS")
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -44,12 +50,15 @@ from supernet.prunables import member_prunables
 from supernet.space import Level, Space, Unit
 from supernet.store import Supernet
 
+assert torch.get_num_threads() == 1, "torch was imported before tests/conftest.py could choose its threads"
+del os.environ["OMP_NUM_THREADS"]
+if OUTER_THREADS is not None:
+    os.environ["OMP_NUM_THREADS"] = OUTER_THREADS
+
 NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
 TINY: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 3, **NO_TOKENS}
 MLP_SIZE: dict[str, Any] = {"intermediate_size": 96}
 SIZES: dict[str, Any] = TINY | MLP_SIZE | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
-THREADS = torch.get_num_threads()
-torch.set_num_threads(1)  # for fixtures that live longer than a test, too: the number of threads changes the last bits
 WINDOW = 5  # tokens that a sliding attention sees: less than `ids` has, so that masks matter
 GEMMA: dict[str, Any] = {"sliding_window": WINDOW, "query_pre_attn_scalar": 6}
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -80,15 +89,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(folder))
         yield folder
-
-
-@pytest.fixture(autouse=True)
-def _few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for the tiny tensors of most tests: several would wait for each other a hundred times longer than they work."""
-    if "smollm2" in request.fixturenames:
-        torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

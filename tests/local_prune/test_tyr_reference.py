@@ -50,16 +50,6 @@ def smollm2_cases(tyr: ModuleType, smollm2: LoadedModel) -> Iterator[dict[str, A
     yield {"attention": attention, "mlp": mlp}
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Týr's rule takes many small steps, in which threads wait for each other where others use the machine too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 def test_smollm2(tyr: ModuleType, smollm2_cases: dict[str, Any], kind: str) -> None:
     case = smollm2_cases[kind]

@@ -15,7 +15,7 @@ from supernet.architecture import entry, sub_blocks
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Says how many threads torch has: to set that in earnest makes its batched solves wrong."""
+    """Says how many threads torch has: to set that in earnest makes its batched LU wrong."""
     return lambda count: monkeypatch.setattr(torch, "get_num_threads", lambda: count)
 
 
