@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -122,6 +123,9 @@ class AptPruner(BlockwisePruner):
     Attributes:
         block: Inputs per block; on random layers 64 lost less than 32, and than 128 where most weights go.
     """
+
+    name: ClassVar[str] = "apt"
+    version: ClassVar[int] = 1
 
     block: int = 64
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -206,6 +207,9 @@ class BonsaiPruner(SurveyedPruner):
         drop: Fraction of the members that a sub-model lacks on average; the pool is the 2 * drop of lowest prior.
         seed: Of all draws.
     """
+
+    name: ClassVar[str] = "bonsai"
+    version: ClassVar[int] = 1
 
     samples: int = 64
     sequences: int = 4

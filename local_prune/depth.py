@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from supernet.prunables import Prunable, presence_prunables
 @dataclass(frozen=True)
 class DepthPruner(NoSurvey):
     """Attention and MLP of each block on their own, or blocks as a whole: `prune=depth`."""
+
+    name: ClassVar[str] = "depth"
+    version: ClassVar[int] = 1
 
     whole_blocks: bool = False
 

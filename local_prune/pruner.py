@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -83,7 +83,16 @@ class NoSurvey:
 
 
 class Pruner(Protocol):
-    """A local pruning method. `_target_` of `prune.pruner` in the configuration."""
+    """A local pruning method. `_target_` of `prune.pruner` in the configuration.
+
+    Attributes:
+        name: What the method is called on disk, whatever its class is called and wherever that lies; it never changes.
+        version: Raised by one whenever the same settings would give other candidates, so that supernets that were built before
+            are not taken for new ones. `tests/local_prune/test_golden.py` fails where that was forgotten.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
 
     def prunables(self, parts: Sequence[SubBlock]) -> tuple[Prunable, ...]:
         """The units that the method prunes, in the order of the forward pass."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -264,6 +265,9 @@ class _GridPruner(NoSurvey):
 class RtnPruner(_GridPruner):
     """Rounding to nearest, without calibration: `prune=rtn`."""
 
+    name: ClassVar[str] = "rtn"
+    version: ClassVar[int] = 1
+
     def statistics(self, dense: Tensor, width: int) -> None:
         """See `Pruner`: none."""
 
@@ -283,6 +287,9 @@ class GptqPruner(_GridPruner):
         damping: Ridge towards the dense weight, as a fraction of the Hessian's mean diagonal.
         block: Inputs between two updates of all later inputs; changes the time, not what is computed.
     """
+
+    name: ClassVar[str] = "gptq"
+    version: ClassVar[int] = 1
 
     activation_order: bool = True
     damping: float = 0.01

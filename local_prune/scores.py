@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -125,6 +126,9 @@ class SurveyedPruner(MembersPruner):
 class MagnitudeMembersPruner(SurveyedPruner):
     """Members with the smallest parameters go first: `magnitudes`."""
 
+    name: ClassVar[str] = "magnitude_sp"
+    version: ClassVar[int] = 1
+
     def survey(
         self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
     ) -> Mapping[str, Tensor]:
@@ -135,6 +139,9 @@ class MagnitudeMembersPruner(SurveyedPruner):
 @dataclass(frozen=True)
 class TaylorPruner(SurveyedPruner):
     """Members with the smallest first-order effect on the loss go first: LLM-Pruner, see `member_saliencies`."""
+
+    name: ClassVar[str] = "taylor"
+    version: ClassVar[int] = 1
 
     def survey(
         self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
@@ -150,6 +157,9 @@ class TaylorPruner(SurveyedPruner):
 @dataclass(frozen=True)
 class WandaSpPruner(MembersPruner):
     """Members with the smallest weights times inputs go first: `wanda_sp`."""
+
+    name: ClassVar[str] = "wanda_sp"
+    version: ClassVar[int] = 1
 
     def statistics(self, dense: Tensor, width: int) -> Moments:
         """Of each input."""
@@ -169,6 +179,9 @@ class FlapPruner(MembersPruner):
     Attributes:
         compensate: Whether candidates have that bias.
     """
+
+    name: ClassVar[str] = "flap"
+    version: ClassVar[int] = 1
 
     compensate: bool = True
 
@@ -197,6 +210,9 @@ class FlapPruner(MembersPruner):
 @dataclass(frozen=True)
 class AmpPruner(MembersPruner):
     """Members that put the least into the output go first: AMP (attention heads and MLP pruning), see `Projected`."""
+
+    name: ClassVar[str] = "amp"
+    version: ClassVar[int] = 1
 
     def statistics(self, dense: Tensor, width: int) -> Projected:
         """Of each member's output."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -260,6 +261,9 @@ class SparseGptPruner(BlockwisePruner):
     Attributes:
         block: Inputs whose weights are compared with each other, the paper's B_s; makes no difference for N:M.
     """
+
+    name: ClassVar[str] = "sparsegpt"
+    version: ClassVar[int] = 1
 
     def solve(self, block: Block) -> tuple[Tensor, Tensor]:
         """Column by column."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -167,6 +168,9 @@ class ObsPruner(NoSurvey):
         multiple: Kept neurons are multiples of this.
         query_heads: Take single query heads (Týr-the-Pruner) instead of KV groups.
     """
+
+    name: ClassVar[str] = "obs"
+    version: ClassVar[int] = 1
 
     damping: float = 0.01
     first_order: float = 0.0

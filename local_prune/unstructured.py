@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -151,6 +152,9 @@ class ScoredPruner(WeightPruner):
 class MagnitudePruner(ScoredPruner):
     """|W|, compared over the whole layer: `prune=magnitude`."""
 
+    name: ClassVar[str] = "magnitude"
+    version: ClassVar[int] = 1
+
     def scores(self, task: Task) -> Tensor:
         """|W_ij|."""
         return task.dense.float().abs()
@@ -168,6 +172,9 @@ class MagnitudePruner(ScoredPruner):
 class WandaPruner(ScoredPruner):
     """|W_ij| ||X_j||_2, compared per output (Sun et al. 2023, equation 1): `prune=wanda`."""
 
+    name: ClassVar[str] = "wanda"
+    version: ClassVar[int] = 1
+
     def scores(self, task: Task) -> Tensor:
         """|W_ij| ||X_j||_2."""
         return task.dense.float().abs() * _norms(task)
@@ -183,6 +190,9 @@ class GblmPruner(ScoredPruner):
         gradient_weight: The paper's alpha: activations and gradients differ in size.
         norm: g is the l1 (1) or l2 (2) norm of the gradients of the loss over the calibration sequences.
     """
+
+    name: ClassVar[str] = "gblm"
+    version: ClassVar[int] = 1
 
     gradient_weight: float = 100.0
     norm: int = 2

@@ -25,12 +25,12 @@ from supernet.architecture import SubBlock, blocks
 from supernet.encoding import Candidate, Members, Quantised, member_columns
 from supernet.errors import InputError
 from supernet.placement import Place, full_weight, is_absent, places
-from supernet.space import Unit
+from supernet.space import Space, Unit
 from supernet.store import Supernet
 
 log = logging.getLogger(__name__)
 
-METHOD = 2  # raised when the same settings would give other candidates, so that older supernets are not taken for them
+VERSION = 1  # of the walk itself: raised by one whenever the same pruner would give other candidates, see `Pruner.version`
 Mixture = Mapping[str, Sequence[float]]
 Stage = list[tuple[int, str]]  # units whose layers share their inputs: (index of the unit in the space, its layer)
 
@@ -97,14 +97,8 @@ class Walk:
         self.mixture, self.device = mixture, device
         self.scores: Mapping[str, Tensor] = {}
         self.pruning = 0.0
-        parts = [place.part for place in places(model, supernet.space) if place.units]
-        self.streams: Streams | None = None
-        self.behind_norms = False
-        if (statistics := pruner.statistics(parts[0].weight(parts[0].column), 1)) is not None:
-            accumulates = any(weights[0] < 1.0 for weights in mixture.values())
-            fit = calibration.fit if accumulates and isinstance(statistics, LeastSquares) else "pruned"
-            self.behind_norms = fit == "residual" and all(part.post_norm is not None for part in parts)
-            self.streams = Streams(model, calibration, "pruned" if self.behind_norms else fit, device, supernet.path)
+        fit, self.behind_norms = fit_of(model, calibration, pruner, supernet.space, mixture)
+        self.streams = None if fit is None else Streams(model, calibration, fit, device, supernet.path)
 
     def step(self, place: Place) -> None:
         """Build what is missing of a sub-block's units, and move on."""
@@ -175,6 +169,24 @@ class Walk:
         if isinstance(statistics, LeastSquares) and not aimed:
             statistics.target_own_output(dense.T)
         return statistics, self.streams.target if aimed else OWN_OUTPUT
+
+
+def fit_of(
+    model: PreTrainedModel, calibration: Calibration, pruner: Pruner, space: Space, mixture: Mixture
+) -> tuple[str | None, bool]:
+    """What kept weights are really fitted to, and whether that is `pruned` only because norms follow the sub-blocks.
+
+    None for methods that look at no inputs. `dense` and `residual` differ from `pruned` only where errors accumulate, and only
+    for methods that fit.
+    """
+    parts = [place.part for place in places(model, space) if place.units]
+    statistics = pruner.statistics(parts[0].weight(parts[0].column), 1)
+    if statistics is None:
+        return None, False
+    accumulates = any(weights[0] < 1.0 for weights in mixture.values())
+    fit = calibration.fit if accumulates and isinstance(statistics, LeastSquares) else "pruned"
+    behind_norms = fit == "residual" and all(part.post_norm is not None for part in parts)
+    return "pruned" if behind_norms else fit, behind_norms
 
 
 def _stages(place: Place) -> list[Stage]:

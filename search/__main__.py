@@ -57,7 +57,7 @@ def _user_errors() -> Iterator[None]:
 
         if not is_out_of_memory(error):
             raise
-        advice = "lower evaluator.memory or evaluator.cache, use evaluator.resident=blocks, or lower prune.batch with fresh=true"
+        advice = "lower evaluator.memory or evaluator.cache, use evaluator.resident=blocks, or lower prune.batch"
         print(f"error: {one_line(error) or 'out of memory'}; {advice}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

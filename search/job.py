@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from local_prune.estimate import estimate
+from local_prune.identity import build_record, reads_text
 from local_prune.pruner import Calibration, Pruner
-from local_prune.walk import METHOD, build
+from local_prune.walk import build
 from search.budget import Budget
 from search.config import cache_dir
 from search.costs import CostTable
@@ -218,17 +219,17 @@ class Job:
 
     def supernet(self, space: Space, weights: Mixture, title: str, may_build: bool = True) -> Supernet:
         """The finished supernet of a space: found on disk, continued, or built."""
+        given = self.loaded.model, self.calibration, self.pruner
+        text = self.tokens["calibration"].fingerprint if reads_text(*given) else None
         description = {
             "model": self.loaded.fingerprint,
-            "method": METHOD,
-            "data": self.tokens["calibration"].fingerprint,
-            "prune": OmegaConf.to_container(self.config.prune, resolve=True),
             "dtype": self._dtype,
-            "mixture": {name: list(of_levels) for name, of_levels in weights.items()},
+            "data": text,
+            "build": build_record(*given, space, weights, self.device),
         }
         root = self.config.supernet.root
         folder = Path(root).expanduser() if root else cache_dir() / "supernets"
-        labels = {"model": self.loaded.name, "method": type(self.pruner).__name__.removesuffix("Pruner")}
+        labels = {"model": self.loaded.name, "method": self.pruner.name}
         supernet = Supernet.open_or_create(folder, space, description, labels)
         if supernet.complete or may_build:
             supernet.note_use(self.directory.note_supernet(supernet.fingerprint, supernet.path))

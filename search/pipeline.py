@@ -19,7 +19,9 @@ import transformers
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from transformers import PreTrainedModel
 
+from local_prune.walk import VERSION
 from search.budget import Budget
+from search.components import recorded
 from search.describe import describe
 from search.evaluate import HeldOut, Metrics, streamed
 from search.evaluator import GenerationEvaluator
@@ -138,7 +140,9 @@ def _settings(config: DictConfig) -> dict[str, Any]:
     settings["budget"] = budget_record(settings["budget"])  # what makes no difference may change, too
     del settings["supernet"]["root"]  # a full disk must not end a run: supernets may move
     settings["fitness"].pop("chunk_bytes", None)  # nor must a lack of memory
-    return {str(key): value for key, value in settings.items() if key not in NOT_SETTINGS}
+    settings["prune"].pop("batch", None)
+    settings["prune"]["walk"] = VERSION
+    return {str(key): recorded(value) for key, value in settings.items() if key not in NOT_SETTINGS}
 
 
 def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:

@@ -47,7 +47,7 @@ def test_all_supernets_of_a_run_are_referred_to(finished: Path) -> None:
     for folder in folders:
         assert folder.state == "complete"
         assert finished / RUN / LIST in [use.referrer for use in folder.uses]  # copies that other tests run on are others
-        assert folder.label("model").startswith("random-llama") and folder.label("method") == "Obs"
+        assert folder.label("model").startswith("random-llama") and folder.label("method") == "obs"
     assert list(collect(finished / "cache/supernets", dry_run=True)) == ["would free 0 B; supernets that stay: 4"]
 
 
