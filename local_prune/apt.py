@@ -65,12 +65,13 @@ def _padded(removed: Tensor, width: int) -> Tensor:
     return index
 
 
-def keep_least_loss(group: Tensor, A: Tensor, keep: int) -> Tensor:
+def keep_least_loss(group: Tensor, A: Tensor, keep: int, zero: Tensor | None = None) -> Tensor:
     """The choice of `keep` inputs whose complement P has the least joint loss w_P [A_PP]^-1 w_P^T, by trying all of them.
 
     Args:
         group: (of, n) weights.
         A: (of, of), of the inputs of the group.
+        zero: (of, n) bool, weights that go in any case: P has as many of them as it can.
 
     Returns:
         (of, n) bool, True where a weight stays.
@@ -83,6 +84,9 @@ def keep_least_loss(group: Tensor, A: Tensor, keep: int) -> Tensor:
     spread = A.new_zeros(*subsets.shape, of).scatter_(2, subsets.unsqueeze(1).expand_as(roots), roots)
     losses = (spread.flatten(0, 1) @ group).view(*subsets.shape, -1).square().sum(1)
     stays = torch.ones(len(subsets), of, dtype=torch.bool, device=A.device).scatter_(1, subsets, False)
+    if zero is not None:
+        taken = (~stays).to(A.dtype) @ zero.to(A.dtype)  # (subsets, n)
+        losses.masked_fill_(taken < zero.sum(0).clamp_max(of - keep), torch.inf)
     return stays[losses.argmin(0)].T
 
 
@@ -103,7 +107,8 @@ def choose(block: Block) -> Tensor:
             mask[part] = keep_patterned(block.scores(deviations, part), block.kept)
             continue
         for level, keep in enumerate(block.kept):
-            mask[part, level] = keep_least_loss(block.weight[part, level], A[part, part], keep)
+            zero = None if block.zero is None else block.zero[part]
+            mask[part, level] = keep_least_loss(block.weight[part, level], A[part, part], keep, zero)
     return mask
 
 
@@ -111,7 +116,7 @@ def solve_jointly(block: Block) -> tuple[Tensor, Tensor]:
     """Joint removal as a `local_prune.sparsegpt.Solve`: every removed weight of the block at once."""
     mask = choose(block)
     rows = block.weight.view(len(mask), -1)
-    errors = joint_errors(rows, block.U, ~mask.view(len(mask), -1))
+    errors = joint_errors(rows, block.U, block.removed(mask).view(len(mask), -1))
     rows.addmm_(block.U.T, errors, alpha=-1)
     return mask, errors.view_as(block.weight)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from local_prune.pruner import NoSurvey, Task
-from local_prune.statistics import Damped, LeastSquares, check_number, solved
+from local_prune.statistics import Damped, LeastSquares, check_number, solved, zeros_of
 from supernet.architecture import SubBlock
 from supernet.encoding import Candidate, Quantised
 from supernet.errors import InputError
@@ -147,7 +147,13 @@ class _Table:
 
 
 def gptq(
-    W: Tensor, U: Tensor, bits: Sequence[int], layout: Layout, block: int = 128, order: Tensor | None = None
+    W: Tensor,
+    U: Tensor,
+    bits: Sequence[int],
+    layout: Layout,
+    block: int = 128,
+    order: Tensor | None = None,
+    zero: Tensor | None = None,
 ) -> list[Quantised]:
     """GPTQ at several widths at once: they share U, and their outputs are one long row, so that more widths cost little time.
 
@@ -166,19 +172,23 @@ def gptq(
     sequence = torch.arange(len(W), device=W.device) if order is None else order
     importance = torch.empty_like(U[0]).index_copy_(0, sequence, 1.0 / U.square().sum(0))  # 1 / (H^-1)_jj: cost of an error
     rest = W[sequence].repeat(1, len(bits))
+    fixed = None if zero is None else zero[sequence].repeat(1, len(bits))
     table = _Table(bits, *(rest.new_empty(len(W) // layout.group, rest.shape[1]) for _ in range(3)))
     if order is not None:
-        table.fill(0, [W] * len(bits), layout, importance)
+        table.fill(0, [W if zero is None else W.masked_fill(zero, 0.0)] * len(bits), layout, importance)
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=W.device)
     errors = rest.new_empty(min(block, len(W)), rest.shape[1])
     for start, stop, pieces in _blocks(len(W), block, layout.group if order is None else None):
         for first, last in pieces:
             if order is None and first % layout.group == 0:
                 reached = slice(first, first + layout.group)
-                table.fill(first // layout.group, rest[reached].chunk(len(bits), 1), layout, importance[reached])
+                weights = rest[reached] if fixed is None else rest[reached].masked_fill(fixed[reached], 0.0)
+                table.fill(first // layout.group, weights.chunk(len(bits), 1), layout, importance[reached])
             piece, E = slice(first, last), errors[first - start : last - start]
             inputs = sequence[piece]
-            codes[inputs] = _round_piece(rest[piece], U[piece, piece], table, inputs // layout.group, layout.dtype, E)
+            groups = inputs // layout.group
+            zeros = None if fixed is None else fixed[piece]
+            codes[inputs] = _round_piece(rest[piece], U[piece, piece], table, groups, layout.dtype, E, zeros)
             rest[last:stop].addmm_(U[piece, last:stop].T, E, alpha=-1)
         rest[stop:].addmm_(U[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     return table.candidates(codes, layout.dtype)
@@ -201,7 +211,9 @@ def _parts(start: int, stop: int, step: int) -> list[tuple[int, int]]:
     return [(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
-def _round_piece(W: Tensor, U: Tensor, table: _Table, groups: Tensor, dtype: torch.dtype, errors: Tensor) -> Tensor:
+def _round_piece(
+    W: Tensor, U: Tensor, table: _Table, groups: Tensor, dtype: torch.dtype, errors: Tensor, fixed: Tensor | None
+) -> Tensor:
     """Round a few inputs one after the other.
 
     Within a piece the errors of earlier inputs are gathered when an input is reached: that reads a row each, and writes one.
@@ -213,6 +225,7 @@ def _round_piece(W: Tensor, U: Tensor, table: _Table, groups: Tensor, dtype: tor
         groups: (n,) of the inputs.
         dtype: Of the weights that codes stand for.
         errors: (n, levels * d_out), filled with (w - q) / U_jj (equation 2, in the Cholesky form of section 4, step 3).
+        fixed: (n, levels * d_out) bool, weights that become 0 wherever they are; None where there are none.
 
     Returns:
         Codes, (n, levels * d_out) uint8.
@@ -223,6 +236,8 @@ def _round_piece(W: Tensor, U: Tensor, table: _Table, groups: Tensor, dtype: tor
         w = torch.addmv(W[j], errors[:j].T, U[:j, j], alpha=-1)
         torch.div(w, scale[j], out=steps[j])
         step = steps[j].round_().clamp_(lowest[j], highest[j])
+        if fixed is not None:
+            step.masked_fill_(fixed[j], 0.0)
         w -= (step * scale[j]).to(dtype)
         torch.div(w, pivot, out=errors[j])
     return steps.sub_(lowest).to(torch.uint8)
@@ -315,6 +330,6 @@ class GptqPruner(_GridPruner):
         def solve(problem: Damped) -> list[Candidate]:
             order = problem.hessian.diagonal().argsort(descending=True, stable=True) if self.activation_order else None
             U = problem.factor.upper_of_inverse(order)
-            return list(gptq(problem.solution, U, list(kept), layout, self.block, order))
+            return list(gptq(problem.solution, U, list(kept), layout, self.block, order, zeros_of(task.dense)))
 
         return solved(task.statistics, task.dense.T, self.damping, task.where, solve)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from local_prune.pruner import Task
 from local_prune.refit import refit
-from local_prune.statistics import Damped, LeastSquares, check_number, solved
+from local_prune.statistics import Damped, LeastSquares, check_number, solved, zeros_of
 from local_prune.unstructured import WeightPruner, ascending, pattern_of, rank_in_groups
 from supernet.encoding import Candidate, Weights
 from supernet.errors import InputError
@@ -41,19 +41,26 @@ class Block:
         U: (b, b), the part of U that belongs to these inputs.
         kept: Weights that each level keeps: of the block, or of each of its groups.
         of: Inputs in a group of an N:M pattern; None where unstructured.
+        zero: (b, d_out) bool, weights that are 0 in the dense layer and stay 0 at all levels; None where there are none.
     """
 
     weight: Tensor
     U: Tensor
     kept: Sequence[int]
     of: int | None
+    zero: Tensor | None = None
 
     def scores(self, deviations: Tensor, part: slice = slice(None)) -> Tensor:
-        """|w_ij| / d_j of some of the inputs, shaped as their weights.
+        """|w_ij| / d_j of some of the inputs, shaped as their weights; 0 for those that are 0 in the dense layer.
 
         The root of the squares in the papers, so that small weights do not underflow; as good for an order.
         """
-        return self.weight[part].abs() / deviations[part, None, None]
+        scores = self.weight[part].abs() / deviations[part, None, None]
+        return scores if self.zero is None else scores.masked_fill_(self.zero[part].unsqueeze(1), 0.0)
+
+    def removed(self, mask: Tensor, part: slice = slice(None)) -> Tensor:
+        """Which weights of some inputs go: those outside the mask, and dense zeros, which a mask may have to count as kept."""
+        return ~mask[part] if self.zero is None else ~mask[part] | self.zero[part].unsqueeze(1)
 
 
 Solve = Callable[[Block], tuple[Tensor, Tensor]]
@@ -95,21 +102,28 @@ def keep_patterned(scores: Tensor, kept: Sequence[int]) -> Tensor:
     return rank_in_groups(scores, 0) >= len(scores) - counts[:, None]
 
 
-def quotas(kept: int, d_out: int, dead: Tensor, block: int) -> list[int]:
-    """How many weights each block keeps: in proportion to its inputs, dead inputs keeping none before all others are full.
+def quotas(kept: int, d_out: int, dead: Tensor, block: int, zero: Tensor | None = None) -> list[int]:
+    """How many weights each block keeps: in proportion to its weights that are not 0.
+
+    Dead inputs keep none before all others are full, and weights that are 0 already are kept last of all.
 
     Args:
         kept: Weights of the layer to keep.
         dead: (d_in,) bool.
         block: Inputs per block; the last block may have fewer.
+        zero: (d_in, d_out) bool, weights that are 0 in the dense layer.
 
     Returns:
         One number a block; they sum to `kept`.
     """
-    living = [d_out * int(part.sum()) for part in (~dead).split(block)]
-    others = [d_out * int(part.sum()) for part in dead.split(block)]
-    first = min(kept, sum(living))
-    return [a + b for a, b in zip(_spread(first, living), _spread(kept - first, others), strict=True)]
+    valued = d_out - (torch.zeros_like(dead, dtype=torch.int64) if zero is None else zero.sum(1))
+    found = [0] * len(dead.split(block))
+    for counts in (valued * ~dead, valued * dead, d_out - valued):
+        sizes = [int(part.sum()) for part in counts.split(block)]
+        taken = min(kept, sum(sizes))
+        found = [have + more for have, more in zip(found, _spread(taken, sizes), strict=True)]
+        kept -= taken
+    return found
 
 
 def _spread(total: int, sizes: Sequence[int]) -> list[int]:
@@ -124,7 +138,7 @@ def _spread(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 def sweep(
-    W: Tensor, U: Tensor, dead: Tensor, kept: Sequence[int], of: int | None, block: int, solve: Solve
+    W: Tensor, U: Tensor, dead: Tensor, kept: Sequence[int], of: int | None, block: int, solve: Solve, zero: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Prune all levels, block by block from the left.
 
@@ -136,20 +150,22 @@ def sweep(
         of: Inputs in a group; d_in is a multiple of it. None where unstructured.
         block: Inputs per block; for N:M a multiple of `of`.
         solve: How a block is pruned.
+        zero: (d_in, d_out) bool, weights that are 0 in the dense layer; None where there are none.
 
     Returns:
-        The masks, bool, and the weights, zero where the mask is False: both (d_in, levels, d_out).
+        The masks, bool, and the weights, zero where the mask is False or `zero` is True: both (d_in, levels, d_out).
     """
     (d_in, d_out), levels = W.shape, len(kept)
     work = W.repeat(1, levels)
     mask = torch.empty(d_in, levels, d_out, dtype=torch.bool, device=W.device)
     starts = range(0, d_in, block)
-    counts = [[count] * len(starts) if of else quotas(count, d_out, dead, block) for count in kept]
+    counts = [[count] * len(starts) if of else quotas(count, d_out, dead, block, zero) for count in kept]
     for index, start in enumerate(starts):
         part, behind = slice(start, min(start + block, d_in)), slice(start + block, d_in)
         weight = work[part].view(-1, levels, d_out)
-        mask[part], errors = solve(Block(weight, U[part, part], [one[index] for one in counts], of))
-        weight.masked_fill_(~mask[part], 0.0)
+        here = Block(weight, U[part, part], [one[index] for one in counts], of, None if zero is None else zero[part])
+        mask[part], errors = solve(here)
+        weight.masked_fill_(here.removed(mask[part]), 0.0)
         work[behind].addmm_(U[part, behind].T, errors.view(len(weight), -1), alpha=-1)
     return mask, work.view(d_in, levels, d_out)
 
@@ -166,14 +182,14 @@ def solve_columns(block: Block) -> tuple[Tensor, Tensor]:
     mask = torch.empty_like(block.weight, dtype=torch.bool)
     if block.of is None:
         mask = keep_largest(block.scores(scale), block.kept)
-        torch.div(~mask.view_as(rows), scale.unsqueeze(1), out=removed)
+        torch.div(block.removed(mask).view_as(rows), scale.unsqueeze(1), out=removed)
     step = block.of or STEP
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         rows[part].addmm_(U[:start, part].T, errors[:start], alpha=-1)
         if block.of is not None:
             mask[part] = keep_patterned(block.scores(scale, part), block.kept)
-            torch.div(~mask.view_as(rows)[part], scale[part].unsqueeze(1), out=removed[part])
+            torch.div(block.removed(mask, part).view_as(rows[part]), scale[part].unsqueeze(1), out=removed[part])
         for j in range(start, min(start + step, len(rows))):
             rows[j].addmv_(errors[start:j].T, U[start:j, j], alpha=-1)
             torch.mul(rows[j], removed[j], out=errors[j])
@@ -227,12 +243,13 @@ class BlockwisePruner(WeightPruner):
     def _solved(self, problem: Damped, dead: Tensor, dense: Tensor, kept: Sequence[int]) -> list[Candidate]:
         """`candidates` of a damped problem; dead: (d_in,) bool."""
         found: dict[int, Candidate] = {}
-        U, target = problem.factor.upper_of_inverse(), problem.solution
+        U, target, zero = problem.factor.upper_of_inverse(), problem.solution, zeros_of(dense)
         for levels, of, counts in self._batches(dense, kept):
             block = self.block if of is None else max(of, self.block // of * of)
-            masks, weights = sweep(target, U, dead, counts, of, block, self.solve)
+            masks, weights = sweep(target, U, dead, counts, of, block, self.solve, zero)
             if self.refit:
-                refit(problem.hessian, target, masks, weights, self.refit)
+                free = masks if zero is None else masks & ~zero.unsqueeze(1)
+                refit(problem.hessian, target, free, weights, self.refit)
             for index, level in enumerate(levels):
                 weight = weights[:, index].T.to(dense.dtype).contiguous()
                 found[level] = Weights(masks[:, index].T.contiguous(), weight)

@@ -42,6 +42,15 @@ def symmetric(gram: Tensor) -> Tensor:
     return gram.triu() + gram.triu(1).T
 
 
+def zeros_of(dense: Tensor) -> Tensor | None:
+    """(d_in, d_out) bool, True where a dense weight (d_out, d_in) is 0 already; None where none is.
+
+    A model may be sparse before it is pruned. Methods that fit weights keep its zeros: they go first, and come back at no level.
+    """
+    zero = dense.T == 0
+    return zero if bool(zero.any()) else None
+
+
 @dataclass
 class Moments:
     """Sums over the calibration tokens of each input alone, for methods that only score.

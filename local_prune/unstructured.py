@@ -126,7 +126,7 @@ class ScoredPruner(WeightPruner):
     """Pruners that choose by a score of each weight; subclasses say which."""
 
     def scores(self, task: Task) -> Tensor:
-        """(d_out, d_in) float32, not negative."""
+        """(d_out, d_in) float32, not negative; a tensor of its own, which will be changed."""
         raise NotImplementedError
 
     def rank(self, scores: Tensor) -> Tensor:
@@ -142,6 +142,7 @@ class ScoredPruner(WeightPruner):
         if not kept:
             return []
         scores = self.scores(task).contiguous()  # dense weights may be transposed
+        scores.masked_fill_(task.dense == 0, -1.0)  # before those whose inputs are 0: what is zero already goes first
         if self.patterns:
             return [Weights(patterned_mask(scores, pattern_of(k, scores.numel(), self.patterns)), None) for k in kept]
         rank = self.rank(scores)

@@ -21,16 +21,18 @@ from local_prune.devices import on_device
 from local_prune.pruner import Calibration, Pruner, Statistics, Task, Track
 from local_prune.statistics import LeastSquares
 from local_prune.streams import OWN_OUTPUT, Streams
-from supernet.architecture import SubBlock, blocks
+from supernet.architecture import MIXER, SubBlock, blocks
 from supernet.encoding import Candidate, Members, Quantised, member_columns
 from supernet.errors import InputError
 from supernet.placement import Place, full_weight, is_absent, places
+from supernet.prunables import BITS, BLOCK, WEIGHTS
 from supernet.space import Space, Unit
 from supernet.store import Supernet
 
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of the walk itself: raised by one whenever the same pruner would give other candidates, see `Pruner.version`
+TOLD = 0.01  # of the weights, from which on it is told that they are zero already: a few are in every model
 Mixture = Mapping[str, Sequence[float]]
 Stage = list[tuple[int, str]]  # units whose layers share their inputs: (index of the unit in the space, its layer)
 
@@ -67,6 +69,7 @@ def build(
         if supernet.complete:
             return
         walk = Walk(model, calibration, pruner, supernet, mixture, torch.device(device))
+        _tell_of_zeros(model, pruner, supernet.space)
         if walk.behind_norms:
             log.info("prune.fit=residual is fitted as pruned: a norm follows the sub-blocks")
         walk.scores = pruner.survey(model, calibration, walk.device, track) if scores is None else scores
@@ -187,6 +190,24 @@ def fit_of(
     fit = calibration.fit if accumulates and isinstance(statistics, LeastSquares) else "pruned"
     behind_norms = fit == "residual" and all(part.post_norm is not None for part in parts)
     return "pruned" if behind_norms else fit, behind_norms
+
+
+def _tell_of_zeros(model: PreTrainedModel, pruner: Pruner, space: Space) -> None:
+    """Say so where a good part of what is pruned is zero already, and what becomes of it."""
+    found = [place for place in places(model, space) if place.units]
+    layers = [place.part.weight(layer or place.part.column) for place in found for _, layer in place.units]
+    share = sum(int((weight == 0).sum()) for weight in layers) / sum(weight.numel() for weight in layers)
+    if share < TOLD or space.units[0].kind in (BLOCK, MIXER):
+        return
+    if space.units[0].kind in (WEIGHTS, BITS):
+        log.warning("%.1f%% of the weights to prune are zero already: they go first and stay zero at every level", 100 * share)
+    elif isinstance(pruner.statistics(layers[0], 1), LeastSquares):
+        log.warning(
+            "%.1f%% of the weights to fit anew are zero already, and will not be: prune=%s fits all weights of what it keeps; "
+            "prune=wanda_sp, taylor and others keep them as they are",
+            100 * share,
+            pruner.name,
+        )
 
 
 def _stages(place: Place) -> list[Stage]:
