@@ -23,6 +23,7 @@ from supernet.families import ATTENTION as ATTENTION
 from supernet.families import MIXER as MIXER
 from supernet.families import MLP as MLP
 from supernet.families import Family, family_of
+from supernet.memory import is_out_of_memory
 
 CACHE = ("past_key_values", "use_cache", "cache_params")  # arguments of a block that a pass without a cache does not need
 
@@ -355,17 +356,23 @@ def check_walk(model: PreTrainedModel) -> None:
     So an entry in `FAMILIES` that does not fit, or a model that does more (scales what a sub-block adds, or the logits), is told
     before any work. Differences may be half of the dtype's digits; output that is not finite is told later, with its unit.
     """
+    family_of(model)  # before anything is asked of a model that may be of any kind
     ids = (torch.arange(8, device=model.device) % int(model.config.vocab_size)).unsqueeze(0)
-    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    logits = model(input_ids=ids, use_cache=False).logits
     try:
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model(input_ids=ids, use_cache=False).logits
         hidden, contexts = entry(model, ids)
         for part in sub_blocks(model):
             hidden = part(hidden, contexts[part.block])
         normed, head = final_norm_and_head(model, hidden)
         walked = head.linear(normed)
-    except (AttributeError, AssertionError, KeyError, TypeError) as error:
-        raise _does_not_fit(model, f"modules are called or made differently ({str(error) or type(error).__name__})") from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever a model's own code comes to where sizes or modules are not what it expects
+        if is_out_of_memory(error):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _does_not_fit(model, f"modules are called or made differently ({said})") from error
     walked = walked if head.cap is None else head.cap * torch.tanh(walked / head.cap)
     for what, own, found in (("last hidden states", states, normed), ("logits", logits, walked)):
         difference, largest = float((own - found).abs().max()), float(own.abs().max())

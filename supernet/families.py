@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from supernet.errors import InputError
 
@@ -109,18 +109,28 @@ VARIANTS = {  # of a config's switches, the setting that the entries above descr
 
 def family_of(model: PreTrainedModel) -> Family:
     """The family entry of a model; InputError for one that is not known, with how to add it."""
-    model_type = str(model.config.model_type)
-    if getattr(model.config, "is_heterogeneous", False):
+    return family_of_config(model.config)
+
+
+def family_of_config(config: PreTrainedConfig) -> Family:
+    """The family entry of the models that a config describes: nothing else of a config can be relied on before."""
+    model_type = str(config.model_type)
+    check_known(model_type)
+    if getattr(config, "is_heterogeneous", False):
         raise InputError("the model's layers differ in size already (per_layer_config); prune the dense model it was made from")
+    for key, (known, why) in VARIANTS.items():
+        if getattr(config, key, known) != known:
+            raise InputError(f"this variant of '{model_type}' is not known: {why} (its config has {key}={not known})")
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        raise InputError(f"this variant of '{model_type}' is not known: embeddings must be as wide as the hidden states")
+    return FAMILIES[model_type]
+
+
+def check_known(model_type: str) -> None:
+    """InputError for a `model_type` without an entry, with how to add one."""
     if model_type not in FAMILIES:
         raise InputError(
             f"the model's architecture '{model_type}' is not known; known are {', '.join(FAMILIES)}; "
             "a family with the same structure needs one entry in supernet/families.py, and to lose heads, neurons or sub-blocks "
             "two classes in supernet/modeling_pruned.py"
         )
-    for key, (known, why) in VARIANTS.items():
-        if getattr(model.config, key, known) != known:
-            raise InputError(f"this variant of '{model_type}' is not known: {why} (its config has {key}={not known})")
-    if getattr(model.config, "word_embed_proj_dim", model.config.hidden_size) != model.config.hidden_size:
-        raise InputError(f"this variant of '{model_type}' is not known: embeddings must be as wide as the hidden states")
-    return FAMILIES[model_type]

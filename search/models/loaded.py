@@ -1,13 +1,29 @@
 """A model as the rest of the project gets it, whatever it came from; its fingerprint, and the dtype of a run."""
 
+import inspect
 import json
-from dataclasses import dataclass
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import xxhash
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from supernet.architecture import sub_blocks
 from supernet.errors import InputError
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MANY_ZEROS = 0.01  # a share that rounding to a few bits does not leave by chance
+# In no weight, and nothing that a forward pass without dropout looks at: where a model comes from, what wrote it, how text is
+# generated with it and how it was trained. The dtype counts with each weight.
+PASSING = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache", "initializer_range")
+PASSING_ENDINGS = ("_token_id", "dropout", "_pdrop")
 
 
 @dataclass(frozen=True)
@@ -18,23 +34,26 @@ class LoadedModel:
         model: the causal language model.
         tokenizer: its tokenizer.
         name: what to call it in reports: a hub id, a path, or the name in the configuration.
-        fingerprint: a hash of configuration, weights and vocabulary size; see `fingerprint`.
+        fingerprint: a hash of configuration, weights and code; see `fingerprint`.
+        folder: where the files that it was loaded from lie on this machine (licence and notices, too); None without any.
+        zeros: how many weights are zero already, by name of a linear layer's weight; layers without zeros are left out.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     fingerprint: str
+    folder: Path | None = None
+    zeros: Mapping[str, int] = field(default_factory=dict)
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
     """The dtype that a run computes in: `auto` is bfloat16, but float32 on CPUs that would emulate it, up to ten times slower."""
     if name == "auto":
         return torch.bfloat16 if device.type != "cpu" or _multiplies_bfloat16() else torch.float32
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"dtype={name} is not a float dtype of torch; use auto, bfloat16, float16 or float32")
-    return dtype
+    if name not in DTYPES:
+        raise InputError(f"dtype={name} is not one that models are pruned in; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _multiplies_bfloat16() -> bool:
@@ -45,27 +64,102 @@ def _multiplies_bfloat16() -> bool:
         return False
 
 
-def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that determines the model's output: configuration, names, shapes, dtypes and bytes of the
-    weights, and the size of the vocabulary.
+def made_ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, folder: Path | None = None) -> LoadedModel:
+    """The model in eval mode and without gradients, checked and with its fingerprint."""
+    model.eval().requires_grad_(False)
+    _check_tokenizer(model, tokenizer, name)
+    _check_finite(model, name)
+    linear = {
+        part.state_name(f"{layer}.weight"): part.weight(layer) for part in sub_blocks(model) for layer in sum(part.stages, ())
+    }
+    zeros = {layer: weight.numel() - int(weight.count_nonzero()) for layer, weight in linear.items()}
+    share = sum(zeros.values()) / sum(weight.numel() for weight in linear.values())
+    if share > MANY_ZEROS:
+        log.info("%s: %.1f %% of the weights of its linear layers are zero already", name, 100 * share)
+    held = {layer: count for layer, count in zeros.items() if count}
+    return LoadedModel(model, tokenizer, name, fingerprint(model), folder, held)
 
-    The configuration counts because some of it (the base of the rotary embedding, say) is in no weight. Where
-    the model was loaded from does not count.
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of all that determines the model's output: configuration, names, shapes, dtypes and bytes of the weights, and code
+    that the model brought along.
+
+    The configuration counts because some of it (the base of the rotary embedding, say) is in no weight. The tokenizer does not:
+    all it does is to choose tokens, and those have a fingerprint of their own.
     """
-    config = model.config.to_dict()
-    # Where it comes from and which version wrote it; the dtype counts with each weight.
-    for passing in ("_name_or_path", "architectures", "dtype", "transformers_version"):
-        config.pop(passing, None)
+    config = {key: value for key, value in model.config.to_dict().items() if not _is_passing(key)}
     digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         # numpy knows no bfloat16, so the bytes are viewed as such; nothing is copied on the CPU.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    digest.update(str(len(tokenizer)).encode())
+    for code in _own_code(model):
+        digest.update(code)
     return digest.hexdigest()
 
 
-def made_ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LoadedModel:
-    """The model in eval mode and without gradients, with its fingerprint."""
-    model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, name, fingerprint(model, tokenizer))
+def _is_passing(key: str) -> bool:
+    return key in PASSING or key.endswith(PASSING_ENDINGS)
+
+
+def _own_code(model: PreTrainedModel) -> list[bytes]:
+    """The Python files that the model brought along and that were loaded with it; transformers' own classes have none."""
+    package = type(model).__module__.rpartition(".")[0]
+    if not package.startswith("transformers_modules"):
+        return []
+    loaded = [module for name, module in sorted(sys.modules.items()) if name.startswith(f"{package}.")]
+    return [Path(inspect.getfile(module)).read_bytes() for module in loaded if getattr(module, "__file__", None)]
+
+
+def check_sizes(config: PreTrainedConfig, where: str) -> None:
+    """InputError for a number of layers or heads that no model of a known family can have.
+
+    Args:
+        config: of a known family.
+        where: how the message begins, up to the name of the setting.
+    """
+    layers = config.num_hidden_layers
+    if type(layers) is not int or layers < 1:
+        raise InputError(f"{where}num_hidden_layers={layers}; a model needs at least one")
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:  # a state-space model
+        return
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if type(heads) is not int or heads < 1 or type(groups) is not int or groups < 1:
+        raise InputError(f"{where}num_attention_heads={heads} and num_key_value_heads={groups}; both must be at least 1")
+    if heads % groups:
+        raise InputError(f"{where}num_key_value_heads={groups}; it must divide num_attention_heads={heads}")
+    if not getattr(config, "head_dim", None) and config.hidden_size % heads:
+        raise InputError(f"{where}num_attention_heads={heads}; it must divide hidden_size={config.hidden_size}")
+
+
+def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """InputError for a tokenizer that gives ordinary text ids which the embedding has no row for.
+
+    Special tokens may lie beyond: Gemma 3's tokenizer has one for images behind the vocabulary of its text models.
+    """
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    rows = embeddings.shape[0]
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows and index not in special)
+    if beyond:
+        index, token = beyond[-1]
+        raise InputError(
+            f"{name}: its tokenizer has {len(beyond)} tokens that its embeddings have no row for ({token!r} is {index}, and "
+            f"there are {rows} rows); give the tokenizer that belongs to the model"
+        )
+
+
+def _check_finite(model: PreTrainedModel, name: str) -> None:
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
+            raise InputError(
+                f"{name}: {key} holds weights that are not finite in {str(tensor.dtype)[6:]}; give a sound checkpoint"
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all elements are finite, without memory for a second tensor."""
+    least, most = torch.aminmax(tensor)
+    return bool(least.isfinite() & most.isfinite())

@@ -1,15 +1,42 @@
-"""Loading a model from a local folder, or from the hub."""
+"""Loading a model from a local folder, or from the hub.
 
+In this order: config.json is checked, then the headers of the weights, and only then is anything loaded. What is loaded is what
+is in the checkpoint, or there is one line that says why not.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from huggingface_hub.utils import logging as hub_logging
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from search.errors import reason
-from search.models.loaded import LoadedModel, made_ready
+from search.models.checks import check_config, check_not_quantised, cleaned
+from search.models.files import Source, Tensor, check_headers, elements, headers
+from search.models.loaded import LoadedModel, check_sizes, made_ready
 from supernet.errors import InputError
+from supernet.families import family_of_config
+from supernet.memory import is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+# What older versions saved of masks and rotary embeddings, which are computed today; else what a model's class itself ignores.
+COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "position_ids")
+MANY = 2  # times as many numbers as a checkpoint holds: a config that describes more was not written for it
 
 
 def from_pretrained(
@@ -24,46 +51,186 @@ def from_pretrained(
         dtype: of the weights.
 
     Raises:
-        InputError: there is no such model, or it is not complete, or not one that transformers can load.
+        InputError: there is no such model, or it is not complete, or not one that can be pruned.
     """
-    source = _local_folder(path)
-    _refuse_pruned(source)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        # Any: what transformers declares leaves out the pair that output_loading_info makes of the result.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    # What transformers raises for: files that are absent or a hub that cannot be reached; an unknown
-    # architecture or code that is not trusted; weights of other shapes; an uninstalled package; a cut-off
-    # weights file.
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(
-            f"model.path={path} cannot be loaded ({reason(error)}); give a folder with config.json, weights "
-            "and tokenizer, or a hub id that this machine can reach"
-        ) from error
-    model, report = loaded
-    # transformers fills absent weights with random numbers and says so in a warning only.
-    if report["missing_keys"]:
-        raise InputError(
-            f"model.path={path} lacks {len(report['missing_keys'])} of the weights, among them "
-            f"{min(report['missing_keys'])}; give a complete checkpoint of a causal language model"
+    _check_arguments(path, revision, trust_remote_code)
+    where = f"model.path={path}"
+    source = Source(_local_folder(path), revision, where)
+    with _translated(where), _quiet():
+        config = _config(source, trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.place, config=config, revision=revision, trust_remote_code=trust_remote_code
         )
-    return made_ready(model, tokenizer, path)
+        source.check_files()
+        tensors = headers(source.weights(), where)
+        check_headers(tensors, int(config.num_hidden_layers), family_of_config(config).blocks, where)
+        if not hasattr(config, "auto_map"):
+            _check_amount(config, tensors, where)
+        # Any: what transformers declares leaves out the pair that output_loading_info makes of the result.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.place,
+            config=config,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are told to us, not printed
+            output_loading_info=True,
+        )
+        model, report = loaded
+        _check_report(report, where)
+        _note_untied(model, where)
+        return _ready(model, tokenizer, path, source)
 
 
-def _refuse_pruned(source: str) -> None:
-    """InputError for a local folder whose layers differ in size: what this project exports."""
-    config = Path(source) / "config.json"
-    if config.is_file() and '"per_layer_config"' in config.read_text(errors="replace"):
-        raise InputError(f"{source} is pruned already: its layers differ in size; prune the dense model it was made from")
+def _ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, source: Source) -> LoadedModel:
+    config = source.file("config.json")
+    return made_ready(model, tokenizer, path, config.parent if config else None)
+
+
+def _check_arguments(path: object, revision: object, trust_remote_code: object) -> None:
+    if not isinstance(path, str) or not path:
+        raise InputError(f"model.path={path} must be a folder or a hub id")
+    if revision is not None and not isinstance(revision, str):
+        raise InputError(
+            f"model.revision={revision} must be a branch, tag or commit; quote a number: 'model.revision=\"{revision}\"'"
+        )
+    if not isinstance(trust_remote_code, bool):
+        raise InputError(f"model.trust_remote_code={trust_remote_code} must be true or false")
 
 
 def _local_folder(path: str) -> str:
     """The local folder that a path means, checked, or the path as it is where it can only be a hub id."""
     folder = Path(path).expanduser()
+    try:
+        there, has_config = folder.exists(), (folder / "config.json").is_file()
+    except (OSError, ValueError) as error:  # no right to look into it, a name too long, a NUL
+        raise InputError(f"model.path={path} cannot be read ({reason(error)}); give a folder that you may read") from error
     # A hub id is "name" or "org/name"; anything that looks otherwise was meant as a path.
-    if not folder.exists() and (path.startswith((".", "~", "/")) or path.count("/") > 1):
+    if not there and (path.startswith((".", "~", "/")) or path.count("/") > 1):
         raise InputError(f"model.path={path} does not exist; give a folder with a model, or a hub id")
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise InputError(f"model.path={path} has no config.json; give a folder with a model in it")
-    return str(folder) if folder.exists() else path
+    if there and not has_config:
+        what = (
+            "an adapter, no model: merge it (PEFT's merge_and_unload) first" if (folder / "adapter_config.json").is_file() else ""
+        )
+        if not what and folder.is_dir() and next(folder.glob("*.gguf"), None):
+            what = "a quantised model (GGUF): give the unquantised model it was made from"
+        raise InputError(
+            f"model.path={path} has no config.json; " + (f"it is {what}" if what else "give a folder with a model in it")
+        )
+    return str(folder) if there else path
+
+
+def _config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
+    """The model's config, of a known family. The model's own code is run only where it is trusted."""
+    raw = source.config()
+    check_not_quantised(raw, source.where)
+    if (
+        trust_remote_code
+        and isinstance(raw, dict)
+        and isinstance(raw.get("auto_map"), dict)
+        and "AutoModelForCausalLM" in raw["auto_map"]
+    ):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, revision=source.revision, trust_remote_code=True)
+        config._attn_implementation = config._experts_implementation = None  # trusted is the model's code, no kernel of others
+    else:
+        settings = cleaned(check_config(raw, source.where))
+        config = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+    family_of_config(config)
+    check_sizes(config, f"{source.where}: config.json has ")
+    return config
+
+
+def _check_amount(config: PreTrainedConfig, tensors: dict[str, Tensor], where: str) -> None:
+    """InputError for a config that describes a model of another size, before memory for it is asked for."""
+    with torch.device("meta"):
+        described = AutoModelForCausalLM.from_config(config)
+    count, held = sum(parameter.numel() for parameter in described.parameters()), elements(tensors)
+    if count > MANY * held:
+        raise InputError(
+            f"{where}: config.json describes {count:,} parameters, and the weights hold {held:,}; give the config.json that "
+            "belongs to them"
+        )
+
+
+def _check_report(report: Any, where: str) -> None:
+    """InputError if what transformers loaded is not what the checkpoint holds: it fills what is absent with random numbers,
+    leaves out what has no place, and says so in warnings only.
+    """
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, held, described = mismatched[0]
+        raise InputError(
+            f"{where}: {name} is {_by(held)} in the weights and {_by(described)} by config.json; give the config.json that "
+            "belongs to them"
+        )
+    if report["missing_keys"]:
+        raise InputError(
+            f"{where} lacks {len(report['missing_keys'])} of the weights, among them {min(report['missing_keys'])}; give a "
+            "complete checkpoint of a causal language model"
+        )
+    if unexpected := sorted(name for name in report["unexpected_keys"] if not name.endswith(COMPUTED)):
+        raise InputError(
+            f"{where} has {len(unexpected)} weights that its config.json has no place for, among them {unexpected[0]}; they "
+            "would be lost, so give the config.json that belongs to them, or leave them out of the checkpoint"
+        )
+    if report.get("error_msgs"):
+        raise InputError(f"{where} cannot be loaded ({report['error_msgs'][0]}); give a complete checkpoint")
+
+
+def _by(shape: Any) -> str:
+    return " x ".join(str(size) for size in shape)
+
+
+def _note_untied(model: PreTrainedModel, where: str) -> None:
+    """Correct a config that calls head and embeddings one weight where the checkpoint has two.
+
+    transformers loads both and leaves the config as it is, so that whatever is made of the config ties them again.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None and head.weight is not embeddings.weight:
+        model.config.tie_word_embeddings = False
+        log.info("%s: its head differs from its embeddings, so they stay two weights, although its config.json ties them", where)
+
+
+@contextmanager
+def _translated(where: str) -> Iterator[None]:
+    """One line for whatever the libraries raise, which is of many classes, for files that are not what they expect."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) and not isinstance(error, RecursionError):
+            raise
+        raise InputError(
+            f"{where} cannot be loaded ({_said(error)}); give a folder with config.json, weights and tokenizer, or a hub id that "
+            "this machine can reach"
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    """The line of an error that says most: a bare key or number says nothing without the class of the error."""
+    lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):  # a check of a config's field, and then what was wrong with it
+        return " ".join(line.strip() for line in lines[:2])
+    plain = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    return reason(error) if plain else f"{type(error).__name__}: {reason(error)}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what libraries print: loads that go wrong are told in one line, with what it takes to mend them."""
+    levels = transformers.logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.ERROR)
+    transformers.logging.disable_progress_bar()
+    hub_logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(levels[0])
+        hub_logging.set_verbosity(levels[1])
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -1,11 +1,23 @@
 """A small model with random weights, the same for the same seed: for tests."""
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from search.models.loaded import LoadedModel, made_ready
+from supernet.errors import InputError
+
+# A model for tests; more would be no small one.
+LARGEST = {
+    "hidden_size": 16_384,
+    "intermediate_size": 65_536,
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 1_024,
+    "num_key_value_heads": 1_024,
+}
 
 
 def random_llama(
@@ -20,6 +32,8 @@ def random_llama(
     dtype: torch.dtype,
 ) -> LoadedModel:
     """Make a Llama with random weights, the same for the same seed, and a tokenizer of bytes."""
+    _check_arguments(locals())
+    _check_heads(hidden_size, num_attention_heads, num_key_value_heads)
     tokenizer = _byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -44,6 +58,23 @@ def random_llama(
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     return made_ready(model, tokenizer, f"random-llama-{seed}")
+
+
+def _check_arguments(given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if name in LARGEST and (type(value) is not int or not 1 <= value <= LARGEST[name]):
+            raise InputError(f"model.{name}={value} must be a whole number from 1 to {LARGEST[name]:,}")
+    if type(given["seed"]) is not int or not 0 <= given["seed"] < 1 << 63:
+        raise InputError(f"model.seed={given['seed']} must be a whole number from 0 on")
+    if type(given["tie_word_embeddings"]) is not bool:
+        raise InputError(f"model.tie_word_embeddings={given['tie_word_embeddings']} must be true or false")
+
+
+def _check_heads(hidden: int, heads: int, groups: int) -> None:
+    if hidden % heads or hidden // heads % 2:
+        raise InputError(f"model.num_attention_heads={heads} must divide model.hidden_size={hidden} into heads of an even size")
+    if heads % groups:
+        raise InputError(f"model.num_key_value_heads={groups} must divide model.num_attention_heads={heads}")
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -70,6 +70,12 @@ def test_auto_is_bfloat16_where_the_cpu_has_products_in_it(
     assert dtype_of("float16", torch.device("cpu")) == torch.float16
 
 
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float64", "int8", "float", "bf16", "5"])
+def test_other_dtypes_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"dtype={name} is not one .* use auto, bfloat16, float16, float32"):
+        dtype_of(name, torch.device("cpu"))
+
+
 def test_a_random_llama_in_bfloat16_is_the_float32_one_rounded() -> None:
     exact, rounded = (random_llama(**TINY, dtype=dtype).model for dtype in (torch.float32, torch.bfloat16))
     for (name, weight), other in zip(exact.named_parameters(), rounded.parameters(), strict=True):
@@ -124,76 +130,18 @@ def test_the_fingerprint_is_of_what_the_model_computes(folder: Path, tiny_llama:
 
     model: PreTrainedModel = tiny_llama.model
     model.lm_head.weight.data[3, 5] += 1e-3
-    assert fingerprint(model, tiny_llama.tokenizer) != tiny_llama.fingerprint
+    assert fingerprint(model) != tiny_llama.fingerprint
 
 
-def break_nothing_there(folder: Path) -> None:
-    shutil.rmtree(folder)
-
-
-def break_no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
-def break_no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def break_no_tokenizer(folder: Path) -> None:
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-
-
-def break_cut_off(folder: Path) -> None:
-    weights = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-
-
-def break_other_shapes(folder: Path) -> None:
-    change_config(folder, intermediate_size=128)
-
-
-def break_absent_layer(folder: Path) -> None:
-    change_config(folder, num_hidden_layers=5)
-
-
-def break_unknown_architecture(folder: Path) -> None:
-    change_config(folder, model_type="novel", architectures=["NovelForCausalLM"])
-
-
-def break_config(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": ')
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (break_nothing_there, "does not exist"),
-        (break_no_config, "has no config.json"),
-        (break_no_weights, "cannot be loaded .*no file named.* give a folder with config.json, weights"),
-        (break_no_tokenizer, "cannot be loaded .*tokenizer"),
-        (break_cut_off, "cannot be loaded"),
-        (break_other_shapes, "cannot be loaded"),
-        (break_absent_layer, r"lacks 9 of the weights, among them model\.layers\.4\."),
-        (break_unknown_architecture, "cannot be loaded .*novel"),
-        (break_config, "cannot be loaded .*config.json"),
-    ],
-)
-def test_a_folder_without_a_sound_model(folder: Path, damage: object, message: str) -> None:
-    damage(folder)
-    with pytest.raises(InputError, match=message) as caught:
-        from_pretrained(str(folder), dtype=torch.float32)
-    assert f"model.path={folder}" in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_a_folder_that_is_not_there_or_holds_no_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"model.path={tmp_path}/model does not exist; give a folder with a model"):
+        from_pretrained(f"{tmp_path}/model", dtype=torch.float32)
+    with pytest.raises(InputError, match=f"model.path={tmp_path} has no config.json; give a folder with a model in it"):
+        from_pretrained(str(tmp_path), dtype=torch.float32)
 
 
 def test_a_hub_model_that_cannot_be_reached() -> None:
-    with pytest.raises(InputError, match="model.path=nobody/nothing cannot be loaded") as caught:
+    with pytest.raises(InputError, match="model.path=nobody/nothing cannot be loaded .We couldn't connect") as caught:
         from_pretrained("nobody/nothing", dtype=torch.float32)
     assert "\n" not in str(caught.value)
 
