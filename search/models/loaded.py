@@ -4,8 +4,7 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,7 +35,6 @@ class LoadedModel:
         name: what to call it in reports: a hub id, a path, or the name in the configuration.
         fingerprint: a hash of configuration, weights and code; see `fingerprint`.
         folder: where the files that it was loaded from lie on this machine (licence and notices, too); None without any.
-        zeros: how many weights are zero already, by name of a linear layer's weight; layers without zeros are left out.
     """
 
     model: PreTrainedModel
@@ -44,7 +42,6 @@ class LoadedModel:
     name: str
     fingerprint: str
     folder: Path | None = None
-    zeros: Mapping[str, int] = field(default_factory=dict)
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
@@ -69,15 +66,8 @@ def made_ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
     model.eval().requires_grad_(False)
     _check_tokenizer(model, tokenizer, name)
     _check_finite(model, name)
-    linear = {
-        part.state_name(f"{layer}.weight"): part.weight(layer) for part in sub_blocks(model) for layer in sum(part.stages, ())
-    }
-    zeros = {layer: weight.numel() - int(weight.count_nonzero()) for layer, weight in linear.items()}
-    share = sum(zeros.values()) / sum(weight.numel() for weight in linear.values())
-    if share > MANY_ZEROS:
-        log.info("%s: %.1f %% of the weights of its linear layers are zero already", name, 100 * share)
-    held = {layer: count for layer, count in zeros.items() if count}
-    return LoadedModel(model, tokenizer, name, fingerprint(model), folder, held)
+    _tell_zeros(model, name)
+    return LoadedModel(model, tokenizer, name, fingerprint(model), folder)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -163,3 +153,14 @@ def _is_finite(tensor: Tensor) -> bool:
     """Whether all elements are finite, without memory for a second tensor."""
     least, most = torch.aminmax(tensor)
     return bool(least.isfinite() & most.isfinite())
+
+
+def _tell_zeros(model: PreTrainedModel, name: str) -> None:
+    """Say so where a good part of what can be pruned is zero already: such a model is not the dense one it seems to be."""
+    weights = {part.state_name(layer): part.weight(layer) for part in sub_blocks(model) for layer in sum(part.stages, ())}
+    zeros = {layer: weight.numel() - int(weight.count_nonzero()) for layer, weight in weights.items()}
+    share = sum(zeros.values()) / sum(weight.numel() for weight in weights.values())
+    if share > MANY_ZEROS:
+        most = max(zeros, key=lambda layer: zeros[layer] / weights[layer].numel())
+        text = "%s: %.1f %% of the weights of its linear layers are zero already, most in %s (%.1f %%)"
+        log.info(text, name, 100 * share, most, 100 * zeros[most] / weights[most].numel())
