@@ -178,7 +178,9 @@ def priors(
 
 
 @torch.no_grad()
-def loss_without(model: PreTrainedModel, ids: Tensor, columns: Mapping[str, Tensor], device: torch.device) -> float:
+def loss_without(
+    model: PreTrainedModel, ids: Tensor, columns: Mapping[str, Tensor], device: torch.device, unscored: int = 0
+) -> float:
     """Mean next-token loss of a sub-model.
 
     Args:
@@ -186,6 +188,7 @@ def loss_without(model: PreTrainedModel, ids: Tensor, columns: Mapping[str, Tens
         ids: (batch, tokens).
         columns: Sub-block -> input columns of its last layer that are zero, (k,).
         device: Where the block at work lies.
+        unscored: First positions of each sequence that the loss leaves out; see `Calibration`.
     """
     hidden, contexts = begin(model, ids, device)
     for part in lent_parts(model, device):
@@ -194,7 +197,7 @@ def loss_without(model: PreTrainedModel, ids: Tensor, columns: Mapping[str, Tens
             weight = part.weight(part.column).index_fill(1, columns[part.name].to(device), 0.0)
             weights = part.replaced(part.column, weight)
         hidden = part(hidden, contexts[part.block], weights)
-    return next_token_loss(model, hidden, ids)
+    return next_token_loss(model, hidden, ids, unscored)
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,8 @@ class BonsaiPruner(SurveyedPruner):
 
         def loss(ids: Tensor, lacking: Mapping[str, Tensor]) -> float:
             columns = {name: member_columns(members, widths[name]) for name, members in lacking.items()}
-            return sum(loss_without(model, b, columns, device) * len(b) for b in ids.split(calibration.batch)) / len(ids)
+            batches = ids.split(calibration.batch)
+            return sum(loss_without(model, b, columns, device, calibration.unscored) * len(b) for b in batches) / len(ids)
 
         signs, differences = self._pairs(calibration, prior, pools, loss, track)
         expected = torch.cat([prior[name][pool.members] for name, pool in pools.items()])

@@ -26,7 +26,7 @@ Visit = Callable[[SubBlock, Mapping[str, Tensor]], None]
 
 
 @torch.no_grad()
-def gradients(model: PreTrainedModel, ids: Tensor, device: torch.device, visit: Visit) -> float:
+def gradients(model: PreTrainedModel, ids: Tensor, device: torch.device, visit: Visit, unscored: int = 0) -> float:
     """Walk the gradient of the mean next-token loss of one batch backwards.
 
     It starts from the summed loss and is divided by the number of predictions in float32 at the end: in float16 the gradient of
@@ -38,6 +38,7 @@ def gradients(model: PreTrainedModel, ids: Tensor, device: torch.device, visit: 
         device: Where the block at work lies.
         visit: Called for each sub-block, the last one first, with the gradients (d_out, d_in) of its linear layers' weights, in
             float32 (or wider where the model is).
+        unscored: First positions of each sequence that the loss leaves out; see `Calibration`.
 
     Returns:
         The loss.
@@ -47,12 +48,13 @@ def gradients(model: PreTrainedModel, ids: Tensor, device: torch.device, visit: 
     for part in lent_parts(model, device):
         streams.append(hidden.cpu())
         hidden = part(hidden, contexts[part.block])
-    loss, gradient = loss_gradient(model, hidden, ids)
+    loss, gradient = loss_gradient(model, hidden, ids, unscored)
+    count = predictions(ids, unscored)
     if not math.isfinite(loss):
         raise _not_finite("the loss on the calibration text")
     for part in lent_parts(model, device, backwards=True):
         gradient, found = part_gradients(part, streams.pop().to(device), contexts[part.block], gradient)
-        visit(part, {layer: _mean(g, ids, f"{part.name}.{layer}") for layer, g in found.items()})
+        visit(part, {layer: _mean(g, count, f"{part.name}.{layer}") for layer, g in found.items()})
     return loss
 
 
@@ -79,11 +81,11 @@ def part_gradients(part: SubBlock, hidden: Tensor, context: Context, behind: Ten
     return first, dict(zip(leaves, rest, strict=True))
 
 
-def _mean(gradient: Tensor, ids: Tensor, where: str) -> Tensor:
+def _mean(gradient: Tensor, count: int, where: str) -> Tensor:
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     if not bool(torch.isfinite(wide).all()):
         raise _not_finite(f"{where}: the gradient")
-    return wide / predictions(ids)
+    return wide / count
 
 
 def _not_finite(what: str) -> InputError:
@@ -117,7 +119,7 @@ def weight_gradient_norms(
             _add(totals, f"{part.name}.{layer}", gradient.abs() if power == 1 else gradient.square())
 
     for ids in track(calibration.ids.split(1), "gradients"):
-        gradients(model, ids, device, visit)
+        gradients(model, ids, device, visit, calibration.unscored)
     return totals if power == 1 else {name: total.sqrt_() for name, total in totals.items()}
 
 
@@ -149,7 +151,7 @@ def member_saliencies(
             for layer in layers[part.name]:
                 _add(totals, f"{part.name}.{layer}", found[layer] * share)
 
-        gradients(model, ids, device, visit)
+        gradients(model, ids, device, visit, calibration.unscored)
     return {part.name: _saliency(part, totals) for part in parts if part.groups is not None}
 
 

@@ -36,41 +36,43 @@ def lent_parts(model: PreTrainedModel, device: torch.device, backwards: bool = F
             yield from group
 
 
-def next_token_loss(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> float:
+def next_token_loss(model: PreTrainedModel, hidden: Tensor, ids: Tensor, unscored: int = 0) -> float:
     """Mean cross-entropy of the next tokens.
 
     Args:
         hidden: (batch, tokens, hidden), the residual stream behind the last sub-block.
         ids: (batch, tokens).
+        unscored: First positions of each sequence that are left out; see `Calibration`.
     """
     with torch.no_grad(), _lent_head(model, hidden.device):
-        total = sum(float(_summed_loss(model, *chunk)) for chunk in _predictions(hidden, ids))
-    return total / predictions(ids)
+        total = sum(float(_summed_loss(model, *chunk)) for chunk in _predictions(hidden, ids, unscored))
+    return total / predictions(ids, unscored)
 
 
-def loss_gradient(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
+def loss_gradient(model: PreTrainedModel, hidden: Tensor, ids: Tensor, unscored: int = 0) -> tuple[float, Tensor]:
     """The mean loss, and the gradient of the *summed* loss at the hidden states; arguments as for `next_token_loss`."""
     total, found = 0.0, list[Tensor]()
     with torch.enable_grad(), _lent_head(model, hidden.device):
-        for states, following in _predictions(hidden.detach(), ids):
+        for states, following in _predictions(hidden.detach(), ids, unscored):
             states = states.detach().requires_grad_()
             loss = _summed_loss(model, states, following)
             found += torch.autograd.grad(loss, states)
             total += float(loss.detach())
     gradient = torch.cat(found).view(len(ids), -1, hidden.shape[-1])
-    return total / predictions(ids), pad(gradient, (0, 0, 0, 1))  # nothing is predicted from the last token
+    gradient = pad(gradient, (0, 0, unscored, 1))  # nothing is predicted from the last token
+    return total / predictions(ids, unscored), gradient
 
 
-def predictions(ids: Tensor) -> int:
+def predictions(ids: Tensor, unscored: int = 0) -> int:
     """How many next tokens are predicted."""
-    return ids[:, 1:].numel()
+    return ids[:, unscored + 1 :].numel()
 
 
-def _predictions(hidden: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of all hidden states but the last of each sequence, (n, hidden), and of the tokens that follow them, (n,)."""
+def _predictions(hidden: Tensor, ids: Tensor, unscored: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of the hidden states from which a token is predicted, (n, hidden), and of these tokens, (n,)."""
     if ids.shape[1] < 2:
         raise InputError("sequences of one token have no next token to predict; use data.sequence_length=2 or more")
-    states, following = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(hidden.device)
+    states, following = hidden[:, unscored:-1].flatten(0, 1), ids[:, unscored + 1 :].flatten().to(hidden.device)
     yield from zip(states.split(PREDICTIONS), following.split(PREDICTIONS), strict=True)
 
 

@@ -34,11 +34,14 @@ class Calibration:
             `dense`, its output on the inputs of the dense model; `residual`, the dense model's whole residual stream behind
             the sub-block, so that each fit also makes up for the error that came before it. Layers that do not end a sub-block
             are fitted as `pruned`, and so are those that do where a norm stands between them and the stream (the Gemmas).
+        unscored: First positions of each sequence that losses leave out, as they predict tokens that always begin a sequence.
+            Statistics of activations take all tokens: that is how the model is used.
     """
 
     ids: Tensor
     batch: int = 4
     fit: str = "pruned"
+    unscored: int = 0
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:

@@ -27,8 +27,9 @@ class Metrics:
 
     Attributes:
         parameters: Of the whole model, tied ones once.
-        perplexity: Of every token but the first of each window (windows do not overlap).
-        kl_divergence: To the dense model, mean a token.
+        perplexity: Of every token but the leading special ones and, without these, the first of each window (windows do not
+            overlap).
+        kl_divergence: To the dense model, mean a token; positions that predict a leading special token are left out.
     """
 
     parameters: int
@@ -39,7 +40,7 @@ class Metrics:
 class HeldOut:
     """Held-out text with the dense model's targets on it, which models are measured against."""
 
-    def __init__(self, dense: PreTrainedModel, ids: Tensor, batch: int, track: Track) -> None:
+    def __init__(self, dense: PreTrainedModel, ids: Tensor, batch: int, track: Track, unscored: int = 0) -> None:
         """Run the dense model once.
 
         Args:
@@ -47,10 +48,11 @@ class HeldOut:
             ids: (sequences, tokens) int64.
             batch: Sequences in one forward pass.
             track: Draws progress.
+            unscored: First positions of each sequence that are left out, as they predict tokens that always begin a sequence.
         """
-        self.batches = ids.split(batch)
-        self.tokens = ids.numel()
-        self.predicted = len(ids) * (ids.shape[1] - 1)
+        self.batches, self.unscored = ids.split(batch), unscored
+        self.tokens = ids[:, unscored:].numel()
+        self.predicted = self.tokens - len(ids)
         self.track = track
         self.targets: list[Targets] = []
         self.dense = self.measure(dense, "dense")
@@ -61,7 +63,7 @@ class HeldOut:
         head = head_of(model)
         loss = divergence = 0.0
         for index, ids in enumerate(self.track(self.batches, f"{title} model on held-out text")):
-            hidden = _hidden(model, ids)
+            hidden, ids = _hidden(model, ids)[:, self.unscored :], ids[:, self.unscored :]
             if index == len(self.targets):
                 self.targets.append(targets(hidden.flatten(0, 1), head))
             loss += float(negative_log_likelihood(hidden, head, ids.to(hidden.device)).double().sum())
@@ -70,7 +72,13 @@ class HeldOut:
 
 
 def streamed(
-    model: PreTrainedModel, supernet: Supernet, allocation: Allocation, ids: Tensor, resources: Resources, parameters: int
+    model: PreTrainedModel,
+    supernet: Supernet,
+    allocation: Allocation,
+    ids: Tensor,
+    resources: Resources,
+    parameters: int,
+    unscored: int = 0,
 ) -> Metrics:
     """Metrics of an allocation whose model need not fit on the device: measured as the search does, block by block.
 
@@ -81,9 +89,10 @@ def streamed(
         ids: (sequences, tokens) int64.
         resources: Where things lie.
         parameters: Of the allocation's model.
+        unscored: As of `HeldOut`.
     """
     every = np.arange(len(ids))
-    with closing(GenerationEvaluator(model, supernet, ids, KlDivergence(), resources)) as evaluate:
+    with closing(GenerationEvaluator(model, supernet, ids, KlDivergence(), resources, unscored)) as evaluate:
         divergence = evaluate([allocation], every).mean()
         evaluate.fitness = CrossEntropy()  # with the same targets
         loss = evaluate([allocation], every).mean()

@@ -109,6 +109,7 @@ class GenerationEvaluator:
         pool: Tensor,
         fitness: Fitness,
         resources: Resources | None = None,
+        unscored: int = 0,
     ) -> None:
         """Bind to a model and a finished supernet.
 
@@ -118,7 +119,10 @@ class GenerationEvaluator:
             pool: (sequences, tokens) int64 ids to measure on.
             fitness: The loss of a token.
             resources: Where things lie, and how much of them.
+            unscored: First positions of each sequence that are left out of the loss, as they predict tokens that always begin
+                a sequence.
         """
+        self.unscored = unscored
         self.model, self.supernet, self.pool, self.fitness = model, supernet, pool, fitness
         self.resources = resources or Resources()
         self.device = self.resources.device
@@ -142,7 +146,7 @@ class GenerationEvaluator:
         rows = [int(row) for row in chosen]
         self._learn_targets([row for row in dict.fromkeys(rows) if row not in self._targets])
         totals = dict(zip(distinct, self._sums(distinct, rows), strict=True))
-        fitness = np.stack([totals[a] for a in allocations]) / self.fitness.scored(self.sequence_length)
+        fitness = np.stack([totals[a] for a in allocations]) / self._scored
         if not np.isfinite(fitness).all():
             raise InputError(f"the fitness of an allocation is not finite ({fitness.mean(1)}); try dtype=float32")
         return fitness
@@ -163,7 +167,7 @@ class GenerationEvaluator:
                 continue
             rows = rows[len(some) :]
             total = [a + b for a, b in zip(total, found, strict=True)]
-        scored = len(chosen) * self.fitness.scored(self.sequence_length)
+        scored = len(chosen) * self._scored
         if not all(np.isfinite(one).all() for one in total):
             raise InputError("the gradient of the fitness is not finite; try dtype=float32, or strategy.proposal=forward")
         return [one / scored for one in total]
@@ -175,7 +179,7 @@ class GenerationEvaluator:
         (states,) = self._final_states([allocation], rows, self._batch_tokens, inputs)
         with self._head_on_device():
             behind = self.workers.map(
-                lambda pair: loss_gradient(self.model, self.fitness, pair[0], self._targets[pair[1]], self.pool[pair[1]]),
+                lambda pair: self._loss_gradient(*pair),
                 list(zip(states, rows, strict=True)),
             )
         contexts = self._contexts()
@@ -186,6 +190,9 @@ class GenerationEvaluator:
             if self.resources.resident == "blocks":
                 give_back_freed_memory()
         return found
+
+    def _loss_gradient(self, state: Tensor, row: int) -> Tensor:
+        return loss_gradient(self.model, self.fitness, state, self._targets[row], self.pool[row], self.unscored)
 
     def _backward(
         self,
@@ -276,6 +283,11 @@ class GenerationEvaluator:
             torch.cuda.empty_cache()
         log.warning("out of memory with %d hidden states at a time; going on with half of them", states)
         return None
+
+    @property
+    def _scored(self) -> int:
+        """How many tokens of a sequence have a loss."""
+        return self.fitness.scored(self.sequence_length - self.unscored)
 
     @property
     def _state_bytes(self) -> int:
@@ -374,7 +386,11 @@ class GenerationEvaluator:
 
     def _losses(self, finals: Sequence[Row], rows: Sequence[int]) -> np.ndarray:
         """Summed over tokens, (allocations, sequences) float64."""
-        pieces = list(token_slices(self.sequence_length, len(finals), self.fitness.chunk_bytes // self.workers.count))
+        scored = self.sequence_length - self.unscored
+        pieces = [
+            slice(piece.start + self.unscored, piece.stop + self.unscored)
+            for piece in token_slices(scored, len(finals), self.fitness.chunk_bytes // self.workers.count)
+        ]
         with self._head_on_device():
             found = self.workers.map(
                 lambda work: self._loss([row_of[work[0]][work[2]] for row_of in finals], work[1], work[2]),

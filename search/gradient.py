@@ -41,7 +41,9 @@ class Gradient:
     presence: float
 
 
-def loss_gradient(model: PreTrainedModel, fitness: Fitness, state: Tensor, teacher: Targets, ids: Tensor) -> Tensor:
+def loss_gradient(
+    model: PreTrainedModel, fitness: Fitness, state: Tensor, teacher: Targets, ids: Tensor, unscored: int = 0
+) -> Tensor:
     """The gradient of a sequence's summed loss at its last hidden states, (tokens, hidden) like `state`.
 
     Args:
@@ -50,13 +52,16 @@ def loss_gradient(model: PreTrainedModel, fitness: Fitness, state: Tensor, teach
         state: (tokens, hidden) before the final norm.
         teacher: The dense model's side.
         ids: (tokens,) of the sequence.
+        unscored: First positions that are left out of the loss, as they predict tokens that always begin a sequence.
     """
     labels = nn.functional.pad(ids[1:], (0, 1), value=NO_LABEL).to(state.device)
     with torch.enable_grad():
         leaf = state.detach().requires_grad_()
         _, head = final_norm_and_head(model, leaf.detach())
-        found: list[Tensor] = []
-        for piece in token_slices_of_all_words(len(state), head, fitness.chunk_bytes // 2):  # autograd keeps logits twice
+        found: list[Tensor] = [torch.zeros_like(leaf[:unscored])]
+        size = len(state) - unscored
+        for tokens in token_slices_of_all_words(size, head, fitness.chunk_bytes // 2):  # autograd keeps logits twice
+            piece = slice(tokens.start + unscored, tokens.stop + unscored)
             part = leaf.detach()[piece].requires_grad_()
             normed, _ = final_norm_and_head(model, part)
             loss = fitness(normed.unsqueeze(0), head, teacher[piece].to(state.device), labels[piece]).double().sum()

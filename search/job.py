@@ -139,7 +139,8 @@ class Job:
         """Calibration, search and evaluation tokens."""
         data = self.config.data
         source, sequences = instantiate(data.source), dict(data.sequences)
-        return prepare(source, self.loaded.tokenizer, sequences, int(data.sequence_length), int(self.config.seed))
+        length, seed = int(data.sequence_length), int(self.config.seed)
+        return prepare(source, self.loaded.tokenizer, sequences, length, seed, data.bos)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -196,7 +197,8 @@ class Job:
     def calibration(self) -> Calibration:
         """The calibration text and how it is used."""
         given = {key: self.config.prune[key] for key in ("batch", "fit") if key in self.config.prune}
-        return Calibration(self.tokens["calibration"].ids, **given)
+        text = self.tokens["calibration"]
+        return Calibration(text.ids, **given, unscored=text.unscored)
 
     @property
     def dense(self) -> Dense:

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +197,10 @@ def _search(
     trials: Trials | None,
 ) -> State:
     """Generations from the last checkpoint, if there is one, to the end."""
-    pool, space = job.tokens["search"].ids, supernet.space
+    text, space = job.tokens["search"], supernet.space
     seed = int(np.random.SeedSequence([int(job.config.seed), index]).generate_state(1)[0])
-    with closing(GenerationEvaluator(job.loaded.model, supernet, pool, job.fitness, job.resources)) as evaluator:
+    model, unscored = job.loaded.model, text.unscored
+    with closing(GenerationEvaluator(model, supernet, text.ids, job.fitness, job.resources, unscored)) as evaluator:
         problem = Problem(space, budget, start, evaluator, job.dense, supernet.errors)
         state = state or job.strategy.begin(problem, seed)
         for _ in track(range(state.generation, job.strategy.generations), f"{title}: search", state.generation):
@@ -274,8 +276,8 @@ def warn_if_missed(latency: Mapping[str, Any]) -> None:
 
 def _measure(job: Job, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
     """The dense model and those of last rebuilds, as they will be exported."""
-    ids, batch = job.tokens["evaluation"].ids, int(job.config.evaluate.batch)
-    held_out = HeldOut(job.model_on_device(), ids, batch, track)
+    text, batch = job.tokens["evaluation"], int(job.config.evaluate.batch)
+    held_out = HeldOut(job.model_on_device(), text.ids, batch, track, text.unscored)
     found = {"dense": held_out.dense}
     for name, supernet in supernets.items():  # one assembled model at a time
         found[name] = held_out.measure(_assembled(job, supernet), name)
@@ -284,14 +286,15 @@ def _measure(job: Job, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
 
 def _measure_streamed(job: Job, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
     """The same where the device has room for no more than the block at work."""
-    model, ids = job.model_on_device(), job.tokens["evaluation"].ids
+    model, text = job.model_on_device(), job.tokens["evaluation"]
+    measure = partial(streamed, model, ids=text.ids, resources=job.resources, unscored=text.unscored)
     found = {}
     for name, supernet in supernets.items():
         units = supernet.space.units
         if "dense" not in found:
-            found["dense"] = streamed(model, supernet, (0,) * len(units), ids, job.resources, parameter_count(model))
+            found["dense"] = measure(supernet, (0,) * len(units), parameters=parameter_count(model))
         parameters = parameter_count(_assembled(job, supernet))
-        found[name] = streamed(model, supernet, _sparsest(supernet), ids, job.resources, parameters)
+        found[name] = measure(supernet, _sparsest(supernet), parameters=parameters)
     return found
 
 

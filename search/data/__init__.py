@@ -5,6 +5,7 @@ A text source (`sources.py`) yields documents; `prepare` (`parts.py`) deals them
 and packs the tokens into sequences of equal length, without padding.
 """
 
+from search.data.leading import leading_tokens
 from search.data.parts import TokenSet, prepare, split_record
 from search.data.sources import PARTS, HubText, LocalText, PydocTopics, TextSource
 
@@ -15,6 +16,7 @@ __all__ = [
     "PydocTopics",
     "TextSource",
     "TokenSet",
+    "leading_tokens",
     "prepare",
     "split_record",
 ]

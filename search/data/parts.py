@@ -12,6 +12,7 @@ import torch
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
+from search.data.leading import leading_tokens
 from search.data.sources import PARTS, TextSource, shuffled
 from supernet.errors import InputError
 
@@ -28,14 +29,24 @@ class TokenSet:
     """The tokens of one part.
 
     Attributes:
-        ids: int64 [sequences, sequence_length], documents joined with the end-of-sequence token.
+        ids: int64 [sequences, sequence_length]: the leading tokens, then documents joined with the end-of-sequence token.
         documents: how many documents, or pieces of cut ones, the tokens come from.
-        fingerprint: a hash of `ids`.
+        fingerprint: a hash of `ids` and `leading`.
+        leading: how many special tokens (BOS) begin every sequence.
     """
 
     ids: torch.Tensor
     documents: int
     fingerprint: str
+    leading: int = 0
+
+    @property
+    def unscored(self) -> int:
+        """How many first positions of each sequence are left out of losses: those that predict a leading token.
+
+        Position i predicts token i + 1. Nothing predicts the first token, so that a single BOS leaves every position scored.
+        """
+        return max(0, self.leading - 1)
 
 
 def prepare(
@@ -44,6 +55,7 @@ def prepare(
     sequences: Mapping[str, int],
     sequence_length: int,
     seed: int,
+    bos: object = "auto",
 ) -> dict[str, TokenSet]:
     """Make the token sets of all parts.
 
@@ -56,8 +68,9 @@ def prepare(
         source: where the documents come from.
         tokenizer: must have an end-of-sequence token.
         sequences: how many sequences each part needs, by part.
-        sequence_length: tokens in a sequence.
+        sequence_length: tokens in a sequence, leading ones included.
         seed: determines the order of the documents.
+        bos: which special tokens begin every sequence; see `leading_tokens`.
 
     Returns:
         A token set for each of `PARTS`, with `sequences[part]` sequences, or fewer (and a warning) if the
@@ -67,24 +80,27 @@ def prepare(
         InputError: the text does not give every part at least one sequence, or a number asked for makes no
             sense.
     """
-    _check_request(sequences, sequence_length)
+    leading = leading_tokens(tokenizer, bos)
+    _check_request(sequences, sequence_length, len(leading))
     encode = _encoder(tokenizer)
-    needs = {part: sequences[part] * sequence_length for part in PARTS}
+    room = sequence_length - len(leading)  # for text in a sequence
+    needs = {part: sequences[part] * room for part in PARTS}
     fillings = _fill(source, needs, encode, seed, cutting=False)
     if any(filling.share < 1 for filling in fillings.values()):
         fillings = _fill(source, needs, encode, seed, cutting=True)
-    parts = {part: filling.pack(sequence_length) for part, filling in fillings.items()}
-    _check_length(parts, fillings, sequence_length, source)
+    parts = {part: filling.pack(room, leading) for part, filling in fillings.items()}
+    _check_length(parts, fillings, sequence_length, room, source)
     return parts
 
 
 def split_record(parts: Mapping[str, TokenSet]) -> dict[str, dict[str, int | str]]:
-    """What a run notes of its data, by part: documents, sequences, tokens, fingerprint."""
+    """What a run notes of its data, by part: documents, sequences, tokens, how many lead each sequence, fingerprint."""
     return {
         part: {
             "documents": tokens.documents,
             "sequences": tokens.ids.shape[0],
             "tokens": tokens.ids.numel(),
+            "leading": tokens.leading,
             "fingerprint": tokens.fingerprint,
         }
         for part, tokens in parts.items()
@@ -130,14 +146,17 @@ class _Filling:
         self.documents += 1
         self.tokens += len(chunk)
 
-    def pack(self, sequence_length: int) -> TokenSet:
-        """The tokens as whole sequences, at most as many as are needed; what is left over is dropped."""
+    def pack(self, room: int, leading: Sequence[int]) -> TokenSet:
+        """The tokens as whole sequences, `room` of them behind the leading ones in each; what is left over is dropped."""
         tokens = torch.cat([torch.empty(0, dtype=torch.int64), *self.chunks])
-        whole = min(self.tokens, self.need) // sequence_length
-        ids = tokens[: whole * sequence_length].view(whole, sequence_length)
+        whole = min(self.tokens, self.need) // room
+        first = torch.tensor(leading, dtype=torch.int64).expand(whole, -1)
+        ids = torch.cat([first, tokens[: whole * room].view(whole, room)], dim=1)
         digest = xxhash.xxh3_128(ids.numpy().data)
         digest.update(str(tuple(ids.shape)).encode())
-        return TokenSet(ids, self.documents, digest.hexdigest())
+        if leading:
+            digest.update(f"{len(leading)} leading".encode())
+        return TokenSet(ids, self.documents, digest.hexdigest(), len(leading))
 
 
 @dataclass(frozen=True)
@@ -209,9 +228,13 @@ def _is_new(text: str, seen: set[int]) -> bool:
     return True
 
 
-def _check_request(sequences: Mapping[str, int], sequence_length: int) -> None:
-    if sequence_length < 2:
-        raise InputError(f"data.sequence_length={sequence_length} leaves no token to predict; give 2 or more, such as 2048")
+def _check_request(sequences: Mapping[str, int], sequence_length: int, leading: int) -> None:
+    least = max(1, leading) + 1
+    if sequence_length < least:
+        beside = f" beside the {leading} that the tokenizer puts first" if leading else ""
+        raise InputError(
+            f"data.sequence_length={sequence_length} leaves no token to predict{beside}; give {least} or more, such as 2048"
+        )
     for part in PARTS:
         count = sequences.get(part)
         if not isinstance(count, int) or count < 1:
@@ -219,12 +242,12 @@ def _check_request(sequences: Mapping[str, int], sequence_length: int) -> None:
 
 
 def _check_length(
-    parts: Mapping[str, TokenSet], fillings: Mapping[str, _Filling], sequence_length: int, source: TextSource
+    parts: Mapping[str, TokenSet], fillings: Mapping[str, _Filling], sequence_length: int, room: int, source: TextSource
 ) -> None:
     """Refuse a part without a sequence; warn, in one line, of parts with fewer than they need."""
     short = []
     for part, tokens in parts.items():
-        have, need = tokens.ids.shape[0], fillings[part].need // sequence_length
+        have, need = tokens.ids.shape[0], fillings[part].need // room
         if have == 0:
             raise InputError(
                 f"data.sequence_length={sequence_length} is more than the {fillings[part].tokens} tokens "

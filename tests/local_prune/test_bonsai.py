@@ -148,6 +148,10 @@ def test_the_loss_of_a_sub_model_is_that_of_the_model_with_zeros(any_model: PreT
     expected = float(changed(input_ids=ids, labels=ids).loss)
     assert loss_without(any_model, ids, columns, CPU) == pytest.approx(expected, rel=1e-5)
     assert loss_without(any_model, ids, {}, CPU) != pytest.approx(expected, rel=1e-4)
+    labels = ids.clone()
+    labels[:, :3] = -100  # transformers leaves such targets out
+    expected = float(changed(input_ids=ids, labels=labels).loss)
+    assert loss_without(any_model, ids, columns, CPU, unscored=2) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture

@@ -31,11 +31,11 @@ def double(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).double().requires_grad_(True)
 
 
-def reference(model: PreTrainedModel, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """The mean loss, and the gradients by sub-block and layer, of a backward pass through the whole model."""
+def reference(model: PreTrainedModel, ids: Tensor, first: int = 0) -> tuple[float, dict[str, Tensor]]:
+    """The mean loss from a position on, and the gradients by sub-block and layer, of a backward pass through the whole model."""
     model.zero_grad()
     logits = model(input_ids=ids, use_cache=False).logits
-    loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss = cross_entropy(logits[:, first:-1].flatten(0, 1), ids[:, first + 1 :].flatten())
     loss.backward()
     found = {}
     for part in sub_blocks(model):
@@ -47,18 +47,18 @@ def reference(model: PreTrainedModel, ids: Tensor) -> tuple[float, dict[str, Ten
     return float(loss.detach()), found
 
 
-def walk(model: PreTrainedModel, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
+def walk(model: PreTrainedModel, ids: Tensor, unscored: int = 0) -> tuple[float, dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
 
     def visit(part: SubBlock, of_layers: Mapping[str, Tensor]) -> None:
         found.update({f"{part.name}.{layer}": gradient for layer, gradient in of_layers.items()})
 
-    return gradients(model, ids, CPU, visit), found
+    return gradients(model, ids, CPU, visit, unscored), found
 
 
-def assert_equal_gradients(model: PreTrainedModel, ids: Tensor) -> None:
-    loss, expected = reference(model, ids)
-    found_loss, found = walk(model, ids)
+def assert_equal_gradients(model: PreTrainedModel, ids: Tensor, unscored: int = 0) -> None:
+    loss, expected = reference(model, ids, unscored)
+    found_loss, found = walk(model, ids, unscored)
     assert found_loss == pytest.approx(loss, rel=1e-6)
     assert found.keys() == expected.keys()
     for name in expected:
@@ -69,6 +69,20 @@ def assert_equal_gradients(model: PreTrainedModel, ids: Tensor) -> None:
 
 def test_gradients_are_those_of_the_whole_model(any_model: PreTrainedModel, ids: Tensor) -> None:
     assert_equal_gradients(double(any_model), ids)
+
+
+def test_leading_tokens_are_no_targets(tiny_llama: LoadedModel, ids: Tensor) -> None:
+    model = double(tiny_llama.model)
+    assert_equal_gradients(model, ids, unscored=3)
+    calibration = Calibration(ids, batch=2, unscored=3)
+    norms = weight_gradient_norms(tiny_llama.model, calibration, CPU, track, 2)
+    saliencies = member_saliencies(tiny_llama.model, sub_blocks(tiny_llama.model), calibration, CPU, track)
+    each = [reference(model, one, 3)[1] for one in ids.split(1)]
+    for name, norm in norms.items():
+        expected = sum(found[name].double().square() for found in each)
+        torch.testing.assert_close(norm.double().square(), expected, rtol=1e-3, atol=1e-9)
+    unlike = member_saliencies(tiny_llama.model, sub_blocks(tiny_llama.model), Calibration(ids, batch=2), CPU, track)
+    assert all(not torch.allclose(saliencies[name], unlike[name]) for name in unlike)
 
 
 def test_many_predictions_are_taken_in_chunks(tiny_llama: LoadedModel, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

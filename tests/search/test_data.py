@@ -5,7 +5,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,17 +94,78 @@ def test_documents_are_joined_with_eos_and_cut(byte_tokenizer: PreTrainedTokeniz
         assert tokens.documents == 2
 
 
-def test_special_tokens_and_warnings_of_the_tokenizer_stay_out(
-    byte_tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
+@pytest.fixture
+def templated(byte_tokenizer: PreTrainedTokenizerBase) -> Callable[[str], PreTrainedTokenizerBase]:
+    """Gives the byte tokenizer a template that puts special tokens around a text: <bos> is 257, <cls> 258."""
+    byte_tokenizer.add_special_tokens({"bos_token": "<bos>", "cls_token": "<cls>"})
+    tokens = [(token, byte_tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<cls>", "<|endoftext|>")]
+
+    def made(template: str) -> PreTrainedTokenizerBase:
+        byte_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=tokens)
+        return byte_tokenizer
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "leading"),
+    [
+        ("$A", "auto", []),
+        ("$A <|endoftext|>", "auto", []),
+        ("<bos> $A <|endoftext|>", "auto", [257]),
+        ("<cls> <bos> $A", "auto", [258, 257]),
+        ("<bos> $A", True, [257]),
+        ("$A", True, [257]),
+        ("<cls> $A", True, [257, 258]),
+        ("<bos> $A", False, []),
+    ],
+)
+def test_every_sequence_begins_as_the_tokenizer_begins_a_text(
+    templated: Callable[[str], PreTrainedTokenizerBase], template: str, bos: object, leading: list[int]
 ) -> None:
-    byte_tokenizer.add_special_tokens({"bos_token": "<bos>"})
-    bos = byte_tokenizer.bos_token_id
-    byte_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
-    byte_tokenizer.model_max_length = 8
-    assert bos in byte_tokenizer("a")["input_ids"]
-    capfd.readouterr()
+    tokenizer = templated(template)
+    source = Listed({"all": [marked(i, 40) for i in range(9)]})
+    parts = prepare(source, tokenizer, each(2), 32, seed=0, bos=bos)
+    bare = prepare(source, templated("$A"), each(2), 32 - len(leading), seed=0)
+    for part, tokens in parts.items():
+        assert tokens.ids.shape == (2, 32)  # places that leading tokens take are no text's
+        assert tokens.ids[:, : len(leading)].tolist() == [leading, leading]
+        assert torch.equal(tokens.ids[:, len(leading) :], bare[part].ids)
+        assert tokens.leading == split_record(parts)[part]["leading"] == len(leading)
+        assert tokens.unscored == max(0, len(leading) - 1)
+        assert (tokens.fingerprint == bare[part].fingerprint) == (not leading)
+
+
+def test_without_a_leading_token_nothing_changes(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Supernets that were built before there was `data.bos` are found again."""
     parts = prepare(Listed({"all": [marked(i, 40) for i in range(9)]}), byte_tokenizer, each(2), 32, seed=0)
-    assert all(bos not in tokens.ids for tokens in parts.values())
+    assert parts["calibration"].fingerprint == "68aed8fd77d24cbcce57a67fff545b5b"
+
+
+@pytest.mark.parametrize(
+    ("bos", "message"),
+    [
+        (True, "data.bos=true, but the model's tokenizer has no BOS token; use data.bos=auto"),
+        ("always", "data.bos=always must be auto, true or false"),
+        (1, "data.bos=1 must be auto, true or false"),
+        (None, "data.bos=None must be auto, true or false"),
+    ],
+)
+def test_a_beginning_that_cannot_be(byte_tokenizer: PreTrainedTokenizerBase, bos: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare(PydocTopics(), byte_tokenizer, each(1), 32, seed=0, bos=bos)
+
+
+def test_leading_tokens_leave_room_for_text(templated: Callable[[str], PreTrainedTokenizerBase]) -> None:
+    source, tokenizer = Listed({"all": [marked(i, 40) for i in range(9)]}), templated("<cls> <bos> $A")
+    assert prepare(source, tokenizer, each(1), 3, seed=0)["search"].ids.shape == (1, 3)
+    with pytest.raises(InputError, match="data.sequence_length=2 leaves no token .* beside the 2 .* give 3 or more"):
+        prepare(source, tokenizer, each(1), 2, seed=0)
+
+
+def test_warnings_of_the_tokenizer_stay_out(byte_tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]) -> None:
+    byte_tokenizer.model_max_length = 8
+    prepare(Listed({"all": [marked(i, 40) for i in range(9)]}), byte_tokenizer, each(2), 32, seed=0)
     assert capfd.readouterr().err == ""
 
 
@@ -166,6 +227,7 @@ def test_enough_text_gives_what_was_asked_for_and_no_warning(
         "documents": parts["search"].documents,
         "sequences": 300,
         "tokens": 38_400,
+        "leading": 0,
         "fingerprint": parts["search"].fingerprint,
     }
 
@@ -335,7 +397,8 @@ def test_the_data_configurations_fit_their_sources(conf: Path) -> None:
     for file in files:
         assert file.read_text().startswith("# ")
         config = OmegaConf.load(file)
-        assert set(config) == {"source", "sequence_length", "sequences"}
+        assert set(config) == {"defaults", "source", "sequence_length", "sequences"}
+        assert config.defaults == ["base/text@_here_", "_self_"]  # data.bos
         assert set(config.sequences) == set(PARTS)
         settings = OmegaConf.to_container(config.source)
         target = hydra.utils.get_object(settings.pop("_target_"))

@@ -22,10 +22,10 @@ def track(items: Sequence[Tensor], title: str) -> Iterable[Tensor]:
 
 
 @torch.no_grad()
-def by_definition(dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor) -> tuple[float, float]:
-    """Perplexity and mean KL divergence a token."""
-    log_p, log_q = (m(ids).logits.double().log_softmax(-1) for m in (dense, model))
-    loss = -log_q[:, :-1].gather(2, ids[:, 1:, None]).mean()
+def by_definition(dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor, first: int = 0) -> tuple[float, float]:
+    """Perplexity and mean KL divergence a token, from the position `first` on."""
+    log_p, log_q = (m(ids).logits[:, first:].double().log_softmax(-1) for m in (dense, model))
+    loss = -log_q[:, :-1].gather(2, ids[:, first + 1 :, None]).mean()
     return math.exp(float(loss)), float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
@@ -55,6 +55,19 @@ def test_metrics_block_by_block_are_those_of_the_assembled_model(
     assert found.parameters == 7
     assert found.perplexity == pytest.approx(perplexity, rel=1e-4)
     assert found.kl_divergence == pytest.approx(divergence, rel=1e-3)
+
+
+def test_leading_tokens_are_no_targets(family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor) -> None:
+    """With three special tokens first, positions 0 and 1 predict what is always there."""
+    allocation = (2, 0, 3) * (len(family_supernet.space.units) // 3)
+    model = assemble(family_model, family_supernet, allocation)
+    perplexity, divergence = by_definition(family_model, model, ids, 2)
+    assert by_definition(family_model, model, ids)[1] != pytest.approx(divergence, rel=1e-3)
+    whole = HeldOut(family_model, ids, 2, track, unscored=2).measure(model, "pruned")
+    streams = streamed(family_model, family_supernet, allocation, ids, Resources(resident="model"), 7, unscored=2)
+    for found in (whole, streams):
+        assert found.perplexity == pytest.approx(perplexity, rel=1e-4)
+        assert found.kl_divergence == pytest.approx(divergence, rel=1e-3)
 
 
 def test_mixers_are_measured_too(mixer_model: PreTrainedModel, model_of: Callable[..., PreTrainedModel], ids: Tensor) -> None:

@@ -286,6 +286,20 @@ def test_the_change_of_a_mean_is_the_mean_of_changes(llama: PreTrainedModel, ran
     assert max(float(np.abs(a - b).max()) for a, b in zip(*each, strict=True)) > 1e-2
 
 
+def test_first_positions_can_be_left_out(llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor) -> None:
+    """The gradient is that of the loss on the other positions."""
+    supernet: Any = Near(llama, random_supernet(llama).space, 3e-4)
+    for fitness in (CrossEntropy(), KlDivergence()):
+        evaluate = GenerationEvaluator(llama, supernet, ids, fitness, unscored=3)
+        found = np.concatenate(evaluate.changes(MIXED, CHOSEN))
+        assert not np.allclose(found, np.concatenate(GenerationEvaluator(llama, supernet, ids, fitness).changes(MIXED, CHOSEN)))
+    evaluate.fitness = CrossEntropy()
+    found = np.concatenate(evaluate.changes(MIXED, CHOSEN))
+    moved = [(*MIXED[:unit], level, *MIXED[unit + 1 :]) for unit in range(len(MIXED)) for level in range(4)]
+    expected = evaluate(moved, CHOSEN).mean(1) - evaluate([MIXED], CHOSEN).mean(1)
+    np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("fitness", FITNESSES[::2], ids=lambda fitness: type(fitness).__name__)
 def test_a_sequence_may_pass_the_head_in_pieces(
     llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor, fitness: Fitness
