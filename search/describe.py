@@ -7,7 +7,7 @@ import logging
 from local_prune.estimate import estimate
 from search.job import Job
 from search.knapsack import uniform
-from search.levels import mixture
+from search.levels import exact, mixture
 from search.strategies.front import Front
 from search.strategies.rule import Rule
 from supernet.space import Allocation
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 def describe(job: Job) -> None:
     """Print it. Nothing is written but the cache of the model."""
-    window = job.grid.first(job.prunables)
+    window = job.first_window
     space, unmeasured = window.space, job.unmeasured(window.space)
-    rounds, strategy = int(job.config.rounds), job.strategy
+    rounds, strategy = job.rounds, job.strategy
     log.info("%s: %d units, %d levels", job.loaded.name, len(space.units), sum(len(unit.levels) for unit in space.units))
     around: Allocation = (0,) * len(space.units)
     if unmeasured:
@@ -30,11 +30,15 @@ def describe(job: Job) -> None:
         if isinstance(strategy, Front):
             strategy.place(space, budget)
         around = uniform(space, budget)
-    weights = mixture(window, job.accumulation, around)
-    cost = estimate(job.loaded.model, job.calibration, job.pruner, space, weights, job.device)
-    log.info("build: %s", cost)
-    each = f"that is for each of {rounds} rounds; " if rounds > 1 else ""
-    log.info("%sthe last rebuilds of 2 allocations take the same passes and fewer levels", each)
+    if strategy.needs_candidates:
+        weights = mixture(window, job.accumulation, around)
+        log.info("build: %s", estimate(job.loaded.model, job.calibration, job.pruner, space, weights, job.device))
+        each = f"that is for each of {rounds} rounds; " if rounds > 1 else ""
+        log.info("%sthe last rebuilds of 2 allocations take the same passes and fewer levels", each)
+    else:
+        last, weights = exact(job.prunables, space.kept(around), job.accumulation)
+        cost = estimate(job.loaded.model, job.calibration, job.pruner, last, weights, job.device)
+        log.info("build: nothing but the last rebuilds of 2 allocations, for each of them %s", cost)
     if isinstance(strategy, Rule) and not strategy.tokens_per_generation:
         each = f"in each of {rounds} rounds " if rounds > 1 else ""
         log.info("search: no allocation is measured; %sthe rule looks at %s", each, strategy.looks_at)

@@ -60,7 +60,7 @@ class Evaluator(Protocol):
     sequence_length: int
 
     def __call__(self, allocations: Sequence[Allocation], chosen: np.ndarray) -> np.ndarray:
-        """Mean fitness a token of each sequence, (allocations, sequences) float64, lower is better.
+        """Mean fitness a token of each sequence, (allocations, sequences) float64, lower is better; infinite where it overflows.
 
         Args:
             allocations: To be measured.
@@ -72,7 +72,8 @@ class Evaluator(Protocol):
         """What the mean fitness on these sequences changes by, to first order, when one unit alone goes to another level.
 
         Returns:
-            For each unit (levels,) float64; 0 at the level of the allocation. It costs `GRADIENT_COST` passes.
+            For each unit (levels,) float64; 0 at the level of the allocation. It costs `GRADIENT_COST` passes. Numbers that are
+            not finite mean that there is no gradient to be had at this allocation.
         """
         ...
 
@@ -138,6 +139,7 @@ class GenerationEvaluator:
         self.workers = Workers(self.device)
         self._batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         self._targets: dict[int, Targets] = {}
+        self._overflowed = False  # whether the user has been told that something did
 
     @torch.no_grad()
     def __call__(self, allocations: Sequence[Allocation], chosen: np.ndarray) -> np.ndarray:
@@ -147,9 +149,11 @@ class GenerationEvaluator:
         self._learn_targets([row for row in dict.fromkeys(rows) if row not in self._targets])
         totals = dict(zip(distinct, self._sums(distinct, rows), strict=True))
         fitness = np.stack([totals[a] for a in allocations]) / self._scored
-        if not np.isfinite(fitness).all():
-            raise InputError(f"the fitness of an allocation is not finite ({fitness.mean(1)}); try dtype=float32")
-        return fitness
+        finite = np.isfinite(fitness)
+        if not finite.all() and not self._overflowed:
+            self._overflowed = True
+            log.warning("the loss of an allocation is not finite: such ones lose; dtype=float32 has a wider range")
+        return np.where(finite, fitness, np.inf)
 
     @torch.no_grad()
     def changes(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
@@ -168,8 +172,6 @@ class GenerationEvaluator:
             rows = rows[len(some) :]
             total = [a + b for a, b in zip(total, found, strict=True)]
         scored = len(chosen) * self._scored
-        if not all(np.isfinite(one).all() for one in total):
-            raise InputError("the gradient of the fitness is not finite; try dtype=float32, or strategy.proposal=forward")
         return [one / scored for one in total]
 
     def _changes(self, allocation: Allocation, rows: Sequence[int]) -> list[np.ndarray]:
@@ -311,7 +313,10 @@ class GenerationEvaluator:
 
     def _target(self, state: Tensor) -> Targets:
         normed, head = final_norm_and_head(self.model, state)
-        return targets(normed, head, self.fitness.chunk_bytes // self.workers.count).to("cpu")
+        found = targets(normed, head, self.fitness.chunk_bytes // self.workers.count).to("cpu")
+        if not bool(torch.isfinite(found.normaliser).all()):
+            raise InputError("what the dense model predicts is not finite; check its weights, or use dtype=float32")
+        return found
 
     def _contexts(self) -> list[dict[str, Any]]:
         """What blocks are told besides their inputs: the same for all sequences, as none is padded."""

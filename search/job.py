@@ -188,10 +188,25 @@ class Job:
         return Grid(int(self.config.supernet.levels), float(self.config.supernet.step), float(self.config.supernet.lowest))
 
     @cached_property
-    def finest_space(self) -> Space:
+    def finest(self) -> Window:
         """Every level that the last round could reach anywhere: where the uniform baseline is taken from."""
         step = self.grid.step / 2 ** (int(self.config.rounds) - 1)
-        return Grid(ceil(1.0 / step - 1e-9) + 1, step).first(self.prunables).space
+        return Grid(ceil(1.0 / step - 1e-9) + 1, step).first(self.prunables)
+
+    @cached_property
+    def first_window(self) -> Window:
+        """The levels of the first round; all of the last one for a strategy that needs no candidates: they cost it nothing."""
+        return self.grid.first(self.prunables) if self.strategy.needs_candidates else self.finest
+
+    @cached_property
+    def rounds(self) -> int:
+        """How many of the rounds asked for make a difference.
+
+        Levels that are fixed (of patterns, of bit widths, of depth) are the same in every round, and so are their candidates,
+        unless these are built along the allocation that the last round found (`prune.accumulation=chosen`).
+        """
+        fixed = all(one.choices is not None for one in self.prunables) and self.accumulation != "chosen"
+        return 1 if fixed or not self.strategy.needs_candidates else int(self.config.rounds)
 
     @cached_property
     def calibration(self) -> Calibration:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from search.progress import clock, track
 from search.report import allocation_json, metrics_table, model_card
 from search.run_directory import RunDirectory, locked
 from search.settings import budget_record, check_settings, given_limits
-from search.strategies.base import Problem, State
+from search.strategies.base import Problem, State, Unmeasurable
 from search.strategies.front import Front, front_json
 from search.strategies.pareto import Pareto
 from search.strategies.rule import Rule
@@ -130,9 +130,8 @@ def _check_rounds(job: Job) -> None:
 
 def _check_units(job: Job) -> None:
     """InputError for units that cannot be pruned so, or of which a rule has nothing to say: not after hours of building."""
-    space = job.grid.first(job.prunables).space
     if isinstance(job.strategy, Rule):
-        job.strategy.check(job.loaded.model, space)
+        job.strategy.check(job.loaded.model, job.first_window.space)
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
@@ -148,34 +147,40 @@ def _settings(config: DictConfig) -> dict[str, Any]:
 
 def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
     """Build and search, coarse to fine; None where the chosen stages end with a build."""
-    window = job.grid.first(job.prunables)
+    window = job.first_window
     budget = job.budget(window.space)
     start = uniform(window.space, budget)
     log.info("budget: %s", budget)
+    if (why := why_one_round(job)) is not None:
+        log.info("rounds: one, as %s", why)
     if isinstance(job.strategy, Front):
         job.strategy.place(window.space, budget)
     if not budget.met(start):
         nearest = window.space.cost(start) / window.space.dense_cost
         log.warning("no allocation of the first round comes that near; the search begins at %.1f %% kept", 100 * nearest)
     tokens = 0
-    for index in range(int(job.config.rounds)):
-        title = f"round {index + 1} of {job.config.rounds}"
+    for index in range(job.rounds):
+        title = f"round {index + 1} of {job.rounds}"
         space = window.space
         state = job.directory.load_state(index, space)
         if state is None or not _finished(job, state):
             if "search" not in stages and stages != ["build"]:
                 raise InputError(f"{title} is not searched yet; add search to stages=[{','.join(stages)}]")
-            supernet = job.supernet_around(window, start, f"{title}: build", "build" in stages)
+            supernet = None
+            if job.strategy.needs_candidates:
+                supernet = job.supernet_around(window, start, f"{title}: build", "build" in stages)
             if "search" not in stages:
-                log.info("%s: the supernet is %s", title, supernet.path)
+                found_in = "there is nothing to build before the last rebuilds" if supernet is None else supernet.path
+                log.info("%s: the supernet is %s" if supernet else "%s: %s", title, found_in)
                 return None
-            state = _search(job, index, supernet, budget, start, state, title, trials)
+            with _problem(job, supernet, space, budget, start) as problem:
+                state = _search(job, index, problem, state, title, trials)
         else:
             log.info("%s: searched before", title)
             _follow(trials, job, index, space)
         tokens += state.tokens
         found = Found(space, state.parent, budget, tokens, state.memory.get("front"))
-        if index + 1 < int(job.config.rounds):
+        if index + 1 < job.rounds:
             window = job.grid.around(job.prunables, found.kept, index + 1)
             budget = job.budget(window.space)
             start = closest(window.space.nearest(found.kept), budget)
@@ -186,31 +191,38 @@ def _finished(job: Job, state: State) -> bool:
     return state.exhausted or state.generation >= job.strategy.generations
 
 
-def _search(
-    job: Job,
-    index: int,
-    supernet: Supernet,
-    budget: Budget,
-    start: Allocation,
-    state: State | None,
-    title: str,
-    trials: Trials | None,
-) -> State:
+def why_one_round(job: Job) -> str | None:
+    """Why there is one round where more were asked for; None where there are as many as that."""
+    if job.rounds == int(job.config.rounds):
+        return None
+    if job.strategy.needs_candidates:
+        return "the levels of this kind of pruning are fixed, and so are its candidates"
+    return "this strategy looks at no candidates: all levels of the last round are there at once, and none are built"
+
+
+@contextmanager
+def _problem(job: Job, supernet: Supernet | None, space: Space, budget: Budget, start: Allocation) -> Iterator[Problem]:
+    """What the strategy is to solve in a round; without a supernet nothing can be measured."""
+    if supernet is None:
+        yield Problem(space, budget, start, Unmeasurable(), job.dense)
+        return
+    model, text = job.loaded.model, job.tokens["search"]
+    with closing(GenerationEvaluator(model, supernet, text.ids, job.fitness, job.resources, text.unscored)) as evaluator:
+        yield Problem(space, budget, start, evaluator, job.dense, supernet.errors)
+
+
+def _search(job: Job, index: int, problem: Problem, state: State | None, title: str, trials: Trials | None) -> State:
     """Generations from the last checkpoint, if there is one, to the end."""
-    text, space = job.tokens["search"], supernet.space
     seed = int(np.random.SeedSequence([int(job.config.seed), index]).generate_state(1)[0])
-    model, unscored = job.loaded.model, text.unscored
-    with closing(GenerationEvaluator(model, supernet, text.ids, job.fitness, job.resources, unscored)) as evaluator:
-        problem = Problem(space, budget, start, evaluator, job.dense, supernet.errors)
-        state = state or job.strategy.begin(problem, seed)
-        for _ in track(range(state.generation, job.strategy.generations), f"{title}: search", state.generation):
-            with job.directory.stage("search"):
-                state, rows = job.strategy.advance(problem, state)
-                job.directory.save_state(index, space, state, rows)
-                _follow(trials, job, index, space)
-            if state.exhausted:
-                log.info("%s: nothing is left to try; the search ends early", title)
-                break
+    state = state or job.strategy.begin(problem, seed)
+    for _ in track(range(state.generation, job.strategy.generations), f"{title}: search", state.generation):
+        with job.directory.stage("search"):
+            state, rows = job.strategy.advance(problem, state)
+            job.directory.save_state(index, problem.space, state, rows)
+            _follow(trials, job, index, problem.space)
+        if state.exhausted:
+            log.info("%s: nothing is left to try; the search ends early", title)
+            break
     return state
 
 
@@ -244,7 +256,7 @@ def _evaluate(job: Job, found: Found) -> None:
     if job.directory.read("metrics.json") is not None:
         log.info("measured before: metrics.json is kept")
         return
-    space = job.finest_space
+    space = job.finest.space
     even = uniform(space, job.budget(space))
     supernets = {
         "uniform": job.rebuild(space.kept(even), "uniform"),

@@ -90,6 +90,11 @@ class AdaptPruner(Rule):
         if type(self.remeasure) is not bool:
             raise InputError(f"strategy.remeasure={self.remeasure} must be true or false")
 
+    @property
+    def needs_candidates(self) -> bool:
+        """See `Strategy`."""
+        return self.remeasure
+
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
         """See `Rule`."""
         dense = dense_of(problem)

@@ -33,6 +33,21 @@ class Dense:
     device: torch.device
 
 
+class Unmeasurable:
+    """The evaluator of a strategy that needs no candidates: none are built, so nothing can be measured."""
+
+    sequences = 0
+    sequence_length = 0
+
+    def __call__(self, allocations: Sequence[Allocation], chosen: np.ndarray) -> np.ndarray:
+        """Never called, as the strategy said."""
+        raise NotImplementedError("this strategy said that it needs no candidates")
+
+    def changes(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
+        """Never called, as the strategy said."""
+        raise NotImplementedError("this strategy said that it needs no candidates")
+
+
 @dataclass(frozen=True)
 class Problem:
     """Find the allocation of `space` that meets `budget` with the smallest fitness, beginning at `start`.
@@ -107,6 +122,11 @@ class Strategy(Protocol):
     @property
     def tokens_per_generation(self) -> int:
         """About how many forward tokens a generation costs (a gradient's count three times)."""
+        ...
+
+    @property
+    def needs_candidates(self) -> bool:
+        """Whether it looks at candidates: if not, no supernet is built for it, and nothing can be measured."""
         ...
 
     def begin(self, problem: Problem, seed: int) -> State:

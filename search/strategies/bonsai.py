@@ -11,6 +11,7 @@ trusted no further than sub-models were measured, `reach` levels from the start.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,8 +29,9 @@ from supernet.errors import InputError
 from supernet.space import Allocation
 
 PORTION = 10  # pairs of a generation
+FEWEST = 2  # pairs that a regression needs
 
-Pair = tuple[Allocation, Allocation, float]  # by how much the loss of the first is higher
+Pair = tuple[Allocation, Allocation, float]  # by how much the loss of the first is higher; NaN where either is not finite
 
 
 def pair_around(start: Sequence[int], most: np.ndarray, reach: int, rng: np.random.Generator) -> tuple[Allocation, Allocation]:
@@ -97,6 +99,11 @@ class Bonsai(Rule):
             raise InputError(f"strategy.samples={self.samples} must be even: sub-models come in pairs; 200 is the usual choice")
 
     @property
+    def needs_candidates(self) -> bool:
+        """See `Strategy`."""
+        return True
+
+    @property
     def tokens_per_generation(self) -> int:
         """See `Strategy`."""
         return self.samples * self.tokens // self.generations
@@ -128,14 +135,16 @@ class Bonsai(Rule):
         pair = pair_around(start, most, self.reach, rng)
         chosen = rng.permutation(problem.evaluate.sequences)[:count]
         fitness = measured.losses(pair, chosen).mean(1)
-        if not np.isfinite(fitness).all():
-            raise InputError("the fitness of a sub-model is not finite; check the model's weights, or use dtype=float32")
         measured.note(pair, fitness, count, set(), time.perf_counter() - begun)
-        return *pair, float(fitness[0] - fitness[1])
+        return *pair, float(fitness[0] - fitness[1]) if np.isfinite(fitness).all() else math.nan
 
     def _best(self, problem: Problem, start: Allocation, pairs: Sequence[Pair]) -> Allocation:
         """The optimum of what the pairs say."""
-        limit = problem.budget.leading
+        limit, pairs = problem.budget.leading, [pair for pair in pairs if math.isfinite(pair[2])]
+        if len(pairs) < FEWEST:
+            raise InputError(
+                "the losses of nearly all sub-models are not finite; check the model's weights, or use dtype=float32"
+            )
         costs = np.array([[limit.table[range(len(one)), one] for one in pair[:2]] for pair in pairs])  # (pairs, 2, units)
         removed, differences = (costs[:, 1] - costs[:, 0]) / limit.dense, np.array([pair[2] for pair in pairs])
         losses = predicted(worths(removed, differences), limit.costs, limit.dense, start, self.reach)

@@ -1,4 +1,7 @@
-"""Independent scores and an exact knapsack, as in SPDY (Frantar and Alistarh 2022) and Puzzletron (replace one block).
+"""Independent scores of replacing one unit, and a knapsack: what Puzzletron does with blocks.
+
+SPDY (Frantar and Alistarh 2022) solves such a knapsack too, but its point is a search over the coefficients of the scores,
+which is not done here.
 
 The fitness is measured with one unit at a level and all others at a reference, at a few levels of every unit and on the same
 sequences. Between them it is interpolated, never falling as a unit gets sparser. What it exceeds the reference's by is taken to
@@ -19,6 +22,7 @@ from search.strategies.base import Problem, Row, State, first_state, rng_state
 from search.strategies.checks import check_choice, check_tokens, check_whole
 from search.strategies.evolution import draw
 from search.strategies.measuring import Measured
+from supernet.errors import InputError
 from supernet.space import Allocation
 
 log = logging.getLogger(__name__)
@@ -51,6 +55,11 @@ class DynamicProgramming:
         check_whole("points", self.points, 1)
         check_tokens(self.tokens, "a score", "the comparison with the start")
         check_choice("reference", self.reference, REFERENCES)
+
+    @property
+    def needs_candidates(self) -> bool:
+        """See `Strategy`."""
+        return True
 
     @property
     def tokens_per_generation(self) -> int:
@@ -125,8 +134,13 @@ class DynamicProgramming:
         """What each level of each unit adds to the reference's fitness."""
         base = self._reference(problem)
         points = [{level: 0.0} for level in base]
+        finite = [score for score in scores if np.isfinite(score)]
+        if not np.isfinite(scores[0]):
+            instead = "use strategy.reference=dense, or dtype=float32" if self.reference == "start" else "use dtype=float32"
+            raise InputError(f"scores are measured from the {self.reference} allocation, whose loss is not finite; {instead}")
+        worst = scores[0] + 10.0 * (max(finite) - min(finite)) + 1.0  # what is not finite is worse than all that is
         for (index, level), score in zip(probes, scores[1:], strict=True):
-            points[index][level] = score - scores[0]
+            points[index][level] = (score if np.isfinite(score) else worst) - scores[0]
         losses = []
         for unit, known in zip(problem.space.units, points, strict=True):
             measured = sorted(known)

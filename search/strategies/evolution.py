@@ -43,6 +43,11 @@ class Evolution(ABC):
         check_steps(self.tokens, self.survivors)
 
     @property
+    def needs_candidates(self) -> bool:
+        """See `Strategy`."""
+        return True
+
+    @property
     def tokens_per_generation(self) -> int:
         """See `Strategy`."""
         return int(np.dot([self.offspring, *self.survivors[:-1]], self.tokens)) + self.tokens[-1]

@@ -52,6 +52,11 @@ class Front(Rule):
         _ = self.points  # a file that cannot be read should not wait for a build
 
     @property
+    def needs_candidates(self) -> bool:
+        """See `Strategy`: to measure what lies between two points."""
+        return self.tokens > 0
+
+    @property
     def tokens_per_generation(self) -> int:
         """See `Strategy`."""
         return CANDIDATES * self.tokens

@@ -47,6 +47,11 @@ class Greedy:
         check_tokens(self.tokens, "a single move", "the comparison with the parent")
 
     @property
+    def needs_candidates(self) -> bool:
+        """See `Strategy`."""
+        return True
+
+    @property
     def tokens_per_generation(self) -> int:
         """See `Strategy`."""
         single, last = self.tokens
@@ -77,7 +82,7 @@ class Greedy:
         moves = self._moves(problem, parent, rng)
         measured = [parent, *(_moved(parent, [move]) for move in moves)]
         fitness = race.losses(measured, sequences).mean(1)
-        effects = dict(zip(moves, map(float, fitness[1:] - fitness[0]), strict=True))
+        effects = dict(zip(moves, effects_of(fitness), strict=True))
         children = list(best_exchanges(problem, parent, effects, self.exchanges))
         taken = {
             (i, DENSER if a < b else SPARSER) for c in children for i, (a, b) in enumerate(zip(c, parent, strict=True)) if a != b
@@ -94,6 +99,19 @@ class Greedy:
         chosen = [denser[i] for i in np.sort(rng.permutation(len(denser))[:half])]
         rest = self.candidates - len(chosen)
         return chosen + [sparser[i] for i in np.sort(rng.permutation(len(sparser))[:rest])]
+
+
+def effects_of(fitness: np.ndarray) -> list[float]:
+    """By how much each move changes the fitness of the parent, which comes first in (1 + moves,) fitnesses.
+
+    A move from a finite parent to what is not finite is infinitely bad. From a parent that is not finite itself, a move to what
+    is finite is a gain, and the others say nothing.
+    """
+    if np.isfinite(fitness[0]):
+        return [float(effect) for effect in fitness[1:] - fitness[0]]
+    finite = fitness[np.isfinite(fitness)]
+    above = float(finite.max()) + 1.0 if len(finite) else 0.0
+    return [float(one) - above if np.isfinite(one) else 0.0 for one in fitness[1:]]
 
 
 def best_exchanges(problem: Problem, parent: Allocation, effects: Effects, count: int) -> Iterator[Allocation]:

@@ -77,6 +77,11 @@ class Guided:
         return PROPOSALS[self.proposal].tokens if self.proposal_tokens is None else self.proposal_tokens
 
     @property
+    def needs_candidates(self) -> bool:
+        """See `Strategy`."""
+        return True
+
+    @property
     def tokens_per_generation(self) -> int:
         """See `Strategy`; less where races end early, or the pool has less."""
         return PROPOSALS[self.proposal].cost * self.predicted_on + self.tokens * (LEADER + 2 * self.growth)

@@ -69,6 +69,11 @@ class OptunaStudy:
             raise InputError(f"strategy.spread={self.spread} must be a number above 0, and at most 1; 0.25 is a good start")
 
     @property
+    def needs_candidates(self) -> bool:
+        """See `Strategy`."""
+        return True
+
+    @property
     def tokens_per_generation(self) -> int:
         """See `Strategy`."""
         return self.offspring * self.tokens

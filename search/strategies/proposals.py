@@ -8,6 +8,7 @@ a unit's error weighs is what is learned (SPDY, Frantar and Alistarh 2022, searc
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from search.knapsack import relaxed
 from search.strategies.base import Problem, State
 from search.strategies.measuring import GRADIENT_COST, Measured
 from supernet.space import Allocation
+
+log = logging.getLogger(__name__)
 
 STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # of the ridge, by the mean of the kernel's diagonal
 CAUTION = (1.0, 3.0, 10.0)  # times the strength that ranks best: offspring of predictions that believe the data less
@@ -79,8 +82,12 @@ class Gradient:
     def predict(
         self, problem: Problem, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
     ) -> tuple[list[Changes], dict[str, Any]]:
-        """See `Proposal`."""
-        return [measured.changes(state.parent, sequences)], {}
+        """See `Proposal`; where the gradient overflows, what the candidates' errors say takes its place."""
+        changes = measured.changes(state.parent, sequences)
+        if not all(np.isfinite(one).all() for one in changes):
+            log.warning("the gradient is not finite; this generation goes by the errors that candidates had when they were built")
+            changes = [curve - curve[level] for curve, level in zip(curves_of(problem), state.parent, strict=True)]
+        return [changes], {}
 
     def learn(
         self, remembered: dict[str, Any], measured: Measured, parent: Allocation, offspring: Sequence[Allocation]
@@ -119,7 +126,8 @@ class Forward:
             begun = time.perf_counter()
             losses = measured.losses(sides, [sequence])[:, 0]
             measured.note(sides, losses, 1, set(), time.perf_counter() - begun)
-            pairs.append([*map(list, sides), float(losses[0] - losses[1]), 1])
+            if np.isfinite(losses).all():
+                pairs.append([*map(list, sides), float(losses[0] - losses[1]), 1])
         logarithms = learned(pairs, curves, root)
         logarithms += [logarithms[0] + NOISE * root @ rng.standard_normal(len(curves)) for _ in range(DRAWN)]
         weighted = [_weighted(curves, one) for one in logarithms]
@@ -133,7 +141,7 @@ class Forward:
         pairs, before = list(remembered["pairs"]), measured.known(parent)
         for child in offspring:
             after = measured.known(child)
-            both = sorted(before.keys() & after.keys())
+            both = [one for one in sorted(before.keys() & after.keys()) if np.isfinite([before[one], after[one]]).all()]
             if both:
                 pairs.append([list(child), list(parent), float(np.mean([after[one] - before[one] for one in both])), len(both)])
         return {"pairs": pairs}

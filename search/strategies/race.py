@@ -3,10 +3,12 @@
 Losses differ much more from sequence to sequence than from offspring to parent, so only differences on the same sequences count.
 What is measured on few sequences is carried to the next step, which doubles them; there, whoever is clearly behind the leader is
 dropped, and half of the field in any case. The last one is judged against the parent on sequences that it was not chosen on.
+A single sequence proves nothing, whatever the difference is on it. An allocation whose loss is not finite has lost.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +70,7 @@ def race(
         if len(alive) == 1 or sequences >= enough:
             break
         sequences = min(2 * sequences, enough)
-    fresh = order[sequences:] or order  # a pool of one sequence judges on that
+    fresh = order[sequences:] or order  # a pool of one sequence has no others
     return _judged(measured, parent, alive[0], fresh[:most], errors)
 
 
@@ -78,12 +80,19 @@ def _selected(
     """One selection step: those not clearly behind the leader, no more than half, rounded up, best first."""
     begun = time.perf_counter()
     losses = measured.losses([parent, *alive], sequences)
-    gains = losses[0] - losses[1:]
-    behind = gains[gains.mean(1).argmax()] - gains
-    close = [i for i, one in enumerate(behind) if len(sequences) == 1 or one.mean() <= errors * standard_error(one)]
-    ranked = sorted(close, key=lambda i: -gains[i].mean())[: -(-len(alive) // 2)]
-    measured.note([parent, *alive], losses.mean(1), len(sequences), {1 + i for i in ranked}, time.perf_counter() - begun)
-    return [alive[i] for i in ranked]
+    means = losses.mean(1)
+    ranked = [int(i) for i in np.argsort(means[1:], kind="stable")]
+    leader = losses[1 + ranked[0]]
+    finite = [i for i in ranked if math.isfinite(means[1 + i])]
+    close = [i for i in finite if not _clearly_above(losses[1 + i] - leader, errors)] or ranked[:1]
+    kept = close[: -(-len(alive) // 2)]
+    measured.note([parent, *alive], means, len(sequences), {1 + i for i in kept}, time.perf_counter() - begun)
+    return [alive[i] for i in kept]
+
+
+def _clearly_above(differences: np.ndarray, errors: float) -> bool:
+    """Whether paired differences, (sequences,), are above 0 by more than so many standard errors."""
+    return bool(differences.mean() > errors * standard_error(differences))
 
 
 def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: Sequence[int], errors: float) -> Outcome:
@@ -96,6 +105,10 @@ def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: S
     while True:
         begun = time.perf_counter()
         losses = measured.losses([parent, leader], fresh[:sequences])
+        if not np.isfinite(losses).all():
+            better = bool(np.isfinite(losses[1]).all())  # then it is the parent that is not finite
+            measured.note([parent, leader], losses.mean(1), sequences, {int(better)}, time.perf_counter() - begun)
+            return Outcome(leader, math.inf if better else -math.inf, 0.0, tuple(fresh[:sequences]), better)
         gains = losses[0] - losses[1]
         gain, error = float(gains.mean()), standard_error(gains)
         last = sequences == len(fresh)
@@ -110,8 +123,8 @@ def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: S
 
 
 def standard_error(differences: np.ndarray) -> float:
-    """Of the mean of paired differences, (sequences,); 0 for a single one, of which nothing is known."""
-    return float(differences.std(ddof=1) / len(differences) ** 0.5) if len(differences) > 1 else 0.0
+    """Standard error of the mean of paired differences, (sequences,); infinite for a single one, which says nothing of others."""
+    return float(differences.std(ddof=1) / len(differences) ** 0.5) if len(differences) > 1 else math.inf
 
 
 def critical(errors: float, sequences: int) -> float:

@@ -44,6 +44,11 @@ class Rule:
     looks_at: ClassVar[str] = "the calibration text once"
 
     @property
+    def needs_candidates(self) -> bool:
+        """See `Strategy`: most rules look at the dense model alone."""
+        return False
+
+    @property
     def generations(self) -> int:
         """See `Strategy`."""
         return 1

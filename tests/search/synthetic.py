@@ -30,6 +30,7 @@ class Synthetic:
         noise: Standard deviation of what each sequence adds to each allocation.
         shift: Standard deviation of what each sequence adds to all allocations alike.
         error: Standard deviation of the error of first-order changes.
+        overflows: The level of the first unit above which nothing is finite.
         falling: Rates fall evenly from the first unit to the last, to about a quarter, instead of being drawn at random.
         calls: What was measured: allocations, and sequences.
         gradients: Sequences that gradients were taken on.
@@ -40,6 +41,7 @@ class Synthetic:
     noise: float = 0.0
     shift: float = 0.0
     error: float = 0.0
+    overflows: float = np.inf
     falling: bool = False
     sequences: int = 40
     sequence_length: int = 16
@@ -70,7 +72,8 @@ class Synthetic:
         self.calls.append((list(allocations), chosen.tolist()))
         shared = [self.shift * np.random.default_rng(int(c)).normal() for c in chosen]
         own = [[self.noise * np.random.default_rng([*a, int(c)]).normal() for c in chosen] for a in allocations]
-        return np.array([[self.exact(a)] for a in allocations]) + np.array(shared) + np.array(own)
+        found = np.array([[self.exact(a)] for a in allocations]) + np.array(shared) + np.array(own)
+        return np.where(np.array([[a[0] > self.overflows] for a in allocations]), np.inf, found)
 
     def changes(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
         """See `Evaluator`; exact but for `error`."""
@@ -81,7 +84,7 @@ class Synthetic:
             change = loss - loss[level] + self.error * rng.normal(size=len(loss))
             change[level] = 0.0
             found.append(change)
-        return found
+        return found if allocation[0] <= self.overflows else [np.full_like(change, np.nan) for change in found]
 
 
 def budget_of(space: Space, target: int) -> Budget:

@@ -89,6 +89,18 @@ class TestBonsai:
         state, rows = rule.advance(problem, found)
         assert state == replace(found, exhausted=True) and not rows
 
+    def test_pairs_that_overflow_are_left_out(self, space_of: SpaceOf) -> None:
+        problem = problem_of(space_of(*[(10, (4, 3, 2, 1, 0))] * 6), 0.5)
+
+        class Overflowing(Smooth):
+            def __call__(self, allocations: Sequence[Allocation], chosen: np.ndarray) -> np.ndarray:
+                lost = np.array([[a[0] > problem.start[0] + 1] for a in allocations])
+                return np.where(lost, np.inf, super().__call__(allocations, chosen))
+
+        state, rows = run(Bonsai(samples=50, tokens=30), replace(problem, evaluate=Overflowing(problem.space)))
+        assert any(row.fitness == np.inf for row in rows)
+        assert state.parent != problem.start and problem.allows(state.parent)
+
     def test_a_loss_that_is_not_finite(self, space_of: SpaceOf) -> None:
         problem = problem_of(space_of(*[(10, (4, 3, 2, 1, 0))] * 4), 0.5)
 

@@ -417,23 +417,42 @@ def test_bfloat16_finds_the_same_within_its_rounding(
     assert np.abs(found[-2]).max() < 1e-3  # the dense allocation
 
 
-def test_a_fitness_that_is_not_finite_is_told(
+def test_an_allocation_that_overflows_is_infinitely_bad_and_the_others_are_measured(
     family_model: PreTrainedModel,
     ids: Tensor,
     random_supernet: Callable[[PreTrainedModel], Supernet],
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     supernet = random_supernet(family_model)
+    good, bad = (2,) * 6, (2, 2, 1, 2, 2, 2)
+    (expected,) = GenerationEvaluator(family_model, supernet, ids, KlDivergence())([good], np.arange(5))
     whole = supernet.candidate
 
-    def overflown(unit: int, level: int, *arguments: object) -> Candidate:
-        candidate = whole(unit, level)
+    def overflown(unit: int, level: int, *arguments: Any) -> Candidate:
+        candidate = whole(unit, level, *arguments)
         assert isinstance(candidate, Members) and candidate.weight is not None
-        return Members(candidate.kept, candidate.weight * torch.inf)
+        return Members(candidate.kept, candidate.weight * torch.inf) if level == 1 else candidate
 
     monkeypatch.setattr(supernet, "candidate", overflown)
-    with pytest.raises(InputError, match="fitness of an allocation is not finite.*dtype=float32"):
-        GenerationEvaluator(family_model, supernet, ids, KlDivergence())([(1,) * 6], np.arange(5))
+    evaluate = GenerationEvaluator(family_model, supernet, ids, KlDivergence())
+    for _ in range(2):
+        found = evaluate([bad, good], np.arange(5))
+        assert np.isposinf(found[0]).all()
+        np.testing.assert_allclose(found[1], expected, rtol=1e-5)
+    assert [message for message in caplog.messages if "not finite" in message] == [
+        "the loss of an allocation is not finite: such ones lose; dtype=float32 has a wider range"
+    ]
+
+
+def test_a_dense_model_that_overflows_is_told(
+    model_of: Callable[..., PreTrainedModel], ids: Tensor, random_supernet: Callable[[PreTrainedModel], Supernet]
+) -> None:
+    model = model_of("llama")
+    supernet = random_supernet(model)
+    model.get_output_embeddings().weight.data[3] = torch.nan
+    with pytest.raises(InputError, match="what the dense model predicts is not finite.*dtype=float32"):
+        GenerationEvaluator(model, supernet, ids, KlDivergence())([(1,) * 6], np.arange(5))
 
 
 def test_an_unfinished_supernet_is_told(family_model: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:

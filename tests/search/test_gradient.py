@@ -19,7 +19,6 @@ from search.gradient import Gradient, part_gradient
 from search.levels import Grid
 from supernet.architecture import SubBlock, entry, final_norm_and_head, sub_blocks
 from supernet.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
-from supernet.errors import InputError
 from supernet.placement import Place, full_weight, is_absent, places
 from supernet.prunables import BITS, Pattern, Prunable, bit_prunables, member_prunables, presence_prunables, weight_prunables
 from supernet.space import Allocation, Space
@@ -401,12 +400,11 @@ def test_bfloat16_finds_the_same_within_its_rounding(name: str, model_of: ModelO
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_gradient_that_is_not_finite_is_told(llama: PreTrainedModel, ids: Tensor, value: float) -> None:
+def test_a_gradient_that_is_not_finite_is_given_as_it_is(llama: PreTrainedModel, ids: Tensor, value: float) -> None:
     supernet: Any = Handmade(llama, "members")
     supernet.candidates[3][0] = Members(torch.arange(2), torch.full((int(llama.config.hidden_size), 2), value))
-    with pytest.raises(InputError, match="gradient of the fitness is not finite.*dtype=float32") as refusal:
-        GenerationEvaluator(llama, supernet, ids, KlDivergence()).changes((1,) * 6, CHOSEN)
-    assert "\n" not in str(refusal.value)
+    found = GenerationEvaluator(llama, supernet, ids, KlDivergence()).changes((1,) * 6, CHOSEN)
+    assert not all(np.isfinite(one).all() for one in found)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -105,8 +105,53 @@ def test_worse_offspring_almost_never_move_the_parent() -> None:
     assert np.mean(moved) < 0.08
 
 
-def test_a_pool_of_one_sequence_judges_on_that() -> None:
-    losses = np.array([[1.0], [0.5], [0.7]])
-    outcome, measured, _ = run(losses)
-    assert (outcome.leader, outcome.clear, outcome.sequences) == ((1,), True, (0,))
-    assert measured.tokens == 3
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("errors", [0.0, 2.0])
+def test_one_sequence_proves_nothing(sequences: int, errors: float) -> None:
+    """Of a pool of two, the leader is found on one, and judged on the other."""
+    losses = np.array([[1.0], [0.5], [0.7]]) + np.zeros(sequences)
+    outcome, _, _ = run(losses, errors=errors)
+    assert (outcome.leader, outcome.clear) == ((1,), False)
+    assert len(outcome.sequences) == 1
+    assert outcome.error == np.inf
+
+
+def null_acceptance(pool: int, runs: int = 300) -> float:
+    """How often one of eight offspring that are as good as their parent replaces it; losses are those of t with 4 degrees."""
+    rng = np.random.default_rng(pool)
+    losses = [rng.standard_t(4, size=(9, pool)) + 3.0 * rng.normal(size=pool) for _ in range(runs)]
+    return float(np.mean([run(one)[0].clear for one in losses]))
+
+
+@pytest.mark.parametrize(("pool", "most"), [(1, 0.0), (2, 0.0), (3, 0.2), (4, 0.2), (8, 0.2), (64, 0.2)])
+def test_noise_with_heavy_tails_rarely_moves_the_parent_whatever_the_pool(pool: int, most: float) -> None:
+    assert null_acceptance(pool) <= most
+
+
+class TestLossesThatAreNotFinite:
+    @pytest.mark.parametrize("lost", [[0], [5], range(SEQUENCES)])
+    def test_an_offspring_loses(self, lost: Sequence[int]) -> None:
+        losses = noise(4, seed=0, scale=0.1)
+        losses[2] -= 2.0
+        losses[1] -= 3.0
+        losses[1, list(lost)] = np.inf
+        outcome, _, _ = run(losses)
+        assert outcome.clear == (outcome.leader == (2,))
+
+    def test_all_offspring_lose(self) -> None:
+        losses = np.zeros((4, SEQUENCES))
+        losses[1:] = np.inf
+        outcome, measured, _ = run(losses)
+        assert not outcome.clear
+        assert outcome.gain == -np.inf
+        assert measured.tokens < 4 * 8
+
+    def test_a_parent_loses_to_what_is_finite(self) -> None:
+        losses = noise(4, seed=0, scale=0.1)
+        losses[0] = np.inf
+        losses[3] -= 2.0
+        outcome, _, _ = run(losses)
+        assert (outcome.leader, outcome.clear) == ((3,), True)
+
+    def test_where_nothing_is_finite_the_parent_stays(self) -> None:
+        assert not run(np.full((4, SEQUENCES), np.inf))[0].clear

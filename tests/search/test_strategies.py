@@ -20,6 +20,7 @@ from search.strategies.guided import Guided
 from search.strategies.pareto import Pareto
 from search.strategies.random import Random
 from search.strategies.tyr import Tyr
+from supernet.errors import InputError
 from tests.search.synthetic import (
     TRANSFORMER,
     SpaceOf,
@@ -203,6 +204,23 @@ class TestEveryStrategy:
         states, rows = run(strategy, problem)
         assert {row.allocation for row in last_step(rows, 0)} <= {problem.start, other}
         assert states[-1].parent == min(problem.start, other, key=synthetic(problem).exact)
+
+    def test_allocations_that_overflow_lose(self, strategy: Strategy, space_of: SpaceOf) -> None:
+        """All that lack more than half of the first unit do, and so does the start."""
+        problem = make_problem(space_of(*TRANSFORMER), 0.6, noise=0.05, overflows=4)
+        assert problem.start[0] > 4
+        if isinstance(strategy, DynamicProgramming) and strategy.reference == "start":
+            with pytest.raises(
+                InputError, match="from the start allocation, whose loss is not finite; use strategy.reference=dense"
+            ):
+                run(strategy, problem)
+            return
+        states, rows = run(strategy, problem)
+        lost = [row for row in rows if row.allocation[0] > 4]
+        assert lost and all(row.fitness == np.inf for row in lost)
+        assert all(problem.budget.met(state.parent) for state in states)
+        assert states[-1].parent[0] <= 4 and np.isfinite(states[-1].fitness)
+        assert as_json(run(strategy, problem, pause=through_json)[0]) == as_json(states)
 
     def test_no_generations_are_none(self, strategy: Strategy, problem: Problem) -> None:
         assert strategy.begin(problem, 0).parent == problem.start
