@@ -47,10 +47,10 @@ def best(scores: Tensor, kept: Sequence[int]) -> list[Tensor]:
     return [ranking[:count].sort().values for count in kept]
 
 
-def finite(scores: Tensor, where: str) -> Tensor:
-    """The scores themselves; InputError if one is NaN or infinite."""
+def finite(scores: Tensor, where: str, what: str = "activations") -> Tensor:
+    """The scores themselves; InputError if one is NaN or infinite, which says what it comes from."""
     if not bool(torch.isfinite(scores).all()):
-        raise InputError(f"{where}: activations are not finite; check the model's weights, or use dtype=float32")
+        raise InputError(f"{where}: {what} are not finite; check the model's weights, or use dtype=float32")
     return scores
 
 

@@ -118,7 +118,7 @@ class SurveyedPruner(MembersPruner):
         """See `Pruner`; with the dense weights."""
         if task.scores is None:
             raise InputError(f"{task.where}: the survey of the dense model has no scores for this unit")
-        scores = finite(task.scores.to(task.dense.device), task.where)
+        scores = finite(task.scores.to(task.dense.device), task.where, "weights, or the gradients of the survey,")
         return [Members(members, None) for members in best(scores, kept)]
 
 

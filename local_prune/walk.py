@@ -142,6 +142,8 @@ class Walk:
     def _build_unit(self, part: SubBlock, layer: str, unit: Unit, statistics: Statistics | None, target: str, width: int) -> None:
         """Write the candidates of one unit; nothing of them stays in memory."""
         task = Task(unit.name, part.weight(layer), statistics, self.scores.get(unit.name), width, part.bias(layer))
+        if not bool(torch.isfinite(task.dense).all()):
+            raise InputError(f"{unit.name}: weights are not finite; check the model's weights, or use dtype=float32")
         begun = time.perf_counter()
         candidates = self.pruner.candidates(task, [level.kept for level in unit.levels[1:]])
         if not all(_is_finite(candidate) for candidate in candidates):

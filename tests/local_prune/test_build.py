@@ -16,12 +16,14 @@ import torch
 from transformers import PreTrainedModel
 
 from local_prune import streams
+from local_prune.apt import AptPruner
+from local_prune.bonsai import BonsaiPruner
 from local_prune.pruner import FITS, Calibration, Pruner, Task
-from local_prune.quantize import GptqPruner
-from local_prune.scores import AmpPruner, FlapPruner, WandaSpPruner
+from local_prune.quantize import GptqPruner, RtnPruner
+from local_prune.scores import AmpPruner, FlapPruner, MagnitudeMembersPruner, TaylorPruner, WandaSpPruner
 from local_prune.sparsegpt import SparseGptPruner
 from local_prune.structured import ObsPruner
-from local_prune.unstructured import WandaPruner
+from local_prune.unstructured import GblmPruner, MagnitudePruner, WandaPruner
 from search.models import LoadedModel
 from supernet.architecture import sub_blocks
 from supernet.encoding import Candidate
@@ -234,3 +236,24 @@ def test_activations_that_are_not_finite_are_told_with_their_unit(
         "model.layers.0.mlp",
         "model.layers.1.self_attn",
     }
+
+
+WEIGHING: dict[str, Pruner] = SEEING | {
+    "magnitude": MagnitudePruner(),
+    "rtn": RtnPruner([4, 2], 16),
+    "apt": AptPruner(),
+    "gblm": GblmPruner(),
+    "magnitude_sp": MagnitudeMembersPruner(8),
+    "taylor": TaylorPruner(8),
+    "bonsai": BonsaiPruner(8, samples=4),
+}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", WEIGHING)
+def test_weights_that_are_not_finite_are_told(model_of: ModelOf, tmp_path: Path, built: Built, name: str, value: float) -> None:
+    model = model_of("llama")
+    model.model.layers[1].mlp.down_proj.weight[3, 5] = value
+    with pytest.raises(InputError, match=r"not finite; check the model's weights, or use dtype=float32$") as told:
+        built(model, tmp_path, WEIGHING[name], IDS, weights=dense)
+    assert "\n" not in str(told.value)

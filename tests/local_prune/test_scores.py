@@ -262,7 +262,7 @@ class TestEveryRanking:
         for value in (torch.nan, torch.inf):
             broken = replace(layer, X=layer.X.clone())
             broken.X[0, 0] = value
-            with pytest.raises(InputError, match="unit: activations are not finite"):
+            with pytest.raises(InputError, match="^unit: (activations|weights, or the gradients of the survey,) are not finite"):
                 pruner.candidates(broken.task(pruner), [0])
 
     def test_no_levels_give_no_candidates(self, pruner: Any, layer: Layer) -> None:

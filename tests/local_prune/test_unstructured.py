@@ -18,7 +18,7 @@ from local_prune.apt import AptPruner
 from local_prune.pruner import Calibration, Pruner, Task
 from local_prune.sparsegpt import BlockwisePruner, SparseGptPruner
 from local_prune.statistics import LeastSquares, Moments
-from local_prune.unstructured import GblmPruner, MagnitudePruner, WandaPruner, pattern_of, rank_in_rows
+from local_prune.unstructured import GblmPruner, MagnitudePruner, ScoredPruner, WandaPruner, pattern_of, rank_in_rows
 from supernet.encoding import Candidate
 from supernet.errors import InputError
 from supernet.prunables import Pattern
@@ -107,14 +107,29 @@ def test_the_best_of_each_group_stay(kind: type[Any], text: str, layer: MakeLaye
             assert group.tolist() == sorted(best)
 
 
-def test_gblm_asks_for_the_norm_of_the_gradients(monkeypatch: pytest.MonkeyPatch, layer: MakeLayer) -> None:
-    asked = []
-    monkeypatch.setattr(unstructured, "weight_gradient_norms", lambda *given: asked.append(given) or {"unit": torch.ones(1)})
-    calibration = Calibration(torch.zeros(1, 2, dtype=torch.int64))
-    found = GblmPruner(norm=1).survey("model", calibration, "device", "track")  # type: ignore[arg-type]
-    assert asked == [("model", calibration, "device", "track", 1)]
-    assert GblmPruner().survey_tokens(calibration) > 0
-    assert list(found) == ["unit"]
+@pytest.mark.parametrize("norm", [1, 2])
+def test_gblm_surveys_the_norm_that_is_asked_for(model_of: Callable[..., Any], norm: int) -> None:
+    model = model_of("llama", num_hidden_layers=1)
+    ids = torch.randint(97, (3, 10), generator=torch.Generator().manual_seed(0))
+    total: dict[str, Tensor] = {}
+    for sequence in ids.split(1):  # of the mean loss of each
+        model.requires_grad_(True).zero_grad()
+        with torch.enable_grad():
+            model(sequence, labels=sequence).loss.backward()
+        for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
+            gradient = model.get_submodule(name).weight.grad
+            total[name] = total.get(name, 0) + (gradient.abs() if norm == 1 else gradient.square())
+    model.requires_grad_(False)
+    calibration = Calibration(ids, 2)
+    found = GblmPruner(norm=norm).survey(model, calibration, torch.device("cpu"), lambda items, title: items)
+    assert len(found) == 7
+    for name, summed in total.items():
+        expected = 3**0.5 * (summed if norm == 1 else summed.sqrt())
+        torch.testing.assert_close(found[name] / found[name].mean(), expected / expected.mean(), rtol=1e-3, atol=1e-4)
+    assert GblmPruner().survey_tokens(calibration) > ids.numel()
+
+
+def test_gblm_needs_gradients_that_are_numbers(layer: MakeLayer) -> None:
     case = layer()
     with pytest.raises(InputError, match="unit: gblm needs the gradients"):
         GblmPruner().candidates(Task("unit", case.dense, moments(case.X)), [4])
@@ -212,6 +227,12 @@ def final_weight(case: Any, candidate: Candidate) -> Tensor:
     return case.dense * candidate.mask if candidate.weight is None else candidate.weight
 
 
+SCORING = {name: pruner for name, pruner in UNSTRUCTURED.items() if isinstance(pruner, ScoredPruner)}
+SEEING = {name: pruner for name, pruner in UNSTRUCTURED.items() if not isinstance(pruner, MagnitudePruner)}
+WITH_OUTPUT = {name: given for name, given in LAYERS.items() if name != "all inputs dead"}
+WITH_DEAD = {name: given for name, given in LAYERS.items() if "dead" in given}
+
+
 @pytest.fixture(params=UNSTRUCTURED.values(), ids=UNSTRUCTURED)
 def pruner(request: pytest.FixtureRequest) -> Any:
     return request.param
@@ -236,28 +257,34 @@ class TestEveryPruner:
             if pruner.patterns:
                 pattern = pattern_of(count, case.dense.numel(), pruner.patterns)
                 assert (candidate.mask.view(-1, pattern.of).sum(1) == pattern.keep).all()
+            assert (candidate.weight is None) == isinstance(pruner, ScoredPruner)
             if candidate.weight is not None:
                 assert candidate.weight.isfinite().all()
                 assert not candidate.weight[~candidate.mask].any()
 
-    def test_those_without_weights_are_nested(self, pruner: Any, candidates: list[Candidate]) -> None:
-        assert len({candidate.weight is None for candidate in candidates}) == 1
-        if candidates[0].weight is None and len({pattern.of for pattern in pruner.patterns}) < 2:
-            for more, fewer in zip(candidates, candidates[1:], strict=False):
+    @pytest.mark.parametrize("pruner", SCORING.values(), ids=SCORING, indirect=True)
+    def test_those_without_weights_are_nested(self, pruner: Any, case: Any, candidates: list[Candidate]) -> None:
+        levels = levels_of(pruner, case.dense)
+        sizes = [pattern_of(kept, case.dense.numel(), pruner.patterns).of if pruner.patterns else 0 for kept in levels]
+        for size in set(sizes):
+            alike = [candidate for candidate, its in zip(candidates, sizes, strict=True) if its == size]
+            assert all(candidate.weight is None for candidate in alike)
+            for more, fewer in zip(alike, alike[1:], strict=False):
                 assert not (fewer.mask & ~more.mask).any()
 
+    @pytest.mark.parametrize("case", WITH_OUTPUT.values(), ids=WITH_OUTPUT, indirect=True)
     def test_errors_are_not_below_the_optimum(self, case: Any, candidates: list[Candidate]) -> None:
-        if not case.T.any():
-            return
+        assert case.T.any() and len(candidates)
         for candidate in candidates[::2]:
             masked = case.X * candidate.mask.unsqueeze(1)  # (d_out, tokens, d_in): each output has its own support
             best = torch.linalg.lstsq(masked, case.T.T.unsqueeze(2), driver="gelsd").solution.squeeze(2)
             assert output_error(case, final_weight(case, candidate)) >= output_error(case, best) * (1 - 1e-3) - 1e-9
 
+    @pytest.mark.parametrize("pruner", SEEING.values(), ids=SEEING, indirect=True)
+    @pytest.mark.parametrize("case", WITH_DEAD.values(), ids=WITH_DEAD, indirect=True)
     def test_dead_inputs_get_no_weight_and_go_first(self, pruner: Any, case: Any, candidates: list[Candidate]) -> None:
         dead = case.X.abs().sum(0) == 0
-        if isinstance(pruner, MagnitudePruner) or not dead.any():
-            return
+        assert dead.any()
         for candidate in candidates:
             if candidate.weight is not None:
                 assert not candidate.weight[:, dead].any()
@@ -265,8 +292,10 @@ class TestEveryPruner:
                 of = pattern_of(int(candidate.mask.sum()), case.dense.numel(), pruner.patterns).of
                 kept, gone = candidate.mask.view(len(case.dense), -1, of), (~candidate.mask & ~dead).view(len(case.dense), -1, of)
                 assert not ((kept & dead.view(-1, of)).any(2) & gone.any(2)).any()
-            elif int(candidate.mask.sum()) <= len(case.dense) * int((~dead).sum()):
-                assert not candidate.mask[:, dead].any()
+        if not pruner.patterns:
+            room = len(case.dense) * int((~dead).sum())
+            few = [candidate for candidate in candidates if int(candidate.mask.sum()) <= room]
+            assert few and not any(candidate.mask[:, dead].any() for candidate in few)
 
     def test_runs_are_alike_and_leave_the_task_alone(self, pruner: Any, case: Any, candidates: list[Candidate]) -> None:
         task = task_of(pruner, case)
@@ -303,11 +332,11 @@ class TestEveryPruner:
     def test_no_levels_give_no_candidates(self, pruner: Any, layer: MakeLayer) -> None:
         assert pruner.candidates(task_of(pruner, layer()), []) == []
 
-    def test_activations_that_are_not_finite_are_named(self, pruner: Any, layer: MakeLayer) -> None:
-        case, X = layer(), torch.full((3, 24), float("nan"))
+    @pytest.mark.parametrize("pruner", SEEING.values(), ids=SEEING, indirect=True)
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_activations_that_are_not_finite_are_named(self, pruner: Any, layer: MakeLayer, value: float) -> None:
+        case, X = layer(), torch.full((3, 24), value)
         task = task_of(pruner, case)
-        if task.statistics is None:
-            return
         task.statistics.add(*[X, X[:, :6]][: 2 if isinstance(task.statistics, LeastSquares) else 1])
         with pytest.raises(InputError, match="^unit: activations are not finite"):
             pruner.candidates(task, levels_of(pruner, case.dense))
