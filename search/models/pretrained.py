@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 # What older versions saved of masks and rotary embeddings, which are computed today; else what a model's class itself ignores.
 COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "position_ids")
+ADVICE = "give a folder with config.json, weights and tokenizer, or a hub id that this machine can reach"
 MANY = 2  # times as many numbers as a checkpoint holds: a config that describes more was not written for it
 
 
@@ -56,11 +57,12 @@ def from_pretrained(
     _check_arguments(path, revision, trust_remote_code)
     where = f"model.path={path}"
     source = Source(_local_folder(path), revision, where)
-    with _translated(where), _quiet():
+    with _translated(f"{where} cannot be loaded", ADVICE), _quiet():
         config = _config(source, trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.place, config=config, revision=revision, trust_remote_code=trust_remote_code
-        )
+        with _translated(f"{where} has a tokenizer that cannot be loaded", "give a folder with a sound tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.place, config=config, revision=revision, trust_remote_code=trust_remote_code
+            )
         source.check_files()
         tensors = headers(source.weights(), where)
         check_headers(tensors, int(config.num_hidden_layers), family_of_config(config).blocks, where)
@@ -135,7 +137,8 @@ def _config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
         config._attn_implementation = config._experts_implementation = None  # trusted is the model's code, no kernel of others
     else:
         settings = cleaned(check_config(raw, source.where))
-        config = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+        with _translated(f"{source.where} has a config.json that does not describe a model", "correct it"):
+            config = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
     family_of_config(config)
     check_sizes(config, f"{source.where}: config.json has ")
     return config
@@ -143,7 +146,7 @@ def _config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
 
 def _check_amount(config: PreTrainedConfig, tensors: dict[str, Tensor], where: str) -> None:
     """InputError for a config that describes a model of another size, before memory for it is asked for."""
-    with torch.device("meta"):
+    with _translated(f"{where} has a config.json that does not describe a model", "correct it"), torch.device("meta"):
         described = AutoModelForCausalLM.from_config(config)
     count, held = sum(parameter.numel() for parameter in described.parameters()), elements(tensors)
     if count > MANY * held:
@@ -193,19 +196,16 @@ def _note_untied(model: PreTrainedModel, where: str) -> None:
 
 
 @contextmanager
-def _translated(where: str) -> Iterator[None]:
+def _translated(what: str, advice: str) -> Iterator[None]:
     """One line for whatever the libraries raise, which is of many classes, for files that are not what they expect."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) and not isinstance(error, RecursionError):
+        if is_out_of_memory(error):
             raise
-        raise InputError(
-            f"{where} cannot be loaded ({_said(error)}); give a folder with config.json, weights and tokenizer, or a hub id that "
-            "this machine can reach"
-        ) from error
+        raise InputError(f"{what} ({_said(error)}); {advice}") from error
 
 
 def _said(error: Exception) -> str:

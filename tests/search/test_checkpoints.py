@@ -151,10 +151,13 @@ BAD: dict[str, tuple[Change, str]] = {
     "no safetensors": (text("model.safetensors", "pickle"), "cannot be read as safetensors"),
     "adapter": (text("adapter_config.json", "{}"), "has an adapter (adapter_config.json); merge it"),
     "adapter only": (adapter_only, "is an adapter, no model: merge it"),
-    "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tok*")] and None, "cannot be loaded"),
-    "tokenizer list": (text("tokenizer.json", "[]"), "cannot be loaded"),
-    "tokenizer config list": (text("tokenizer_config.json", "[]"), "cannot be loaded"),
-    "tokenizer deep": (text("tokenizer_config.json", DEEP), "cannot be loaded"),
+    "no tokenizer": (
+        lambda folder: [path.unlink() for path in folder.glob("tok*")] and None,
+        "has a tokenizer that cannot be loaded (",
+    ),
+    "tokenizer list": (text("tokenizer.json", "[]"), "has a tokenizer that cannot be loaded ("),
+    "tokenizer config list": (text("tokenizer_config.json", "[]"), "has a tokenizer that cannot be loaded ("),
+    "tokenizer deep": (text("tokenizer_config.json", DEEP), "has a tokenizer that cannot be loaded ("),
     "generation list": (text("generation_config.json", "[]"), "cannot be loaded"),
     # Configs.
     "list": (text("config.json", "[1]"), "has a config.json that holds no object"),
@@ -176,10 +179,13 @@ BAD: dict[str, tuple[Change, str]] = {
     "groups": (config(num_key_value_heads=3), "num_key_value_heads=3; it must divide num_attention_heads=4"),
     "head list": (config(head_dim=[4]), "has head_dim=[4] in its config.json"),
     "huge vocabulary": (config(vocab_size=10**15), "has vocab_size=1000000000000000 in its config.json"),
-    "activation": (config(hidden_act="magic"), "cannot be loaded (KeyError: 'magic')"),
-    "rope": (config(rope_parameters=5), "cannot be loaded"),
-    "rope type": (config(rope_parameters={"rope_type": "spiral", "rope_theta": 1.0}), "cannot be loaded"),
-    "epsilon": (config(rms_norm_eps="small"), "cannot be loaded"),
+    "activation": (config(hidden_act="magic"), "config.json that does not describe a model (KeyError: 'magic'); correct it"),
+    "rope": (config(rope_parameters=5), "has a config.json that does not describe a model ("),
+    "rope type": (
+        config(rope_parameters={"rope_type": "spiral", "rope_theta": 1.0}),
+        "has a config.json that does not describe a model (",
+    ),
+    "epsilon": (config(rms_norm_eps="small"), "has a config.json that does not describe a model ("),
 }
 
 
