@@ -39,9 +39,7 @@ def check_config(raw: object, where: str) -> dict[str, Any]:
     """
     if not isinstance(raw, dict):
         raise InputError(f"{where} has a config.json that holds no object {{...}}; give the config.json of a language model")
-    check_not_quantised(raw, where)
-    if "per_layer_config" in raw:
-        raise InputError(f"{where} is pruned already: its layers differ in size; prune the dense model it was made from")
+    check_dense(raw, where)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise InputError(f"{where} has a config.json without a model_type; give the config.json of a language model")
@@ -54,12 +52,14 @@ def check_config(raw: object, where: str) -> dict[str, Any]:
     return raw
 
 
-def check_not_quantised(raw: object, where: str) -> None:
-    """InputError if a config, or one within it, says that the weights are quantised."""
+def check_dense(raw: object, where: str) -> None:
+    """InputError if a config, or one within it, says that the weights are quantised, or layers pruned."""
     for inner in _objects(raw):
         for key in QUANTISED:
             if inner.get(key):
                 raise quantised(where, _method(inner[key]))
+        if "per_layer_config" in inner:
+            raise InputError(f"{where} is pruned already: its layers differ in size; prune the dense model it was made from")
 
 
 def quantised(where: str, method: str) -> InputError:

@@ -19,6 +19,7 @@ from supernet.errors import InputError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.ckpt.index", "tf_model.h5", "flax_model.msgpack")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LARGEST_JSON = 1 << 26  # bytes: the index of the largest models has a tenth of that
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes that weights can have
 
 
@@ -65,6 +66,8 @@ class Source:
         path = self.file(name)
         if path is None:
             return None
+        if path.stat().st_size > LARGEST_JSON:
+            raise InputError(f"{self.where} has a {name} of {path.stat().st_size:,} bytes; a sound one has far fewer")
         try:
             with path.open(encoding="utf-8") as file:
                 return json.load(file)

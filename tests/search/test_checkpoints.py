@@ -130,6 +130,8 @@ BAD: dict[str, tuple[Change, str]] = {
         tensor("model.layers.0.self_attn.q_proj.bias", torch.ones(16)),
         "no place for, among them model.layers.0.self_",
     ),
+    "attention bias": (tensor("model.layers.0.self_attn.bias", torch.ones(16)), "among them model.layers.0.self_attn.bias"),
+    "value head": (tensor("v_head.weight", torch.ones(16)), "no place for, among them v_head.weight; they would be lost"),
     "no head": (tensor(HEAD, None), "lacks 1 of the weights, among them lm_head.weight"),
     "fewer blocks": (config(num_hidden_layers=1), "describes 1 blocks, and the weights are of 2"),
     "more blocks": (config(num_hidden_layers=5), "describes 5 blocks, and the weights are of 2; give a complete checkpoint"),
@@ -168,6 +170,8 @@ BAD: dict[str, tuple[Change, str]] = {
     "no type": (config(model_type=None), "has a config.json without a model_type"),
     "type list": (config(model_type=["llama"]), "has a config.json without a model_type"),
     "unknown": (config(model_type="novel"), "the model's architecture 'novel' is not known"),
+    "huge config": (lambda folder: os.truncate(folder / "config.json", 1 << 27), "has a config.json of 134,217,728 bytes"),
+    "pruned, trusted": (config(per_layer_config={}, auto_map={"AutoModelForCausalLM": "own.M"}), "is pruned already"),
     "pruned": (config(per_layer_config={}), "is pruned already"),
     "10^9 layers": (config(num_hidden_layers=10**9), "has num_hidden_layers=1000000000 in its config.json; it must be"),
     "no layers": (config(num_hidden_layers=0), "has num_hidden_layers=0 in its config.json; it must be a whole number from 1"),
@@ -262,6 +266,23 @@ def test_trusted_code_is_part_of_the_fingerprint(folder: Path, monkeypatch: pyte
         found.append(loaded.fingerprint)
     assert found[0] != found[1]
     assert from_pretrained(str(folder), trust_remote_code=False, dtype=torch.float32).fingerprint not in found
+
+
+def test_a_model_of_the_hub(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it lies in the hub's cache, without a network."""
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--name"
+    snapshot = Path(shutil.copytree(sound, repository / "snapshots" / ("0" * 40)))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    loaded = from_pretrained("org/name", dtype=torch.float32)
+    assert (loaded.name, loaded.folder) == ("org/name", snapshot)
+    assert loaded.fingerprint == from_pretrained(str(sound), dtype=torch.float32).fingerprint
+    (snapshot / "model.safetensors").unlink()  # not downloaded yet: the config decides
+    config(quantization_config={"quant_method": "gptq"})(snapshot)
+    with pytest.raises(InputError, match=r"model.path=org/name is quantised \(gptq\)"):
+        from_pretrained("org/name", dtype=torch.float32)
 
 
 def saved(folder: Path, **changes: Any) -> Path:

@@ -138,6 +138,9 @@ def test_a_folder_that_is_not_there_or_holds_no_model(tmp_path: Path) -> None:
         from_pretrained(f"{tmp_path}/model", dtype=torch.float32)
     with pytest.raises(InputError, match=f"model.path={tmp_path} has no config.json; give a folder with a model in it"):
         from_pretrained(str(tmp_path), dtype=torch.float32)
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(InputError, match="has no config.json; it is a quantised model .GGUF.: give the unquantised"):
+        from_pretrained(str(tmp_path / "a.gguf"), dtype=torch.float32)
 
 
 def test_a_hub_model_that_cannot_be_reached() -> None:
@@ -200,6 +203,14 @@ def test_of_two_conversions_at_once_the_second_waits(tmp_path: Path, monkeypatch
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda _: packages._convert_once([], "a.gguf", [], tmp_path / "a-1"), range(2)))
     assert len(made) == 1 and (tmp_path / "a-1").is_dir()
+
+
+def test_a_damaged_package_is_told(tmp_path: Path) -> None:
+    gguf = tmp_path / "a.gguf"
+    gguf.write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(InputError, match=r"a.gguf cannot be converted \(.*\); install its Python packages anew"):
+        packages._convert_once([gguf], "a.gguf", [], tmp_path / "models" / "a-1")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [".a-1.lock"]
 
 
 def test_what_a_conversion_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
