@@ -23,7 +23,7 @@ from local_prune.walk import build
 from search.budget import Budget
 from search.config import cache_dir
 from search.costs import CostTable
-from search.data import TokenSet, prepare, split_record
+from search.data import TokenSet, check_ids, check_sequence_length, prepare, split_record
 from search.evaluator import Resources
 from search.fitness import Fitness
 from search.latency import LatencyTable, Point, check_faster, speedup, warn_if_busy
@@ -140,7 +140,10 @@ class Job:
         data = self.config.data
         source, sequences = instantiate(data.source), dict(data.sequences)
         length, seed = int(data.sequence_length), int(self.config.seed)
-        return prepare(source, self.loaded.tokenizer, sequences, length, seed, data.bos)
+        check_sequence_length(self.loaded.model, length)
+        parts = prepare(source, self.loaded.tokenizer, sequences, length, seed, data.bos)
+        check_ids(self.loaded.model, parts)
+        return parts
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from search.config import cache_dir
 from search.costs import CostTable
+from search.data import longest_sequence
 from supernet.architecture import ATTENTION, MIXER, MLP, SubBlock
 from supernet.assemble import assemble
 from supernet.atomic import write_atomic
@@ -197,7 +198,7 @@ class LatencyTable:
             dtype: Of the model.
             timer: Times a model.
         """
-        longest = getattr(model.config, "max_position_embeddings", None)
+        longest = longest_sequence(model.config)
         if longest is not None and request.prompt + request.generated > longest:
             raise InputError(
                 f"budget.prompt={request.prompt} and budget.generated={request.generated} are more than the {longest} tokens "

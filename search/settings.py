@@ -22,7 +22,6 @@ LEAST = {  # whole numbers
     "data.sequence_length": 2,
     "data.sequences.calibration": 1,
     "data.sequences.search": 1,
-    "data.sequences.evaluation": 1,
     "supernet.levels": 2,
     "evaluate.batch": 1,
 }
@@ -52,6 +51,8 @@ def check_settings(config: DictConfig) -> None:
         raise InputError(f"{key} is not given; add {key}=VALUE to the command")
     for key, least in LEAST.items():
         _check_whole(config, key, least)
+    if _value(config, "data.sequences.evaluation") != "all":
+        _check_whole(config, "data.sequences.evaluation", 1)
     for name in ("batch", "multiple"):  # not every method has them
         if name in config.prune:
             _check_whole(config, f"prune.{name}", 1)

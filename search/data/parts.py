@@ -4,6 +4,7 @@ What a part consists of depends on the source, the tokenizer and the seed alone.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,14 +13,18 @@ import torch
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
+from search.data.encoder import Encoder, cut
 from search.data.leading import leading_tokens
-from search.data.sources import PARTS, TextSource, shuffled
+from search.data.shuffling import shuffled
+from search.data.sources import PARTS, TextSource
 from supernet.errors import InputError
 
 # Documents that several parts share are cut to this length (about 2,000 tokens of English), so that one long
 # document does not end up in one part only. Longer pieces keep more context within a sequence, shorter ones
 # share more evenly.
 PIECE_CHARACTERS = 8_192
+
+ALL = math.inf
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +57,7 @@ class TokenSet:
 def prepare(
     source: TextSource,
     tokenizer: PreTrainedTokenizerBase,
-    sequences: Mapping[str, int],
+    sequences: Mapping[str, int | str],
     sequence_length: int,
     seed: int,
     bos: object = "auto",
@@ -67,7 +72,7 @@ def prepare(
     Args:
         source: where the documents come from.
         tokenizer: must have an end-of-sequence token.
-        sequences: how many sequences each part needs, by part.
+        sequences: how many sequences each part needs, by part; for the evaluation also "all" that its split gives.
         sequence_length: tokens in a sequence, leading ones included.
         seed: determines the order of the documents.
         bos: which special tokens begin every sequence; see `leading_tokens`.
@@ -82,11 +87,12 @@ def prepare(
     """
     leading = leading_tokens(tokenizer, bos)
     _check_request(sequences, sequence_length, len(leading))
-    encode = _encoder(tokenizer)
+    encode = Encoder.of(tokenizer)
     room = sequence_length - len(leading)  # for text in a sequence
-    needs = {part: sequences[part] * room for part in PARTS}
+    needs: dict[str, float] = {part: ALL if sequences[part] == "all" else int(sequences[part]) * room for part in PARTS}
+    _check_all(needs, source)
     fillings = _fill(source, needs, encode, seed, cutting=False)
-    if any(filling.share < 1 for filling in fillings.values()):
+    if any(filling.need < ALL and filling.share < 1 for filling in fillings.values()):
         fillings = _fill(source, needs, encode, seed, cutting=True)
     parts = {part: filling.pack(room, leading) for part, filling in fillings.items()}
     _check_length(parts, fillings, sequence_length, room, source)
@@ -107,30 +113,11 @@ def split_record(parts: Mapping[str, TokenSet]) -> dict[str, dict[str, int | str
     }
 
 
-def cut(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a text into consecutive pieces of at most `limit` characters, which together are the text.
-
-    A piece ends after the last blank line in its second half; failing that, after the last line end there,
-    then the last space, and only then anywhere.
-    """
-    start = 0
-    while len(text) - start > limit:
-        size = limit
-        for separator in ("\n\n", "\n", " "):
-            found = text.rfind(separator, start + limit // 2, start + limit)
-            if found >= 0:
-                size = found + len(separator) - start
-                break
-        yield text[start : start + size]
-        start += size
-    yield text[start:]
-
-
 @dataclass
 class _Filling:
     """A part while it is being filled."""
 
-    need: int
+    need: float  # tokens; `ALL` for all there are
     documents: int = 0
     tokens: int = 0
     chunks: list[torch.Tensor] = field(default_factory=list)
@@ -149,7 +136,7 @@ class _Filling:
     def pack(self, room: int, leading: Sequence[int]) -> TokenSet:
         """The tokens as whole sequences, `room` of them behind the leading ones in each; what is left over is dropped."""
         tokens = torch.cat([torch.empty(0, dtype=torch.int64), *self.chunks])
-        whole = min(self.tokens, self.need) // room
+        whole = int(min(self.tokens, self.need)) // room
         first = torch.tensor(leading, dtype=torch.int64).expand(whole, -1)
         ids = torch.cat([first, tokens[: whole * room].view(whole, room)], dim=1)
         digest = xxhash.xxh3_128(ids.numpy().data)
@@ -159,31 +146,7 @@ class _Filling:
         return TokenSet(ids, self.documents, digest.hexdigest(), len(leading))
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    """Text to token ids without special tokens; `separator`, the end-of-sequence token, joins documents."""
-
-    tokenizer: PreTrainedTokenizerBase
-    separator: int
-
-    def __call__(self, text: str) -> list[int]:
-        # verbose=False: a document may well be longer than the model's context, as it is cut into sequences
-        # afterwards.
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-
-def _encoder(tokenizer: PreTrainedTokenizerBase) -> _Encoder:
-    separator = tokenizer.eos_token_id
-    if separator is None:
-        raise InputError(
-            "the model's tokenizer has no end-of-sequence token, which joins documents; set eos_token in its "
-            "tokenizer_config.json"
-        )
-    return _Encoder(tokenizer, separator)
-
-
-def _fill(source: TextSource, needs: Mapping[str, int], encode: _Encoder, seed: int, *, cutting: bool) -> dict[str, _Filling]:
+def _fill(source: TextSource, needs: Mapping[str, float], encode: Encoder, seed: int, *, cutting: bool) -> dict[str, _Filling]:
     """Deal the source's documents to the parts; with `cutting`, long ones of a split that feeds several parts in pieces."""
     fillings = {part: _Filling(need=need) for part, need in needs.items()}
     generator = np.random.default_rng(seed)
@@ -193,16 +156,18 @@ def _fill(source: TextSource, needs: Mapping[str, int], encode: _Encoder, seed: 
     for split in dict.fromkeys(source.splits[part] for part in reversed(PARTS)):
         fed = [fillings[part] for part in PARTS if source.splits[part] == split]
         shared = cutting and len(fed) > 1
-        _deal(_texts(source.documents(split, seed), shared=shared, seen=seen, generator=generator), fed, encode)
+        texts = map(encode.text_of, source.documents(split, seed))
+        _deal(_texts(texts, shared=shared, seen=seen, generator=generator), fed, encode)
     return fillings
 
 
-def _deal(texts: Iterable[str], fillings: Sequence[_Filling], encode: _Encoder) -> None:
+def _deal(texts: Iterable[str], fillings: Sequence[_Filling], encode: Encoder) -> None:
     """Give each text to the part that is filled least relative to its need, until all are full."""
     for text in texts:
-        ids = encode(text)
+        neediest = min(fillings, key=lambda filling: filling.share)
+        ids = encode(text, neediest.need - neediest.tokens)
         if ids:
-            min(fillings, key=lambda filling: filling.share).add(ids, encode.separator)
+            neediest.add(ids, encode.separator)
         if all(filling.share >= 1 for filling in fillings):
             return
 
@@ -211,7 +176,7 @@ def _texts(documents: Iterable[str], *, shared: bool, seen: set[int], generator:
     """The documents that are new, whole or (`shared`) the long ones as those of their pieces that are new."""
     for document in documents:
         if _is_new(document, seen):
-            pieces = list(cut(document)) if shared else [document]
+            pieces = list(cut(document, PIECE_CHARACTERS)) if shared else [document]
             if len(pieces) == 1:
                 yield document
             else:
@@ -221,14 +186,16 @@ def _texts(documents: Iterable[str], *, shared: bool, seen: set[int], generator:
 
 def _is_new(text: str, seen: set[int]) -> bool:
     """Whether a text is neither blank nor, by its hash, in `seen`, to which it is added."""
+    if not text or text.isspace():
+        return False
     key = xxhash.xxh3_128_intdigest(text.encode(errors="surrogatepass"))
-    if not text.strip() or key in seen:
+    if key in seen:
         return False
     seen.add(key)
     return True
 
 
-def _check_request(sequences: Mapping[str, int], sequence_length: int, leading: int) -> None:
+def _check_request(sequences: Mapping[str, int | str], sequence_length: int, leading: int) -> None:
     least = max(1, leading) + 1
     if sequence_length < least:
         beside = f" beside the {leading} that the tokenizer puts first" if leading else ""
@@ -237,8 +204,23 @@ def _check_request(sequences: Mapping[str, int], sequence_length: int, leading: 
         )
     for part in PARTS:
         count = sequences.get(part)
+        if count == "all":
+            continue
         if not isinstance(count, int) or count < 1:
             raise InputError(f"data.sequences.{part}={count} is not a number of sequences; give 1 or more")
+
+
+def _check_all(needs: Mapping[str, float], source: TextSource) -> None:
+    """Refuse "all" where it makes no sense: for parts that the model is pruned with, and where a split is shared."""
+    for part, need in needs.items():
+        if need == ALL and part != "evaluation":
+            raise InputError(f"data.sequences.{part}=all is only for the evaluation; give a number of sequences, such as 128")
+    others = {source.splits[part] for part in PARTS if part != "evaluation"}
+    if needs["evaluation"] == ALL and source.splits["evaluation"] in others:
+        raise InputError(
+            "data.sequences.evaluation=all needs a text of its own; give a number of sequences, or such a text: "
+            "data.source.evaluation_path=FILE (data=local), data.source.splits.evaluation=test (data sets of the hub)"
+        )
 
 
 def _check_length(
@@ -247,14 +229,15 @@ def _check_length(
     """Refuse a part without a sequence; warn, in one line, of parts with fewer than they need."""
     short = []
     for part, tokens in parts.items():
-        have, need = tokens.ids.shape[0], fillings[part].need // room
+        have, need = tokens.ids.shape[0], fillings[part].need / room
         if have == 0:
             raise InputError(
                 f"data.sequence_length={sequence_length} is more than the {fillings[part].tokens} tokens "
-                f"that {source} has for {part}; give a smaller data.sequence_length, or more text"
+                f"that {source} has for {part} (what repeats counts once); give a smaller data.sequence_length, "
+                "or more text"
             )
-        if have < need:
-            short.append(f"{part} {have} of {need}")
+        if need < ALL and have < need:
+            short.append(f"{part} {have} of {need:.0f}")
     if short:
         log.warning(
             "The text is too short for all sequences of %d tokens asked for, so there are fewer: %s",

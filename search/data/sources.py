@@ -1,22 +1,20 @@
 """Where text comes from: CPython's own documentation, files of this machine, data sets of the hub."""
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from pydoc_data import topics as pydoc_topics
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from search.data.files import read, text_files
+from search.data.rows import Document, document_of
+from search.data.shuffling import shuffled
 from search.errors import reason
 from supernet.errors import InputError
 
 PARTS = ("calibration", "search", "evaluation")
-
-T = TypeVar("T")
 
 
 class TextSource(Protocol):
@@ -26,7 +24,7 @@ class TextSource(Protocol):
     def splits(self) -> Mapping[str, str]:
         """The split that feeds each part. Parts may name the same split: it is then divided among them."""
 
-    def documents(self, split: str, seed: int) -> Iterator[str]:
+    def documents(self, split: str, seed: int) -> Iterator[Document]:
         """The documents of a split, in an order that the seed determines.
 
         Raises:
@@ -62,11 +60,14 @@ class PydocTopics:
 class LocalText:
     """A `.txt` file (one document), a `.jsonl` or `.parquet` file (a document per row), or a folder of such.
 
-    Files are taken in an order that the seed gives and read one at a time; rows are shuffled within theirs.
+    Files are taken in an order that the seed gives and read one at a time; rows are shuffled within theirs. Of files beyond
+    16 MiB only as much is read as is needed: a `.txt` is then taken as sections of 64 KiB, a document each, and of rows
+    those that are stored side by side are shuffled together.
 
     Attributes:
         path: the file or folder; relative paths start at the working directory.
-        text_column: the key (`.jsonl`) or column (`.parquet`) that holds the text.
+        text_column: the key (`.jsonl`) or column (`.parquet`) that holds the text, or a chat: a list of messages with role
+            and content, which the chat template of the model's tokenizer makes a text.
         evaluation_path: a file or folder for the evaluation part alone; by default `path` is divided among
             all parts.
     """
@@ -75,20 +76,26 @@ class LocalText:
     text_column: str = "text"
     evaluation_path: str | None = None
 
+    def __post_init__(self) -> None:
+        _check_text("path", self.path, "a file or folder with text")
+        _check_text("text_column", self.text_column, "the name of a column, such as text")
+        if self.evaluation_path is not None:
+            _check_text("evaluation_path", self.evaluation_path, "a file or folder with text, or null")
+
     @property
     def splits(self) -> Mapping[str, str]:
         """The splits are called like the two settings."""
         splits = dict.fromkeys(PARTS, "path")
         return splits if self.evaluation_path is None else splits | {"evaluation": "evaluation_path"}
 
-    def documents(self, split: str, seed: int) -> Iterator[str]:
+    def documents(self, split: str, seed: int) -> Iterator[Document]:
         """The documents of the files under `path` or `evaluation_path`, file by file."""
         root: str = getattr(self, split)
         generator = np.random.default_rng(seed)
         empty = True
-        for file in shuffled(_text_files(root, setting=f"data.source.{split}"), generator):
-            for document in shuffled(_read(file, self.text_column), generator):
-                empty = empty and not document.strip()
+        for file in shuffled(text_files(root, setting=f"data.source.{split}"), generator):
+            for document in read(file, self.text_column, generator):
+                empty = empty and isinstance(document, str) and (not document or document.isspace())
                 yield document
         if empty:
             raise InputError(f"data.source.{split}={root} holds no text; give files with text in them")
@@ -102,7 +109,7 @@ class HubText:
     Attributes:
         path: the data set, such as "allenai/c4".
         name: its configuration, such as "en".
-        text_column: the column that holds the text.
+        text_column: the column that holds the text, or a chat; see `LocalText`.
         splits: the split that feeds each part.
         revision: branch, tag or commit.
         join: with a string, the rows of a split in their order, joined by it, are one document.
@@ -118,10 +125,35 @@ class HubText:
     join: str | None = None
     shuffle_buffer: int = 1_000
 
-    def documents(self, split: str, seed: int) -> Iterator[str]:
-        """The texts of the split's rows, or these joined to one document."""
-        texts = (_text_of(row, self.text_column, where=f"{self.path}, split {split}") for row in self._rows(split, seed))
-        yield from texts if self.join is None else iter([self.join.join(texts)])
+    def __post_init__(self) -> None:
+        _check_text("path", self.path, "a data set of the hub, such as allenai/c4")
+        _check_text("text_column", self.text_column, "the name of a column, such as text")
+        for name in ("name", "revision"):
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name), "a name, or null")
+        if not isinstance(self.splits, Mapping) or set(self.splits) != set(PARTS):
+            example = "{calibration: train, search: train, evaluation: test}"
+            raise InputError(f"data.source.splits={self.splits} must name the split of each part, such as {example}")
+        for part, split in self.splits.items():
+            _check_text(f"splits.{part}", split, "the name of a split, such as train")
+        if self.join is not None and type(self.join) is not str:
+            raise InputError(f"data.source.join={self.join} must be the text to put between rows, or null")
+        if type(self.shuffle_buffer) is not int or self.shuffle_buffer < 1:
+            raise InputError(f"data.source.shuffle_buffer={self.shuffle_buffer} must be a whole number of rows from 1 on")
+
+    def documents(self, split: str, seed: int) -> Iterator[Document]:
+        """The documents of the split's rows, or their texts joined to one document."""
+        where = f"{self.path}, split {split}"
+        documents = (document_of(row, self.text_column, where) for row in self._rows(split, seed))
+        yield from documents if self.join is None else iter([self._joined(documents)])
+
+    def _joined(self, documents: Iterator[Document]) -> str:
+        texts = []
+        for document in documents:
+            if not isinstance(document, str):
+                raise InputError(f"{document.where}: chats cannot be joined; use data.source.join=null")
+            texts.append(document)
+        return str(self.join).join(texts)
 
     def _rows(self, split: str, seed: int) -> Iterator[Mapping[str, object]]:
         import datasets  # seconds to import, and only this source needs it
@@ -139,84 +171,6 @@ class HubText:
             ) from error
 
 
-def shuffled(items: Sequence[T], generator: np.random.Generator) -> Iterator[T]:
-    """The items in an order that the generator gives; numpy itself would make arrays of them."""
-    return (items[index] for index in generator.permutation(len(items)))
-
-
-def _text_files(root: str, setting: str) -> list[Path]:
-    """The file `root`, or all files with a known ending in the folder `root` and below it, sorted.
-
-    Raises:
-        InputError: there is no such path, its ending is unknown, or the folder has no file with a known one.
-    """
-    path, known = Path(root).expanduser(), ", ".join(_READERS)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
-        if not files:
-            raise InputError(f"{setting}={root} is a folder without a text file; give one with files ending in {known}")
-        return files
-    if not path.is_file():
-        raise InputError(f"{setting}={root} does not exist; give a file or folder with text ({known})")
-    if path.suffix not in _READERS:
-        raise InputError(f"{setting}={root} has an unknown ending; give a folder or a file ending in {known}")
-    return [path]
-
-
-def _read(file: Path, column: str) -> list[str]:
-    """The documents of a file."""
-    try:
-        return _READERS[file.suffix](file, column)
-    # ValueError is what a wrong encoding, broken JSON and a file that is not Parquet have in common.
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({reason(error)}); give what its ending says, in UTF-8") from error
-
-
-def _read_txt(file: Path, column: str) -> list[str]:
-    return [file.read_text(encoding="utf-8")]
-
-
-def _read_jsonl(file: Path, column: str) -> list[str]:
-    documents = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{file}, line {number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{where} is not JSON ({error}); give one object a line") from error
-                documents.append(_text_of(row, column, where))
-    return documents
-
-
-def _read_parquet(file: Path, column: str) -> list[str]:
-    columns = pq.read_schema(file).names
-    if column not in columns:
-        raise InputError(_no_column(column, columns, str(file)))
-    rows = pq.read_table(file, columns=[column]).to_pylist()
-    return [_text_of(row, column, str(file)) for row in rows]
-
-
-_READERS: dict[str, Callable[[Path, str], list[str]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def _text_of(row: object, column: str, where: str) -> str:
-    """The text in a column of a row; a missing value (null) counts as no text."""
-    if not isinstance(row, Mapping):
-        raise InputError(f'{where} is not an object; give rows such as {{"{column}": "..."}}')
-    if column not in row:
-        raise InputError(_no_column(column, row, where))
-    text = row[column]
-    if text is not None and not isinstance(text, str):
-        raise InputError(f"{where}: {column} holds {type(text).__name__}; set data.source.text_column to a column of text")
-    return text or ""
-
-
-def _no_column(column: str, columns: Iterable[object], where: str) -> str:
-    names = ", ".join(map(str, columns))
-    return f"{where} has no column {column}; set data.source.text_column to one of: {names}"
+def _check_text(name: str, value: object, what: str) -> None:
+    if type(value) is not str or not value.strip():
+        raise InputError(f"data.source.{name}={value} must be {what}")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import hydra.utils
 import pandas as pd
@@ -20,7 +21,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from search.data import PARTS, HubText, LocalText, PydocTopics, TokenSet, prepare, split_record
-from search.data.parts import PIECE_CHARACTERS, cut
+from search.data.encoder import cut
+from search.data.parts import PIECE_CHARACTERS
+from search.data.rows import Chat
 from supernet.errors import InputError
 
 ONE_SPLIT = dict.fromkeys(PARTS, "all")
@@ -156,6 +159,19 @@ def test_a_beginning_that_cannot_be(byte_tokenizer: PreTrainedTokenizerBase, bos
         prepare(PydocTopics(), byte_tokenizer, each(1), 32, seed=0, bos=bos)
 
 
+def test_templates_write_no_second_bos(templated: Callable[[str], PreTrainedTokenizerBase]) -> None:
+    tokenizer = templated("<bos> $A")
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    chat = Chat([{"role": "user", "content": "hello" * 40}], "a.jsonl, line 1")
+    source: Any = Listed({part: [chat] for part in PARTS}, OWN_SPLITS)  # type: ignore[dict-item]
+    with pytest.raises(InputError, match="evaluation|search|calibration"):
+        prepare(source, tokenizer, each(1), 32, seed=0)  # the same in all parts counts once
+    chats = {part: [Chat([{"role": "user", "content": part * 40}], part)] for part in PARTS}
+    source = Listed(chats, OWN_SPLITS)  # type: ignore[arg-type]
+    ids = prepare(source, tokenizer, each(1), 32, seed=0)["search"].ids
+    assert ids.flatten().tolist() == [257, *tokenizer("search" * 40, add_special_tokens=False)["input_ids"][:31]]
+
+
 def test_leading_tokens_leave_room_for_text(templated: Callable[[str], PreTrainedTokenizerBase]) -> None:
     source, tokenizer = Listed({"all": [marked(i, 40) for i in range(9)]}), templated("<cls> <bos> $A")
     assert prepare(source, tokenizer, each(1), 3, seed=0)["search"].ids.shape == (1, 3)
@@ -257,6 +273,20 @@ def test_a_tokenizer_without_eos_is_refused(byte_tokenizer: PreTrainedTokenizerB
     byte_tokenizer.eos_token = None
     with pytest.raises(InputError, match="no end-of-sequence token"):
         prepare(PydocTopics(), byte_tokenizer, each(1), 32, seed=0)
+
+
+def test_all_of_a_split_is_evaluated(byte_tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture) -> None:
+    texts = {"all": [marked(i, 400) for i in range(20)], "test": [marked(98, 900), marked(99, 700)]}
+    asked: dict[str, int | str] = {"calibration": 5, "search": 5, "evaluation": "all"}
+    found = prepare(Listed(texts, TEST_SPLIT), byte_tokenizer, asked, 32, seed=0)["evaluation"]
+    joined = "<|endoftext|>".join(texts["test"])
+    whole = byte_tokenizer(joined)["input_ids"]
+    assert found.ids.flatten().tolist() == whole[: len(whole) // 32 * 32]
+    assert caplog.records == []
+    with pytest.raises(InputError, match="evaluation=all needs a text of its own; .*evaluation_path"):
+        prepare(Listed(texts), byte_tokenizer, asked, 32, seed=0)
+    with pytest.raises(InputError, match="data.sequences.search=all is only for the evaluation"):
+        prepare(Listed(texts, OWN_SPLITS), byte_tokenizer, each(1) | {"search": "all"}, 32, seed=0)
 
 
 @given(text=st.text(alphabet="ab \n", max_size=400), limit=st.integers(4, 50))
