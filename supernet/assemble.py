@@ -15,9 +15,12 @@ from supernet.encoding import Members
 from supernet.errors import InputError
 from supernet.families import Family, family_of
 from supernet.modeling_pruned import PRUNED_CLASSES
-from supernet.placement import Place, places
+from supernet.placement import Place, cleared, places
 from supernet.prunables import HEADS
 from supernet.store import Supernet
+
+# Of the dense model's config, what names code of strangers: nothing of theirs lies in our folder, nor was it run.
+FOREIGN = ("auto_map", "custom_pipelines", "custom_generate")
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,14 @@ class Change:
 
     Attributes:
         part: The sub-block, of the dense model.
-        members: That are left, where layers become smaller by some; else None.
+        members: Which are left, where layers become smaller by some; else None.
         tensors: The module's parameters that differ from the dense ones, by name; None where the sub-block is absent.
     """
 
     part: SubBlock
-    members: int | None
+    members: tuple[int, ...] | None
     tensors: dict[str, Tensor] | None
+    heads: bool = False  # the members are single query heads
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Shape:
     """What the pruned model is built from.
 
     Attributes:
-        config: With `per_layer_config` where the family's own class cannot hold the model.
+        config: Of one of `supernet.modeling_pruned`'s classes, with `per_layer_config`, where the family's own class cannot
+            hold the model.
         blocks: Those of the dense model that it has, in order.
     """
 
@@ -58,6 +63,17 @@ def check_family(model: PreTrainedModel, structured: bool) -> None:
     family = family_of(model)
     if structured and not family.mixer:  # a mixer is present or not, and so is its block
         _pruned_class(str(model.config.model_type))
+
+
+def slices_query_heads(family: Family) -> bool:
+    """Whether single query heads are really taken out of this family's models; else their weights are zero."""
+    return family.free_heads and len(set(family.attention_rows)) == len(family.attention_rows)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head and the embeddings are one tensor in memory; a config may say so of two that differ."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight.data_ptr() == embeddings.weight.data_ptr()
 
 
 def _pruned_class(model_type: str) -> type[PreTrainedModel]:
@@ -79,11 +95,12 @@ def assemble(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[in
     blocks that are absent as a whole are really left out; else they are layers that skip both of their sub-blocks.
     """
     family = family_of(model)
-    changes = [_change(place, supernet, allocation) for place in places(model, supernet.space)]
+    changes = [_change(family, place, supernet, allocation) for place in places(model, supernet.space)]
     shape = pruned_shape(model.config, family, changes)
+    shape.config.tie_word_embeddings = is_tied(model)
     pruned_class: type[PreTrainedModel] = type(model)
     if shape.config.is_heterogeneous:
-        pruned_class = _pruned_class(str(shape.config.model_type))
+        pruned_class = _pruned_class(str(model.config.model_type))
     with torch.device("meta"):
         pruned = pruned_class(shape.config)
     pruned.load_state_dict(_numbered(_state(model, changes), family.blocks, shape.blocks), assign=True)
@@ -94,17 +111,20 @@ def assemble(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[in
     return pruned
 
 
-def _change(place: Place, supernet: Supernet, allocation: Sequence[int]) -> Change:
-    """The change of one sub-block: with smaller layers wherever KV groups or neurons go, with zeros for single query heads."""
+def _change(family: Family, place: Place, supernet: Supernet, allocation: Sequence[int]) -> Change:
+    """The change of one sub-block: smaller layers wherever members go and the family's classes can be without them."""
     part = place.part
-    if part.groups is not None and not any(supernet.space.units[unit].kind == HEADS for unit, _ in place.units):
+    heads = any(supernet.space.units[unit].kind == HEADS for unit, _ in place.units)
+    if part.groups is not None and (not heads or slices_query_heads(family)):
         part = replace(part, groups=replace(part.groups, slices=True))
     device = part.weight(part.column).device
     levels = [(unit, allocation[unit]) for unit, _ in place.units]
     candidates = [supernet.candidate(unit, level, device) if level else None for unit, level in levels]
-    members = [len(candidate.kept) for candidate in candidates if isinstance(candidate, Members)]
-    smaller = bool(members) and part.groups is not None and part.groups.slices
-    return Change(part, members[0] if smaller else None, replace(place, part=part).weights(candidates))
+    members = next((tuple(c.kept.tolist()) for c in candidates if isinstance(c, Members)), None)
+    tensors = replace(place, part=part).weights(candidates)
+    if members and part.groups is not None and not part.groups.slices:
+        tensors, members = tensors and tensors | cleared(part, members), None
+    return Change(part, members or None, tensors, heads)
 
 
 def pruned_shape(config: PreTrainedConfig, family: Family, changes: Sequence[Change]) -> Shape:
@@ -122,30 +142,47 @@ def pruned_shape(config: PreTrainedConfig, family: Family, changes: Sequence[Cha
             layer[key] = layer.get(key, []) + value if isinstance(value, list) else value
     present = {change.part.block for change in changes if change.tensors is not None}
     blocks = tuple(block for block in range(len(layers)) if block in present)
-    values = config.to_dict() | ({"head_dim": heads_of(config).dim} if family.free_heads and not family.mixer else {})
+    values = {name: value for name, value in config.to_dict().items() if name not in FOREIGN}
+    if family.free_heads and not family.mixer:
+        values["head_dim"] = heads_of(config).dim
     if _stock_holds(config, family, layers, blocks):
         values |= layers[blocks[0]] if blocks else {}
         if isinstance(values.get("layer_types"), list):
             values["layer_types"] = [values["layer_types"][block] for block in blocks]
         return Shape(type(config)(**(values | {_key(config, "num_hidden_layers"): len(blocks)})), blocks)
-    if any("output_bias" in layer for layer in layers):
-        values["output_bias"] = []  # of the layers that do not say
-    values |= {"per_layer_config": dict(enumerate(layers)), "allow_global_per_layer_attribute_access": True}
-    return Shape(type(config)(**values), tuple(range(len(layers))))
+    for name in ("output_bias", "query_groups"):
+        if any(name in layer for layer in layers):
+            values[name] = []  # of the layers that do not say
+    values |= {"head_dim": heads_of(config).dim, "per_layer_config": dict(enumerate(layers))}
+    del values["model_type"]  # the class has its own
+    config_class: Any = _pruned_class(str(config.model_type)).config_class
+    return Shape(config_class(**values), tuple(range(len(layers))))
 
 
 def _overrides(config: PreTrainedConfig, family: Family, change: Change) -> dict[str, Any]:
     """How the config of a layer differs by a change: numbers, and lists of kinds of sub-blocks."""
-    part = change.part
+    part, heads = change.part, _key(config, "num_attention_heads")
+    grouped = hasattr(config, "num_key_value_heads")
     if change.tensors is None:
-        return {"skip": [part.kind]}
+        # One head and one neuron stand for none: so the zeros that count tokens are few (`SkippedAttn`), and numbers that
+        # differ from layer to layer make transformers' own config classes refuse to answer.
+        placeholder = {family.config_neurons: 1}
+        if part.kind == ATTENTION:
+            placeholder = {heads: 1} | ({"num_key_value_heads": 1} if grouped else {})
+        return {"skip": [part.kind]} | placeholder
     found: dict[str, Any] = {}
-    if change.members is not None and part.kind == ATTENTION:
-        found[_key(config, "num_attention_heads")] = change.members * heads_of(config).queries
-        if hasattr(config, "num_key_value_heads"):
-            found["num_key_value_heads"] = change.members
+    if change.members is not None and change.heads:
+        queries, groups = heads_of(config).queries, heads_of(config).groups
+        found[heads] = len(change.members)
+        of_heads = [member // queries for member in change.members]
+        if len({of_heads.count(group) for group in range(groups)}) > 1:  # else they still share the KV heads evenly
+            found["query_groups"] = of_heads
+    elif change.members is not None and part.kind == ATTENTION:
+        found[heads] = len(change.members) * heads_of(config).queries
+        if grouped:
+            found["num_key_value_heads"] = len(change.members)
     elif change.members is not None:
-        found[family.config_neurons] = change.members
+        found[family.config_neurons] = len(change.members)
     if f"{part.column}.bias" in change.tensors and part.bias(part.column) is None:
         found["output_bias"] = [part.kind]
     return found
@@ -160,7 +197,7 @@ def _stock_holds(config: PreTrainedConfig, family: Family, layers: Sequence[Mapp
     if not blocks:
         return bool(family.mixer)  # without attention no layer counts the tokens for the positions
     left = [layers[block] for block in blocks]
-    if any(layer != left[0] for layer in left) or {"skip", "output_bias"} & left[0].keys():
+    if any(layer != left[0] for layer in left) or {"skip", "output_bias", "query_groups"} & left[0].keys():
         return False
     if len(blocks) < len(layers) and getattr(config, "scale_attn_by_inverse_layer_idx", False):
         return False  # layers must keep their numbers

@@ -1,20 +1,24 @@
 """Decoders with layers of different sizes: the modelling code of a pruned checkpoint.
 
-If you found this file next to a checkpoint: attention heads and MLP neurons were removed from the model, and
-not equally many from every layer. `per_layer_config` in `config.json` says what is left of each layer (what
-it does not mention is as in the unpruned model; "skip" names sub-blocks that are gone altogether, "output_bias"
-those that end in a bias which the unpruned ones do not have), and
+If you found this file next to a checkpoint: attention heads and MLP neurons were removed from the model, and not
+equally many from every layer. `per_layer_config` in `config.json` says what is left of each layer. What it does not
+mention is as in the unpruned model. "skip" names sub-blocks that are gone altogether (the head and neuron counts
+beside it are placeholders), "output_bias" those that end in a bias which the unpruned ones do not have, and
+"query_groups" the KV head that each query head looks at, where they do not share them evenly. The layers are built by
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-builds the layers from it. transformers' own classes make all layers alike, hence `trust_remote_code`; the
-attention, the caches and generation are theirs. Needs only torch and transformers >= 5.15. While transformers
-loads the config it may log "Reading global config value for per-layer attribute ..." once an attribute. That
-is its own check of the config and harmless here: the layers below are built from their own values.
+transformers' own classes make all layers alike and would fill what is not in the file with random numbers. Hence the
+`model_type`s of our own below: whoever does not trust this file gets an error. Attention, caches and generation are
+transformers'. Needs only torch and transformers >= 5.15. While transformers loads the config it may log "Reading
+global config value for per-layer attribute ..." once an attribute. That is its own check of the config and harmless
+here: the layers below are built from their own values.
 """
 # mypy: allow-untyped-calls
 # ruff: noqa: D101, D102 -- the classes of a family are what their names say
 
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,26 +37,72 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.pytorch_utils import Conv1D
 
 
+def cache_name(module: nn.Module) -> str:
+    """What a layer or an attention calls the cache among its arguments: `cache` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(type(module).forward).parameters else "past_key_values"
+
+
 class SkippedAttn(nn.Module):
     """Stands where a layer lost its attention: adds nothing, but still counts the tokens.
 
-    transformers asks one layer of the cache, mostly the first, how long the sequence is, so each must know.
-    The count takes two numbers a token. (The name avoids "Attention": transformers does not let the attention
-    implementation be changed where a file defines an `*Attention*(nn.Module)` that does not dispatch.)
+    transformers asks one layer of the cache, mostly the first, how long the sequence is, so each must know. The zeros
+    that are counted have the shape that the layer's config announces, which caches of a fixed size are made from.
+    (The name avoids "Attention": transformers does not let the attention implementation be changed where a file
+    defines an `*Attention*(nn.Module)` that does not dispatch.)
     """
 
-    def __init__(self, layer_idx: int) -> None:
+    def __init__(self, layer_idx: int, heads: int, channels: int) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
+        self.layer_idx, self.heads, self.channels = layer_idx, heads, channels
 
     def forward(
-        self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **_: object
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,  # its name until transformers 5.23
+        cache: Cache | None = None,
+        **_: object,
     ) -> tuple[torch.Tensor, None]:
-        if past_key_values is not None:
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
             batch, length = hidden_states.shape[:2]
-            count = hidden_states.new_zeros(batch, 1, length, 1)  # (batch, heads, tokens, channels)
-            past_key_values.update(count, count, self.layer_idx)
+            nothing = hidden_states.new_zeros(batch, self.heads, length, self.channels)
+            cache.update(nothing, nothing, self.layer_idx)
         return torch.zeros_like(hidden_states), None
+
+
+class CacheByQuery:
+    """What an attention gets for its cache where its query heads do not share the KV heads evenly.
+
+    The cache itself holds each KV head once. What comes out of it has the KV head of every query head, so that any
+    attention implementation computes the right thing with one KV head a query head.
+    """
+
+    def __init__(self, cache: Cache | None, groups: torch.Tensor) -> None:
+        self.cache, self.groups = cache, groups
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *arguments: Any, **named: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.cache is not None:
+            keys, values = self.cache.update(keys, values, *arguments, **named)
+        groups = self.groups.to(keys.device)
+        return keys.index_select(1, groups), values.index_select(1, groups)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["cache"], name)
+
+
+class UnevenGroups:
+    """Called before an attention's forward: gives it the KV head of every query head, see `CacheByQuery`."""
+
+    def __init__(self, groups: Sequence[int]) -> None:
+        self.groups = tuple(groups)
+
+    def __call__(self, module: nn.Module, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        name = cache_name(module)
+        return arguments, named | {name: CacheByQuery(named.get(name), torch.tensor(self.groups))}
 
 
 class SkippedMLP(nn.Module):
@@ -119,6 +169,26 @@ GPT2 = Names(
 )
 
 
+class PrunedConfig(PreTrainedConfig):
+    """The config of a pruned model; the classes below give it its family's values and a `model_type` of its own."""
+
+    @property
+    def allow_global_per_layer_attribute_access(self) -> bool:
+        """Always: transformers' own code asks the config for numbers that differ from layer to layer.
+
+        It is not written to config.json, so that a stock config class made to read the file refuses to answer.
+        """
+        return True
+
+    @allow_global_per_layer_attribute_access.setter
+    def allow_global_per_layer_attribute_access(self, value: bool) -> None:
+        pass
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the number of layers by its usual name, which loading the tokenizer alone looks for."""
+        return super().to_dict() | {"num_hidden_layers": self.num_hidden_layers}
+
+
 class PrunedMixin(PreTrainedModel):
     """Builds the decoder layers from `config.per_layer_config`; the rest of the model is the family's."""
 
@@ -150,7 +220,14 @@ class PrunedMixin(PreTrainedModel):
             if hasattr(module, "config"):
                 module.config = ConfigOfLayer(config, num_attention_heads=heads)
         if "attention" in skip:
-            _replace(layer, dict.fromkeys(names.attention_extra, nn.Identity()) | {names.attention: SkippedAttn(index)})
+            cached = getattr(layer_config, "num_key_value_heads", None) or heads
+            channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            skipped = SkippedAttn(index, cached, channels)
+            _replace(layer, dict.fromkeys(names.attention_extra, nn.Identity()) | {names.attention: skipped})
+        elif groups := getattr(layer_config, "query_groups", None):
+            attention: Any = layer.get_submodule(names.attention)
+            attention.num_key_value_groups = 1
+            attention.register_forward_pre_hook(UnevenGroups(groups), with_kwargs=True)
         if "mlp" in skip:
             _replace(layer, dict.fromkeys(names.mlp_extra, nn.Identity()) | {names.mlp: SkippedMLP()})
         outputs = {"attention": f"{names.attention}.{names.attention_output}", "mlp": names.mlp_output}
@@ -177,79 +254,133 @@ def _resize(attention: Any, heads: int, output: str) -> None:
             setattr(attention, name, Conv1D(d_out, d_in) if conv else nn.Linear(d_in, d_out, layer.bias is not None))
 
 
+class PrunedLlamaConfig(PrunedConfig, llama.LlamaConfig):
+    model_type = "pruned_llama"
+
+
 class PrunedLlamaModel(PrunedMixin, llama.LlamaModel):
+    config_class = PrunedLlamaConfig
     layer_class = llama.LlamaDecoderLayer
 
 
 class PrunedLlamaForCausalLM(PrunedMixin, llama.LlamaForCausalLM):
+    config_class = PrunedLlamaConfig
     layer_class = llama.LlamaDecoderLayer
 
 
+class PrunedMistralConfig(PrunedConfig, mistral.MistralConfig):
+    model_type = "pruned_mistral"
+
+
 class PrunedMistralModel(PrunedMixin, mistral.MistralModel):
+    config_class = PrunedMistralConfig
     layer_class = mistral.MistralDecoderLayer
 
 
 class PrunedMistralForCausalLM(PrunedMixin, mistral.MistralForCausalLM):
+    config_class = PrunedMistralConfig
     layer_class = mistral.MistralDecoderLayer
 
 
+class PrunedQwen2Config(PrunedConfig, qwen2.Qwen2Config):
+    model_type = "pruned_qwen2"
+
+
 class PrunedQwen2Model(PrunedMixin, qwen2.Qwen2Model):
+    config_class = PrunedQwen2Config
     layer_class = qwen2.Qwen2DecoderLayer
 
 
 class PrunedQwen2ForCausalLM(PrunedMixin, qwen2.Qwen2ForCausalLM):
+    config_class = PrunedQwen2Config
     layer_class = qwen2.Qwen2DecoderLayer
 
 
+class PrunedQwen3Config(PrunedConfig, qwen3.Qwen3Config):
+    model_type = "pruned_qwen3"
+
+
 class PrunedQwen3Model(PrunedMixin, qwen3.Qwen3Model):
+    config_class = PrunedQwen3Config
     layer_class = qwen3.Qwen3DecoderLayer
 
 
 class PrunedQwen3ForCausalLM(PrunedMixin, qwen3.Qwen3ForCausalLM):
+    config_class = PrunedQwen3Config
     layer_class = qwen3.Qwen3DecoderLayer
 
 
+class PrunedGemma2Config(PrunedConfig, gemma2.Gemma2Config):
+    model_type = "pruned_gemma2"
+
+
 class PrunedGemma2Model(PrunedMixin, gemma2.Gemma2Model):
+    config_class = PrunedGemma2Config
     layer_class, names = gemma2.Gemma2DecoderLayer, GEMMA
 
 
 class PrunedGemma2ForCausalLM(PrunedMixin, gemma2.Gemma2ForCausalLM):
+    config_class = PrunedGemma2Config
     layer_class, names = gemma2.Gemma2DecoderLayer, GEMMA
 
 
+class PrunedGemma3Config(PrunedConfig, gemma3.Gemma3TextConfig):
+    model_type = "pruned_gemma3_text"
+
+
 class PrunedGemma3Model(PrunedMixin, gemma3.Gemma3TextModel):
+    config_class = PrunedGemma3Config
     layer_class, names = gemma3.Gemma3DecoderLayer, GEMMA
 
 
 class PrunedGemma3ForCausalLM(PrunedMixin, gemma3.Gemma3ForCausalLM):
+    config_class = PrunedGemma3Config
     layer_class, names = gemma3.Gemma3DecoderLayer, GEMMA
 
 
+class PrunedPhi3Config(PrunedConfig, phi3.Phi3Config):
+    model_type = "pruned_phi3"
+
+
 class PrunedPhi3Model(PrunedMixin, phi3.Phi3Model):
+    config_class = PrunedPhi3Config
     layer_class = phi3.Phi3DecoderLayer
 
 
 class PrunedPhi3ForCausalLM(PrunedMixin, phi3.Phi3ForCausalLM):
+    config_class = PrunedPhi3Config
     layer_class = phi3.Phi3DecoderLayer
 
 
+class PrunedOPTConfig(PrunedConfig, opt.OPTConfig):
+    model_type = "pruned_opt"
+
+
 class PrunedOPTModel(PrunedMixin, opt.OPTModel):
+    config_class = PrunedOPTConfig
     layer_class, names = opt.OPTDecoderLayer, OPT
 
 
 class PrunedOPTForCausalLM(PrunedMixin, opt.OPTForCausalLM):
+    config_class = PrunedOPTConfig
     layer_class, names = opt.OPTDecoderLayer, OPT
 
 
+class PrunedGPT2Config(PrunedConfig, gpt2.GPT2Config):
+    model_type = "pruned_gpt2"
+
+
 class PrunedGPT2Model(PrunedMixin, gpt2.GPT2Model):
+    config_class = PrunedGPT2Config
     layer_class, names = gpt2.GPT2Block, GPT2
 
 
 class PrunedGPT2ForCausalLM(PrunedMixin, gpt2.GPT2LMHeadModel):
+    config_class = PrunedGPT2Config
     layer_class, names = gpt2.GPT2Block, GPT2
 
 
-# By `config.model_type`.
+# By the `config.model_type` of the dense model.
 PRUNED_CLASSES: dict[str, type[PrunedMixin]] = {
     "llama": PrunedLlamaForCausalLM,
     "mistral": PrunedMistralForCausalLM,

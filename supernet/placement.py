@@ -104,6 +104,24 @@ def zeroed(part: SubBlock, candidate: Members) -> dict[str, Tensor]:
     return part.replaced(part.column, full_weight(part, part.column, candidate), candidate.bias)
 
 
+def cleared(part: SubBlock, members: Sequence[int]) -> dict[str, Tensor]:
+    """The layers before a sub-block's last one at full size, with zeros in the rows of all but these members."""
+    assert part.groups is not None
+    kept = torch.tensor(members)
+    found: dict[str, Tensor] = {}
+    for rows in part.groups.rows:
+        mask = torch.zeros(part.groups.members * rows.count)
+        mask[member_columns(kept, rows.count)] = 1.0
+        weight, bias = part.weight(rows.layer).clone(), part.bias(rows.layer)
+        ours = slice(rows.offset, rows.offset + len(mask))
+        weight[ours] *= mask.to(weight)[:, None]
+        if bias is not None:
+            bias = bias.clone()
+            bias[ours] *= mask.to(bias)
+        found |= part.replaced(rows.layer, weight, bias)
+    return found
+
+
 def sliced(part: SubBlock, candidate: Members) -> dict[str, Tensor]:
     """All parameters of a sub-block's module at a candidate that keeps at least one member, by name, really smaller.
 

@@ -32,6 +32,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         if isinstance(model, modeling_pruned.PrunedMixin):
             name = type(model).__name__
             model.config.auto_map = {
+                "AutoConfig": f"modeling_pruned.{type(model.config).__name__}",
                 "AutoModel": f"modeling_pruned.{name.replace('ForCausalLM', 'Model')}",
                 "AutoModelForCausalLM": f"modeling_pruned.{name}",
             }

@@ -129,13 +129,50 @@ def test_every_kind_of_unit_of_mixers_keeps_the_family_s_own_class(
         assert pruned.config.num_hidden_layers == (3 - sum(allocation) if "block" in kind else 3)
 
 
-def test_query_heads_keep_their_size_in_the_family_s_own_class(model_of: ModelOf, supernet_of: SupernetOf) -> None:
-    model = model_of("llama")
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama_with_biases", "qwen3", "gemma3"])
+def test_query_heads_are_taken_out_and_each_left_meets_its_own_keys(
+    name: str, implementation: str, model_of: ModelOf, supernet_of: SupernetOf, ids: Tensor, with_zeros: WithZeros
+) -> None:
+    model = model_of(name)
     supernet = supernet_of(model, "query heads")
-    pruned = assemble(model, supernet, (1, 2) * 3)
-    assert type(pruned) is type(model)
-    assert pruned.state_dict()["model.layers.0.self_attn.o_proj.weight"].shape == (64, 64)
-    assert pruned.config.intermediate_size == 48
+    allocation = (1, 2) * 3
+    pruned = assemble(model, supernet, allocation)
+    assert parameter_count(pruned) == parameter_count(model) - supernet.space.dense_cost + supernet.space.cost(allocation)
+    pruned.set_attn_implementation(implementation)
+    expected = with_zeros(model, supernet, allocation)(ids).logits
+    torch.testing.assert_close(pruned(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    pruned = copy.deepcopy(pruned)
+    first = pruned(ids[:, :7], use_cache=True)
+    rest = pruned(ids[:, 7:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), expected, rtol=1e-4, atol=1e-4)
+    static = pruned.generate(ids, max_new_tokens=3, cache_implementation="static", prefill_chunk_size=4, do_sample=False)
+    assert torch.equal(static, pruned.generate(ids, max_new_tokens=3, do_sample=False))
+
+
+@pytest.mark.parametrize("name", ["phi3", "opt", "gpt2"])
+def test_query_heads_that_cannot_be_taken_out_are_zero(name: str, model_of: ModelOf, supernet_of: SupernetOf) -> None:
+    model = model_of(name)
+    supernet = supernet_of(model, "query heads")
+    allocation = (1, 0) * 3
+    pruned = assemble(model, supernet, allocation)
+    nonzero = sum(int(parameter.count_nonzero()) for parameter in pruned.parameters())
+    dense = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+    assert nonzero == dense - supernet.space.dense_cost + supernet.space.cost(allocation)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_tied_where_the_dense_model_s_tensors_are_one_whatever_the_config_says(
+    tied: bool, model_of: ModelOf, supernet_of: SupernetOf, ids: Tensor
+) -> None:
+    model = model_of("llama", tie_word_embeddings=tied)
+    model.config.tie_word_embeddings = not tied
+    supernet = supernet_of(model, "weights")
+    pruned = assemble(model, supernet, (0,) * len(supernet.space.units))
+    torch.testing.assert_close(pruned(ids).logits, model(ids).logits)
+    assert pruned.config.tie_word_embeddings == tied and parameter_count(pruned) == parameter_count(model)
 
 
 def test_layers_that_are_left_keep_their_types(model_of: ModelOf, supernet_of: SupernetOf) -> None:

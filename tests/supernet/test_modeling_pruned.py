@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -30,9 +32,9 @@ from transformers import (
 )
 
 from supernet import modeling_pruned
-from supernet.architecture import ATTENTION, SubBlock, sub_blocks
+from supernet.architecture import ATTENTION, SubBlock, heads_of, sub_blocks
 from supernet.encoding import Members, member_columns
-from supernet.modeling_pruned import PRUNED_CLASSES, PrunedMixin
+from supernet.modeling_pruned import PRUNED_CLASSES, PrunedMixin, SkippedAttn
 from supernet.placement import sliced
 
 pytestmark = pytest.mark.usefixtures("remote_code_stays_here")
@@ -93,10 +95,13 @@ class Kept:
             overrides |= {"num_key_value_heads": len(self.groups), "num_attention_heads": 2 * len(self.groups)}
         else:
             overrides["skip"].append("attention")
+            overrides |= {"n_head": 1} if family == "gpt2" else {"num_attention_heads": 1}
+            overrides |= {} if family in OWN_BIAS else {"num_key_value_heads": 1}
         if self.neurons:
             overrides[MLP_SIZE.get(family, "intermediate_size")] = len(self.neurons)
         else:
             overrides["skip"].append("mlp")
+            overrides[MLP_SIZE.get(family, "intermediate_size")] = 1
         return overrides | ({"output_bias": list(self.biases)} if self.biases and family not in OWN_BIAS else {})
 
 
@@ -106,6 +111,7 @@ KEPT = (
     Kept(groups=(1,), neurons=()),
     Kept(groups=range(GROUPS), neurons=range(NEURONS)),
 )
+NO_MLP = tuple(Kept(groups=range(GROUPS), neurons=()) for _ in KEPT)
 NO_ATTENTION = tuple(Kept(groups=(), neurons=kept.neurons) for kept in KEPT)
 
 
@@ -144,12 +150,15 @@ def sliced_weights(model: PreTrainedModel, kept: Sequence[Kept]) -> dict[str, to
 
 
 def pruned_config(family: str, kept: Sequence[Kept]) -> PreTrainedConfig:
-    settings = DENSE_CONFIGS[family].to_dict() | {
+    dense = DENSE_CONFIGS[family]
+    settings = dense.to_dict() | {
         "per_layer_config": {index: left.overrides(family) for index, left in enumerate(kept)},
-        "allow_global_per_layer_attribute_access": True,
+        "head_dim": heads_of(dense).dim,
         "output_bias": [],
     }
-    return type(DENSE_CONFIGS[family])(**settings)
+    del settings["model_type"]
+    made: PreTrainedConfig = PRUNED_CLASSES[family].config_class(**settings)
+    return made
 
 
 def pruned_model(family: str, kept: Sequence[Kept] = KEPT) -> PrunedMixin:
@@ -162,6 +171,7 @@ def pruned_model(family: str, kept: Sequence[Kept] = KEPT) -> PrunedMixin:
 def export(model: PrunedMixin, folder: Path) -> Path:
     name = type(model).__name__
     model.config.auto_map = {
+        "AutoConfig": f"modeling_pruned.{type(model.config).__name__}",
         "AutoModel": f"modeling_pruned.{name.replace('ForCausalLM', 'Model')}",
         "AutoModelForCausalLM": f"modeling_pruned.{name}",
     }
@@ -251,6 +261,42 @@ def test_cached_generation_equals_the_full_forward(family: str, kept: Sequence[K
     torch.testing.assert_close(logits, full, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kept", [KEPT, NO_ATTENTION, NO_MLP], ids=["mixed", "no attention", "no mlp"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])
+def test_whoever_does_not_trust_the_file_gets_an_error(
+    family: str, kept: Sequence[Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = export(pruned_model(family, kept), tmp_path / "export")
+    heads: list[Any] = [AutoModelForSequenceClassification, AutoModelForTokenClassification]
+    monkeypatch.setattr("builtins.input", lambda *_: "n")  # transformers asks whether to run the file
+    for loader in (AutoModel, AutoModelForCausalLM, *heads):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            loader.from_pretrained(folder)
+    for loader in heads:  # the file has no such model
+        with pytest.raises(ValueError, match="Unrecognized configuration class"):
+            loader.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(RuntimeError, match="per-layer attribute"):  # a stock class by its own name
+        type(dense_model(family)).from_pretrained(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])
+def test_a_prompt_in_chunks_gives_the_same_text(family: str, cache: str | None) -> None:
+    model = pruned_model(family)
+    whole, _ = greedy(model, tokens())
+    chunked, _ = greedy(model, tokens(), cache_implementation=cache, prefill_chunk_size=4)
+    assert torch.equal(chunked, whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_skipped_attention_counts_in_a_cache_by_either_name(name: str) -> None:
+    cache = DynamicCache()
+    SkippedAttn(0, heads=2, channels=8)(hidden_states=torch.ones(3, 5, 64), **{name: cache})
+    assert cache.get_seq_length() == 5 and cache.layers[0].keys.shape == (3, 2, 5, 8)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_knows_its_length_where_the_first_layer_has_no_attention(family: str) -> None:
@@ -312,4 +358,4 @@ def test_the_given_config_is_left_as_it_was() -> None:
         model = PRUNED_CLASSES["qwen3"](config)
     assert model.config is config
     assert config.to_dict() == before
-    assert AutoConfig.for_model(**before).to_dict() == before
+    assert type(config)(**{name: value for name, value in before.items() if name != "model_type"}).to_dict() == before
