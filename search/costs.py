@@ -6,9 +6,10 @@ the rest are the whole pruned model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -53,17 +54,27 @@ def parameters(model: PreTrainedModel, space: Space) -> CostTable:
     return _table(model, space, parameter_count(model), amounts)
 
 
-def size(model: PreTrainedModel, space: Space) -> CostTable:
-    """Bytes of the parameters, tied ones once: kept ones at their dtype's width, quantised layers at their bits with scales."""
+def size(model: PreTrainedModel, space: Space, dtype: torch.dtype) -> CostTable:
+    """Bytes of the parameters in the exported file, tied ones once.
+
+    Single weights and bit widths are written at full size, whatever their level.
+
+    Args:
+        model: The dense model.
+        space: Units and levels.
+        dtype: That the file has its weights in. Parameters that are not of the model's dtype in memory keep their own.
+    """
+
+    def bytes_of(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(p.numel() * (dtype.itemsize if p.dtype == model.dtype else p.element_size()) for p in parameters)
 
     def amounts(part: SubBlock, layer: str | None, unit: Unit) -> list[int]:
-        width = part.weight(layer or part.column).element_size()
         if layer is not None:
-            return [level.kept * width if unit.kind == WEIGHTS else -(-level.cost // 8) for level in unit.levels]
-        whole = sum(parameter.numel() * parameter.element_size() for parameter in _own(part))
-        return [whole - (unit.levels[0].cost - level.cost) * width if level.kept else 0 for level in unit.levels]
+            return [_size(part, layer) * dtype.itemsize] * len(unit.levels)
+        whole = bytes_of(_own(part))
+        return [whole - (unit.levels[0].cost - level.cost) * dtype.itemsize if level.kept else 0 for level in unit.levels]
 
-    return _table(model, space, sum(p.numel() * p.element_size() for p in model.parameters()), amounts)
+    return _table(model, space, bytes_of(model.parameters()), amounts)
 
 
 def flops(model: PreTrainedModel, space: Space, tokens: int) -> CostTable:

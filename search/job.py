@@ -30,6 +30,7 @@ from search.latency import LatencyTable, Point, check_faster, speedup, warn_if_b
 from search.levels import Grid, Mixture, Window, check_accumulation, exact, mixture
 from search.limits import make_budget, request_of
 from search.models import LoadedModel, dtype_of
+from search.models.loaded import DTYPES
 from search.progress import track
 from search.run_directory import RunDirectory
 from search.settings import check_types, given_limits, read_bytes
@@ -90,9 +91,19 @@ class Job:
         check_family(model, structured=found[0].kind in (ATTENTION, MLP, HEADS))
         return found
 
+    @cached_property
+    def export_dtype(self) -> torch.dtype:
+        """Of the weights in the exported file: the checkpoint's unless another is asked for."""
+        name = self.config.export.dtype
+        if name is None:
+            return self.loaded.stored_dtype or self.loaded.model.dtype
+        if name not in DTYPES:
+            raise InputError(f"export.dtype={name} is not one that models are written in; use null, {', '.join(DTYPES)}")
+        return DTYPES[name]
+
     def budget(self, space: Space) -> Budget:
         """What an allocation of this space may cost; latencies that are not known yet are measured."""
-        return make_budget(self.config.budget, self.loaded.model, space, self.latencies)
+        return make_budget(self.config.budget, self.loaded.model, space, self.latencies, self.export_dtype)
 
     def unmeasured(self, space: Space) -> list[Point]:
         """The latencies that `budget` would measure."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from search import costs
@@ -12,8 +13,10 @@ from search.budget import Budget, Limit
 from search.costs import CostTable
 from search.latency import Request, check_faster
 from search.settings import OF, given_limits, read_bytes
+from supernet.assemble import slices_query_heads
 from supernet.errors import InputError
-from supernet.prunables import BITS
+from supernet.families import family_of
+from supernet.prunables import BITS, HEADS, WEIGHTS
 from supernet.space import Space
 
 Latencies = Callable[[Space], CostTable]  # measured, in nanoseconds
@@ -24,7 +27,13 @@ def request_of(budget: Mapping[str, Any]) -> Request:
     return Request(**{name: budget[name] for name in OF["speedup"] if name in budget})
 
 
-def make_budget(budget: Mapping[str, Any], model: PreTrainedModel, space: Space, latencies: Latencies) -> Budget:
+def make_budget(
+    budget: Mapping[str, Any],
+    model: PreTrainedModel,
+    space: Space,
+    latencies: Latencies,
+    dtype: torch.dtype | None = None,
+) -> Budget:
     """All limits that are given; InputError for one that the space cannot keep, or that it cannot do anything for.
 
     Args:
@@ -32,10 +41,12 @@ def make_budget(budget: Mapping[str, Any], model: PreTrainedModel, space: Space,
         model: The dense model.
         space: Units and levels.
         latencies: Measures what they take.
+        dtype: Of the weights in the exported file; the model's own where none is given.
     """
     limits = []
     for name, value in given_limits(budget).items():
         said = f"budget.{name}={value}"
+        _check_told(name, said, model, space)
         if name in ("sparsity", "bits"):
             limits.append(_of_share(name, value, space))
         elif name == "speedup":
@@ -43,13 +54,33 @@ def make_budget(budget: Mapping[str, Any], model: PreTrainedModel, space: Space,
             limits.append(_of_speedup(said, float(value), latencies(space), space))
         elif name == "bytes":
             size = read_bytes(said.partition("=")[0], value) or 0
-            limits.append(_of_whole(name, said, size, costs.size(model, space), space))
+            limits.append(_of_whole(name, said, size, costs.size(model, space, dtype or model.dtype), space))
         else:
-            if _counts_bits(space):
-                raise InputError(f"{said}: fewer bits leave {name} as they are; use budget.bits or budget.bytes")
             table = costs.flops(model, space, budget["sequence_length"]) if name == "flops" else costs.parameters(model, space)
             limits.append(_of_whole(name, said, value, table, space))
     return Budget(tuple(limits))
+
+
+def _check_told(name: str, said: str, model: PreTrainedModel, space: Space) -> None:
+    """InputError for a limit on the whole model that would promise what the exported file does not have."""
+    if name not in ("parameters", "bytes", "flops"):
+        return
+    if _counts_bits(space):
+        what = f"fewer bits leave {name} as they are"
+        if name == "bytes":
+            what = "every weight is written at full width, on its coarse grid"
+        raise InputError(f"{said}: {what}; use budget.bits or budget.sparsity")
+    kinds = {unit.kind for unit in space.units}
+    if name == "bytes" and WEIGHTS in kinds:
+        raise InputError(
+            f"{said}: single weights that are zero are written all the same; use budget.sparsity or budget.parameters, or "
+            "a method that makes layers smaller, such as prune=obs or prune=depth"
+        )
+    if HEADS in kinds and not slices_query_heads(family_of(model)):
+        raise InputError(
+            f"{said}: single query heads of '{model.config.model_type}' are set to zero and stay in the file; use "
+            "budget.sparsity, or prune.query_heads=false"
+        )
 
 
 def _counts_bits(space: Space) -> bool:

@@ -26,12 +26,14 @@ from search.components import recorded
 from search.describe import describe
 from search.evaluate import HeldOut, Metrics, streamed
 from search.evaluator import GenerationEvaluator
-from search.export.huggingface import export
+from search.export.card import Facts, model_card
+from search.export.check import SEQUENCES, Checked, Sample
+from search.export.huggingface import Wanted, export, rounded
 from search.fitness import CrossEntropy
 from search.job import Job
 from search.knapsack import closest, uniform
 from search.progress import clock, track
-from search.report import allocation_json, metrics_table, model_card
+from search.report import allocation_json, metrics_table
 from search.run_directory import RunDirectory, locked
 from search.settings import budget_record, check_settings, given_limits
 from search.strategies.base import Problem, State, Unmeasurable
@@ -79,7 +81,7 @@ def run(config: DictConfig, path: Path) -> None:
     stages, dry = _stages(config), bool(config.dry_run)
     if dry:
         job = Job(config, RunDirectory(path, _settings(config), fresh=False))
-        _ = job.fitness, job.resources
+        _ = job.fitness, job.resources, job.export_dtype
         _check_rounds(job)
         _check_units(job)
         describe(job)
@@ -92,6 +94,7 @@ def run(config: DictConfig, path: Path) -> None:
             job.pruner,
             job.fitness,
             job.resources,
+            job.export_dtype,
         )  # a mistake in their settings should not wait for hours of building
         _check_rounds(job)
         job.directory.identify(job.identity)
@@ -141,6 +144,7 @@ def _settings(config: DictConfig) -> dict[str, Any]:
     del settings["supernet"]["root"]  # a full disk must not end a run: supernets may move
     settings["fitness"].pop("chunk_bytes", None)  # nor must a lack of memory
     settings["prune"].pop("batch", None)
+    settings["export"].pop("check", None)
     settings["prune"]["walk"] = VERSION
     return {str(key): recorded(value) for key, value in settings.items() if key not in NOT_SETTINGS}
 
@@ -242,8 +246,8 @@ def _write_allocation(job: Job, found: Found) -> None:
 
 
 def _assembled(job: Job, supernet: Supernet) -> PreTrainedModel:
-    """The model of a last rebuild."""
-    return assemble(job.model_on_device(), supernet, _sparsest(supernet))
+    """The model of a last rebuild, with weights that the exported file can hold."""
+    return rounded(assemble(job.model_on_device(), supernet, _sparsest(supernet)), job.export_dtype)
 
 
 def _sparsest(supernet: Supernet) -> Allocation:
@@ -317,12 +321,48 @@ def _export(job: Job, found: Found) -> None:
         log.info("exported before: %s is kept", folder)
         return
     metrics, allocation = job.directory.read("metrics.json"), job.directory.read("allocation.json")
-    model = _assembled(job, job.rebuild(found.kept, "searched"))
+    supernet = job.rebuild(found.kept, "searched")
     with job.directory.stage("export"):
-        card = model_card(job.loaded.name, metrics, allocation, isinstance(model, PrunedMixin))
-        export(model, job.loaded.tokenizer, folder, card)
+        sample = _sample(job, supernet) if job.config.export.check else None
+        model = _assembled(job, supernet)
+        if metrics is not None and metrics["searched"]["parameters"] != (count := parameter_count(model)):
+            raise InputError(
+                f"metrics.json is of a model with {metrics['searched']['parameters']:,} parameters, to be exported is one with "
+                f"{count:,}; take metrics.json away to measure again"
+            )
+        facts = _facts(job, isinstance(model, PrunedMixin))
+
+        def card(checked: Checked | None) -> str:
+            return model_card(facts, metrics, allocation, checked)
+
+        checked = export(model, job.loaded.tokenizer, folder, card, Wanted(job.export_dtype, sample, job.loaded.folder))
     if metrics is not None:
-        job.directory.write("metrics.json", metrics | {"stages": job.directory.costs()})
+        of_export = {"dtype": facts.dtype, "check": None if checked is None else asdict(checked)}
+        job.directory.write("metrics.json", metrics | {"stages": job.directory.costs(), "export": of_export})
+
+
+def _sample(job: Job, supernet: Supernet) -> Sample:
+    """A few held-out sequences with the losses that the search's way of measuring gives for a last rebuild."""
+    text = job.tokens["evaluation"]
+    ids = text.ids[:SEQUENCES]
+    model, resources = job.model_on_device(), job.resources
+    with closing(GenerationEvaluator(model, supernet, ids, CrossEntropy(), resources, text.unscored)) as evaluate:
+        losses = evaluate([_sparsest(supernet)], np.arange(len(ids)))[0]
+    return Sample(ids, text.unscored, tuple(map(float, losses)), job.export_dtype)
+
+
+def _facts(job: Job, trust: bool) -> Facts:
+    """What the card says of the run."""
+    return Facts(
+        name=job.loaded.name,
+        pruner=job.pruner.name,
+        strategy=str(job.config.strategy["_target_"]).split(".")[-2],
+        rule=isinstance(job.strategy, Rule),
+        fitness=type(job.fitness).__name__,
+        dtype=str(job.export_dtype).removeprefix("torch."),
+        trust=trust,
+        source=job.loaded.folder,
+    )
 
 
 def warn_if_worse(metrics: Mapping[str, Any], rule: bool) -> None:

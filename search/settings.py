@@ -37,7 +37,7 @@ LIMITS = {  # budgets, in the order of their importance, with an example
 USUAL = {"sparsity": 0.25}  # where none is given
 OF = {"flops": ("sequence_length",), "speedup": ("batch", "prompt", "generated")}  # settings that some of them take
 REQUEST = {"sequence_length": 1, "batch": 1, "prompt": 1, "generated": 0}  # of budgets; whole numbers
-SWITCHES = ("dry_run", "fresh")
+SWITCHES = ("dry_run", "fresh", "export.check")
 TYPES: dict[str, tuple[tuple[type, ...], str]] = {  # of a dataclass's attributes: what a value may be, and that in words
     "bool": ((bool,), "true or false"),
     "int": ((int,), "a whole number"),

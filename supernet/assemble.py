@@ -72,8 +72,9 @@ def slices_query_heads(family: Family) -> bool:
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the head and the embeddings are one tensor in memory; a config may say so of two that differ."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and head.weight.data_ptr() == embeddings.weight.data_ptr()
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    return head is not None and bool(head.weight.data_ptr() == embeddings.weight.data_ptr())
 
 
 def _pruned_class(model_type: str) -> type[PreTrainedModel]:

@@ -24,7 +24,20 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    Cache,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
@@ -254,7 +267,7 @@ def _resize(attention: Any, heads: int, output: str) -> None:
             setattr(attention, name, Conv1D(d_out, d_in) if conv else nn.Linear(d_in, d_out, layer.bias is not None))
 
 
-class PrunedLlamaConfig(PrunedConfig, llama.LlamaConfig):
+class PrunedLlamaConfig(PrunedConfig, LlamaConfig):
     model_type = "pruned_llama"
 
 
@@ -268,7 +281,7 @@ class PrunedLlamaForCausalLM(PrunedMixin, llama.LlamaForCausalLM):
     layer_class = llama.LlamaDecoderLayer
 
 
-class PrunedMistralConfig(PrunedConfig, mistral.MistralConfig):
+class PrunedMistralConfig(PrunedConfig, MistralConfig):
     model_type = "pruned_mistral"
 
 
@@ -282,7 +295,7 @@ class PrunedMistralForCausalLM(PrunedMixin, mistral.MistralForCausalLM):
     layer_class = mistral.MistralDecoderLayer
 
 
-class PrunedQwen2Config(PrunedConfig, qwen2.Qwen2Config):
+class PrunedQwen2Config(PrunedConfig, Qwen2Config):
     model_type = "pruned_qwen2"
 
 
@@ -296,7 +309,7 @@ class PrunedQwen2ForCausalLM(PrunedMixin, qwen2.Qwen2ForCausalLM):
     layer_class = qwen2.Qwen2DecoderLayer
 
 
-class PrunedQwen3Config(PrunedConfig, qwen3.Qwen3Config):
+class PrunedQwen3Config(PrunedConfig, Qwen3Config):
     model_type = "pruned_qwen3"
 
 
@@ -310,7 +323,7 @@ class PrunedQwen3ForCausalLM(PrunedMixin, qwen3.Qwen3ForCausalLM):
     layer_class = qwen3.Qwen3DecoderLayer
 
 
-class PrunedGemma2Config(PrunedConfig, gemma2.Gemma2Config):
+class PrunedGemma2Config(PrunedConfig, Gemma2Config):
     model_type = "pruned_gemma2"
 
 
@@ -324,7 +337,7 @@ class PrunedGemma2ForCausalLM(PrunedMixin, gemma2.Gemma2ForCausalLM):
     layer_class, names = gemma2.Gemma2DecoderLayer, GEMMA
 
 
-class PrunedGemma3Config(PrunedConfig, gemma3.Gemma3TextConfig):
+class PrunedGemma3Config(PrunedConfig, Gemma3TextConfig):
     model_type = "pruned_gemma3_text"
 
 
@@ -338,7 +351,7 @@ class PrunedGemma3ForCausalLM(PrunedMixin, gemma3.Gemma3ForCausalLM):
     layer_class, names = gemma3.Gemma3DecoderLayer, GEMMA
 
 
-class PrunedPhi3Config(PrunedConfig, phi3.Phi3Config):
+class PrunedPhi3Config(PrunedConfig, Phi3Config):
     model_type = "pruned_phi3"
 
 
@@ -352,7 +365,7 @@ class PrunedPhi3ForCausalLM(PrunedMixin, phi3.Phi3ForCausalLM):
     layer_class = phi3.Phi3DecoderLayer
 
 
-class PrunedOPTConfig(PrunedConfig, opt.OPTConfig):
+class PrunedOPTConfig(PrunedConfig, OPTConfig):
     model_type = "pruned_opt"
 
 
@@ -366,7 +379,7 @@ class PrunedOPTForCausalLM(PrunedMixin, opt.OPTForCausalLM):
     layer_class, names = opt.OPTDecoderLayer, OPT
 
 
-class PrunedGPT2Config(PrunedConfig, gpt2.GPT2Config):
+class PrunedGPT2Config(PrunedConfig, GPT2Config):
     model_type = "pruned_gpt2"
 
 

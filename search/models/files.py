@@ -3,12 +3,13 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers.utils.hub import cached_file
 
@@ -20,6 +21,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.ckpt.index", "tf_model.h5", "flax_model.msgpack")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LARGEST_JSON = 1 << 26  # bytes: the index of the largest models has a tenth of that
+KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that an export can have, too
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes that weights can have
 
 
@@ -162,6 +164,14 @@ def check_headers(tensors: Mapping[str, Tensor], layers: int, blocks: str, where
             f"{where}: config.json describes {layers} blocks, and the weights are of {held}; "
             + ("give a complete checkpoint" if held < layers else "give the config.json that belongs to them")
         )
+
+
+def stored_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """The dtype of most numbers; None where that is not one that models are written in."""
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + prod(tensor.shape)
+    return KEPT_DTYPES.get(max(counts, key=lambda name: counts[name])) if counts else None
 
 
 def elements(tensors: Mapping[str, Tensor]) -> int:

@@ -35,6 +35,7 @@ class LoadedModel:
         name: what to call it in reports: a hub id, a path, or the name in the configuration.
         fingerprint: a hash of configuration, weights and code; see `fingerprint`.
         folder: where the files that it was loaded from lie on this machine (licence and notices, too); None without any.
+        stored_dtype: of most of the numbers in the checkpoint, which the run may compute with in another; None without any.
     """
 
     model: PreTrainedModel
@@ -42,6 +43,7 @@ class LoadedModel:
     name: str
     fingerprint: str
     folder: Path | None = None
+    stored_dtype: torch.dtype | None = None
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:

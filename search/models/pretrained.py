@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import (
 
 from search.errors import reason
 from search.models.checks import check_config, check_dense, cleaned
-from search.models.files import Source, Tensor, check_headers, elements, headers
+from search.models.files import Source, Tensor, check_headers, elements, headers, stored_dtype
 from search.models.loaded import LoadedModel, check_sizes, made_ready
 from supernet.errors import InputError
 from supernet.families import family_of_config
@@ -82,7 +83,7 @@ def from_pretrained(
         model, report = loaded
         _check_report(report, where)
         _note_untied(model, where)
-        return _ready(model, tokenizer, path, source)
+        return replace(_ready(model, tokenizer, path, source), stored_dtype=stored_dtype(tensors.values()))
 
 
 def _ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, source: Source) -> LoadedModel:

@@ -22,7 +22,7 @@ from supernet.store import Supernet
 TOKENS = 12  # of `ids`
 TABLES: dict[str, Callable[[PreTrainedModel, Space], CostTable]] = {
     "parameters": costs.parameters,
-    "bytes": costs.size,
+    "bytes": lambda m, s: costs.size(m, s, m.dtype),
     "flops": lambda m, s: costs.flops(m, s, TOKENS),
 }
 
@@ -100,19 +100,16 @@ def test_of_single_weights_those_that_stay_count(model_of: Callable[..., PreTrai
     assert flops.costs == tuple(tuple(2 * TOKENS * level.kept for level in unit.levels) for unit in space.units)
     attention = 3 * 4 * TOKENS * TOKENS * 64  # layers, tokens, channels of all query heads
     assert flops.rest == attention + 2 * TOKENS * model.lm_head.weight.numel()
-    assert costs.size(model, space).costs == tuple(tuple(4 * cost for cost in row) for row in table.costs)
+    written = costs.size(model, space, torch.bfloat16)  # zeros are written, too
+    assert written.dense == 2 * parameter_count(model) and all(len(set(row)) == 1 for row in written.costs)
 
 
-def test_of_bits_only_the_bytes_fall(model_of: Callable[..., PreTrainedModel]) -> None:
+def test_of_bits_nothing_falls_as_they_are_written_at_full_width(model_of: Callable[..., PreTrainedModel]) -> None:
     model = model_of("llama").bfloat16()
     space = space_of_choices(model, bits=True)
-    assert all(len(set(row)) == 1 for row in (*costs.parameters(model, space).costs, *costs.flops(model, space, TOKENS).costs))
-    table = costs.size(model, space)
-    layer, row = space.units[0], table.costs[0]
-    weights, groups = 64 * 64, 64 * 2
-    assert layer.name.endswith("q_proj")
-    assert row == (2 * weights, weights + 3 * groups, weights // 2 + 3 * groups)  # a scale of two bytes and a zero of one
-    assert table.dense == 2 * parameter_count(model)
+    for table in (costs.parameters(model, space), costs.flops(model, space, TOKENS), costs.size(model, space, torch.bfloat16)):
+        assert all(len(set(row)) == 1 for row in table.costs)
+    assert costs.size(model, space, torch.bfloat16).dense == 2 * parameter_count(model)
 
 
 def test_query_heads_take_their_queries_and_outputs_with_them(model_of: Callable[..., PreTrainedModel]) -> None:
@@ -147,7 +144,7 @@ def test_costs_never_rise(model_of: Callable[..., PreTrainedModel], kept: list[i
         counts = sorted({k % p.total for k in kept} | {p.total}, reverse=True)
         units.append(Unit(p.name, p.kind, p.total, tuple(p.level(k) for k in counts)))
     space = Space(tuple(units))
-    for table in (costs.parameters(model, space), costs.size(model, space), costs.flops(model, space, tokens)):
+    for table in (costs.parameters(model, space), costs.size(model, space, model.dtype), costs.flops(model, space, tokens)):
         assert table.rest > 0
         for row in table.costs:
             assert list(row) == sorted(row, reverse=True)

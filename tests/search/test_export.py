@@ -49,7 +49,7 @@ def test_an_export_is_the_model_in_memory_in_a_fresh_process(
     tmp_path: Path,
 ) -> None:
     model = assembled(allocation)
-    export(model, byte_tokenizer, tmp_path / "export", "# A card\n")
+    export(model, byte_tokenizer, tmp_path / "export", lambda _: "# A card\n")
     found = reload(tmp_path / "export", ids, trust)
     assert found["class"] == expected.__name__ == type(model).__name__
     assert found["parameters"] == parameter_count(model)
@@ -81,11 +81,11 @@ def test_an_interrupted_export_leaves_no_half_folder(
     with monkeypatch.context() as patch:
         patch.setattr(type(byte_tokenizer), "save_pretrained", stop)  # the weights are written by then
         with pytest.raises(InputError if isinstance(error, OSError) else KeyboardInterrupt) as refusal:
-            export(assembled(MIXED), byte_tokenizer, folder, "")
+            export(assembled(MIXED), byte_tokenizer, folder, lambda _: "")
     assert (str(folder) in str(refusal.value)) == isinstance(error, OSError)
     assert folder.exists() == before and (folder / "older").exists() == before
 
-    export(assembled(MIXED), byte_tokenizer, folder, "")
+    export(assembled(MIXED), byte_tokenizer, folder, lambda _: "")
     assert {path.name for path in tmp_path.iterdir()} == {"export"}
     assert (folder / "model.safetensors").exists() and not (folder / "older").exists()
 

@@ -1,6 +1,7 @@
 """Budgets as they are set: each is a limit, all that are given are kept, and the impossible is refused with the possible."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ from transformers import PreTrainedModel
 from search import costs
 from search.budget import Budget
 from search.costs import CostTable
+from search.export.card import Facts, model_card
 from search.knapsack import uniform
 from search.limits import make_budget, request_of
 from search.models import LoadedModel, random_llama
 from search.pipeline import warn_if_missed, warn_if_worse
-from search.report import allocation_json, metrics_table, model_card
+from search.report import allocation_json, metrics_table
 from search.settings import budget_record, given_limits
 from supernet.architecture import parameter_count, sub_blocks
 from supernet.errors import InputError
@@ -82,17 +84,20 @@ def test_parameters_are_the_whole_models() -> None:
     assert table.rest + budget.first.dense == whole
 
 
-@pytest.mark.parametrize("size", ["300kB", "900 kB"])
-def test_bytes_of_quantised_layers_and_the_rest(size: str) -> None:
-    budget = budget_of(bit_space(), bytes=size)
+@pytest.mark.parametrize("size", ["500kB", "900 kB"])
+def test_bytes_are_counted_as_the_file_has_them(size: str) -> None:
+    space = member_space()
+    budget = budget_of(space, bytes=size)
     assert budget.first.kind == "bytes"
-    assert budget.first.target + 4 * (parameter_count(LLAMA) - 245_760) == int(size[:3]) * 1000
-    assert budget.fits(uniform(bit_space(), budget))
+    assert budget.first.target + costs.size(LLAMA, space, torch.float32).rest == int(size[:3]) * 1000
+    assert budget.fits(uniform(space, budget))
+    half = make_budget({"bytes": "400kB"}, LLAMA, space, no_latencies, torch.bfloat16)
+    assert half.first.dense + (half.first.rest or 0) == 2 * parameter_count(LLAMA)
 
 
-def test_bits_and_bytes_can_be_given_together() -> None:
-    budget = budget_of(bit_space(), bytes="800kB", bits=6.0, sparsity=0.5)
-    assert [limit.kind for limit in budget.limits] == ["bits", "bits", "bytes"]
+def test_several_limits_can_be_given_together() -> None:
+    budget = budget_of(bit_space(), bits=6.0, sparsity=0.5)
+    assert [limit.kind for limit in budget.limits] == ["bits", "bits"]
     assert budget.limits[0].target == 16 * 245_760
     assert budget.limits[1].target == 6 * 245_760
 
@@ -123,7 +128,7 @@ def test_all_that_are_given_are_kept(sparsity: Any, parameters: Any, size: Any, 
     space = member_space()
     tables = {
         "parameters": costs.parameters(LLAMA, space),
-        "bytes": costs.size(LLAMA, space),
+        "bytes": costs.size(LLAMA, space, torch.float32),
         "flops": costs.flops(LLAMA, space, 64),
     }
     shares = {"parameters": parameters, "bytes": size, "flops": flops}
@@ -164,8 +169,30 @@ def test_less_than_the_sparsest_levels_is_refused_with_what_they_take() -> None:
         InputError, match=r"budget\.parameters=100000 cannot be met: .* 156,352 parameters are left; .*supernet\.step"
     ):
         budget_of(space, parameters=100_000)
-    with pytest.raises(InputError, match=r"budget\.bytes=150kB cannot be met: .* are left; raise it, or add widths to prune"):
-        budget_of(bit_space(), bytes="150kB")
+
+
+def weight_space(model: PreTrainedModel = LLAMA) -> Space:
+    prunables = weight_prunables(sub_blocks(model), [])
+    return Space(tuple(Unit(p.name, p.kind, p.total, (p.level(p.total), p.level(p.total // 2))) for p in prunables))
+
+
+def head_space(model: PreTrainedModel) -> Space:
+    prunables = member_prunables(sub_blocks(model), 8, query_heads=True)
+    return Space(tuple(Unit(p.name, p.kind, p.total, (p.level(p.total), p.level(p.total // 2))) for p in prunables))
+
+
+@pytest.mark.parametrize("name", ["phi3", "opt", "gpt2"])
+@pytest.mark.parametrize("kind", ["parameters", "bytes", "flops"])
+def test_what_the_file_would_not_have_is_not_promised(name: str, kind: str, model_of: Callable[..., PreTrainedModel]) -> None:
+    given = {kind: 150_000, "sequence_length": 64}
+    with pytest.raises(InputError, match=rf"budget\.{kind}=150000: .*budget\.bits or budget\.sparsity"):
+        budget_of(bit_space(), **given)
+    model = model_of(name)
+    with pytest.raises(InputError, match=rf"budget\.{kind}=150000: single query heads of '{name}' .*query_heads=false"):
+        make_budget(given, model, head_space(model), no_latencies)
+    if kind == "bytes":
+        with pytest.raises(InputError, match=r"single weights that are zero are written all the same; use budget\.sparsity"):
+            budget_of(weight_space(), **given)
 
 
 @pytest.mark.parametrize("name", ["parameters", "flops"])
@@ -175,6 +202,8 @@ def test_bit_widths_change_neither_parameters_nor_flops(name: str) -> None:
 
 
 # Reports
+
+FACTS = Facts("m", "obs", "guided", False, "KlDivergence", "bfloat16", False)
 
 
 ROW = {"parameters": 1000, "perplexity": 10.0, "kl_divergence": 0.1}
@@ -189,9 +218,9 @@ def test_reports_name_what_was_limited(tiny_llama: LoadedModel) -> None:
     for limit in (content["budget"], *content["budget"]["besides"]):
         assert limit["achieved"] <= limit["target"] < limit["dense"]
         assert limit["rest"] + limit["target"] == {"parameters": 200_000, "flops": 1e9}[limit["kind"]]
-    assert "% of the prunable parameters of `m` were removed" in model_card("m", None, content, False)
+    assert "% of the prunable parameters of `m` were removed" in model_card(FACTS, None, content)
     content["budget"] = content["budget"]["besides"][0]
-    assert "% of the FLOPs of the prunable layers of `m` were removed" in model_card("m", None, content, False)
+    assert "% of the FLOPs of the prunable layers of `m` were removed" in model_card(FACTS, None, content)
 
 
 def test_a_missed_speedup_is_flagged(caplog: pytest.LogCaptureFixture) -> None:

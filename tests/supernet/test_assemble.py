@@ -285,7 +285,7 @@ def greedy(model: PreTrainedModel, ids: Tensor, **settings: Any) -> Tensor:
 
 
 def assert_export_is(model: PreTrainedModel, stock: bool, ids: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    export(model, tokenizer, folder, "")
+    export(model, tokenizer, folder, lambda _: "")
     assert isinstance(model, PrunedMixin) != stock
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not stock)
     assert type(loaded).__name__ == type(model).__name__
