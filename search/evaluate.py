@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from search.evaluator import GenerationEvaluator, Resources
-from search.fitness import CrossEntropy, KlDivergence, Targets, kl_divergence, negative_log_likelihood, targets
+from search.fitness import CrossEntropy, KlDivergence, kl_divergence, negative_log_likelihood, targets
+from search.teacher import TeacherTargets
 from supernet.architecture import head_of, parameter_count
 from supernet.space import Allocation
 from supernet.store import Supernet
@@ -27,20 +28,71 @@ class Metrics:
 
     Attributes:
         parameters: Of the whole model, tied ones once.
-        perplexity: Of every token but the leading special ones and, without these, the first of each window (windows do not
-            overlap).
-        kl_divergence: To the dense model, mean a token; positions that predict a leading special token are left out.
+        losses: (sequences,) float64, mean -log p of a token of each sequence, without the leading special tokens and, where there
+            are none, without the first token (sequences do not overlap).
+        divergences: (sequences,) float64, mean KL divergence to the dense model at a token, without the positions that predict a
+            leading special token. A mean may be a little below 0, by rounding.
     """
 
     parameters: int
-    perplexity: float
-    kl_divergence: float
+    losses: np.ndarray
+    divergences: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.losses.mean()))
+
+    @property
+    def kl_divergence(self) -> float:
+        """Mean KL divergence to the dense model."""
+        return float(self.divergences.mean())
+
+    def to_json(self) -> dict[str, Any]:
+        """As `metrics.json` has it: `*_error` are standard errors over sequences, null where there is only one.
+
+        That of the perplexity is to first order: the perplexity times that of the mean loss.
+        """
+        of_loss = error_of_mean(self.losses)
+        return {
+            "parameters": self.parameters,
+            "perplexity": self.perplexity,
+            "perplexity_error": None if of_loss is None else self.perplexity * of_loss,
+            "kl_divergence": self.kl_divergence,
+            "kl_divergence_error": error_of_mean(self.divergences),
+        }
+
+
+def difference(a: Metrics, b: Metrics) -> dict[str, Any]:
+    """By how much a model is worse than another one on the same sequences, with the standard errors of paired differences."""
+    found: dict[str, Any] = {}
+    for name, one, other in (("kl_divergence", a.divergences, b.divergences), ("log_perplexity", a.losses, b.losses)):
+        with np.errstate(invalid="ignore"):  # of two that are not finite
+            found |= {name: float((one - other).mean()), f"{name}_error": error_of_mean(one - other)}
+    return found
+
+
+def error_of_mean(values: np.ndarray) -> float | None:
+    """Standard error of a mean over sequences, (sequences,); None for a single one."""
+    if len(values) < 2:
+        return None
+    with np.errstate(invalid="ignore"):
+        return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 class HeldOut:
     """Held-out text with the dense model's targets on it, which models are measured against."""
 
-    def __init__(self, dense: PreTrainedModel, ids: Tensor, batch: int, track: Track, unscored: int = 0) -> None:
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        ids: Tensor,
+        batch: int,
+        track: Track,
+        unscored: int = 0,
+        targets: TeacherTargets | None = None,
+    ) -> None:
         """Run the dense model once.
 
         Args:
@@ -49,26 +101,27 @@ class HeldOut:
             batch: Sequences in one forward pass.
             track: Draws progress.
             unscored: First positions of each sequence that are left out, as they predict tokens that always begin a sequence.
+            targets: Room for the dense model's side, of each batch.
         """
         self.batches, self.unscored = ids.split(batch), unscored
-        self.tokens = ids[:, unscored:].numel()
-        self.predicted = self.tokens - len(ids)
         self.track = track
-        self.targets: list[Targets] = []
+        self.targets = Resources().teacher_targets() if targets is None else targets
         self.dense = self.measure(dense, "dense")
 
     @torch.no_grad()
     def measure(self, model: PreTrainedModel, title: str) -> Metrics:
         """Metrics of a model. The first one measured is the dense one, which the others are compared with."""
         head = head_of(model)
-        loss = divergence = 0.0
+        losses, divergences = list[Tensor](), list[Tensor]()
         for index, ids in enumerate(self.track(self.batches, f"{title} model on held-out text")):
             hidden, ids = _hidden(model, ids)[:, self.unscored :], ids[:, self.unscored :]
-            if index == len(self.targets):
-                self.targets.append(targets(hidden.flatten(0, 1), head))
-            loss += float(negative_log_likelihood(hidden, head, ids.to(hidden.device)).double().sum())
-            divergence += float(kl_divergence(hidden.flatten(0, 1).unsqueeze(0), head, self.targets[index]).double().sum())
-        return Metrics(parameter_count(model), math.exp(loss / self.predicted), max(0.0, divergence / self.tokens))
+            flat = hidden.flatten(0, 1)
+            if index not in self.targets:
+                self.targets.add(index, targets(flat, head))
+            losses.append(negative_log_likelihood(hidden, head, ids.to(hidden.device)).double().mean(1))
+            divergence = kl_divergence(flat.unsqueeze(0), head, self.targets[index].to(hidden.device))
+            divergences.append(divergence.view(len(ids), -1).double().mean(1))
+        return Metrics(parameter_count(model), *(torch.cat(of_all).cpu().numpy() for of_all in (losses, divergences)))
 
 
 def streamed(
@@ -93,10 +146,9 @@ def streamed(
     """
     every = np.arange(len(ids))
     with closing(GenerationEvaluator(model, supernet, ids, KlDivergence(), resources, unscored)) as evaluate:
-        divergence = evaluate([allocation], every).mean()
+        divergences = evaluate([allocation], every)[0]
         evaluate.fitness = CrossEntropy()  # with the same targets
-        loss = evaluate([allocation], every).mean()
-    return Metrics(parameters, math.exp(loss), max(0.0, float(divergence)))
+        return Metrics(parameters, evaluate([allocation], every)[0], divergences)
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:

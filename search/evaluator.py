@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from local_prune.devices import moved, on_device
 from search.attention import blocked_attention
 from search.fitness import NO_LABEL, Fitness, Targets, targets, token_slices
 from search.gradient import Scorer, loss_gradient, part_gradient, presence
+from search.teacher import TeacherTargets
 from search.workers import Workers
 from supernet.architecture import blocks, entry, final_norm_and_head, head_of
 from supernet.cache import CandidateCache, Key
@@ -39,7 +41,8 @@ log = logging.getLogger(__name__)
 
 RESIDENT = ("model", "blocks")
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # in one pass through a sub-block; more gain nothing, and leave a CPU's caches
-STATES, CANDIDATES = 0.4, 0.25  # shares of the free memory
+STATES, CANDIDATES = 0.4, 0.25  # shares of the free memory of the device
+TARGETS = 0.1  # share of the free main memory
 
 Result = TypeVar("Result")
 Row = list[Tensor]  # of one path through the model: a state (tokens, hidden) for each sequence at work
@@ -86,18 +89,26 @@ class Resources:
         device: Where the work is done.
         resident: `model`: the dense model is on the device; `blocks`: only the block at work is, and the other weights stay where
             they are, in main memory or mapped from the checkpoint.
-        memory: Bytes of hidden states at a time; None for a share of what is free.
+        memory: Bytes of hidden states at a time, and as many of the dense model's targets, which lie in main memory (what exceeds
+            that, in files); None for shares of what is free.
         cache: Bytes of candidates kept from sweep to sweep; None for a share of what is free, or for none with `blocks`.
+        scratch: Folder of the files that do not outlive the process; None for the system's.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     resident: str = "model"
     memory: int | None = None
     cache: int | None = None
+    scratch: Path | None = None
 
     def __post_init__(self) -> None:
         if self.resident not in RESIDENT:
             raise InputError(f"evaluator.resident={self.resident} is not known; choose one of {', '.join(RESIDENT)}")
+
+    def teacher_targets(self) -> TeacherTargets:
+        """Room for the dense model's side of sequences."""
+        limit = int(available() * TARGETS) if self.memory is None else self.memory
+        return TeacherTargets(limit, self.scratch)
 
 
 class GenerationEvaluator:
@@ -138,7 +149,7 @@ class GenerationEvaluator:
         self.cache = CandidateCache(self._read, cache if self.resources.cache is None else self.resources.cache)
         self.workers = Workers(self.device)
         self._batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
-        self._targets: dict[int, Targets] = {}
+        self._targets = self.resources.teacher_targets()
         self._overflowed = False  # whether the user has been told that something did
 
     @torch.no_grad()
@@ -303,7 +314,8 @@ class GenerationEvaluator:
             some = rows[: max(1, self.memory // self._state_bytes)]
             found = self._tried(len(some), lambda some=some: self._targets_of(some))  # type: ignore[misc]
             if found is not None:
-                self._targets |= zip(some, found, strict=True)
+                for row, one in zip(some, found, strict=True):
+                    self._targets.add(row, one)
                 rows = rows[len(some) :]
 
     def _targets_of(self, rows: Sequence[int]) -> list[Targets]:

@@ -197,8 +197,18 @@ def targets(hidden: Tensor, head: Head, chunk_bytes: int = CHUNK_BYTES) -> Targe
         logits = logits_of(chunk, head)
         normaliser.append(logits.logsumexp(-1))
         p = logits.sub_(normaliser[-1].unsqueeze(1)).exp_()
-        expected.append((p.to(head.linear.weight.dtype) @ head.linear.weight).float())
+        expected.append(_expected(p, head))
     return Targets(hidden, torch.cat(expected), torch.cat(normaliser))
+
+
+def _expected(p: Tensor, head: Head) -> Tensor:
+    """Expected output embedding (n, hidden) of probabilities (n, vocabulary), both float32: a divergence is a small difference of
+    it and the logarithm of a sum, so rounding it to bfloat16 would be a quarter of the divergence's error.
+    """
+    total = torch.zeros(len(p), head.linear.weight.shape[1], device=p.device)
+    for words in _tiles(head):
+        total.addmm_(p[:, words], head.linear.weight[words].float())
+    return total
 
 
 def kl_divergence(students: Tensor, head: Head, teacher: Targets, chunk_bytes: int = CHUNK_BYTES) -> Tensor:

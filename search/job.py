@@ -174,7 +174,7 @@ class Job:
         """Where things lie while allocations are measured."""
         given = self.config.evaluator
         memory, cache = (read_bytes(f"evaluator.{key}", given[key]) for key in ("memory", "cache"))
-        return Resources(self.device, str(given.resident), memory, cache)
+        return Resources(self.device, str(given.resident), memory, cache, self.directory.path)
 
     @cached_property
     def strategy(self) -> Strategy:

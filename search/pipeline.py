@@ -6,10 +6,11 @@ Everything is resumable: each step first looks for its result in the run's direc
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from local_prune.walk import VERSION
 from search.budget import Budget
 from search.components import recorded
 from search.describe import describe
-from search.evaluate import HeldOut, Metrics, streamed
+from search.evaluate import HeldOut, Metrics, difference, streamed
 from search.evaluator import GenerationEvaluator
 from search.export.card import Facts, model_card
 from search.export.check import SEQUENCES, Checked, Sample
@@ -268,10 +269,12 @@ def _evaluate(job: Job, found: Found) -> None:
     }
     with job.directory.stage("evaluate"):
         measured = (_measure_streamed if job.resources.resident == "blocks" else _measure)(job, supernets)
-    metrics: dict[str, Any] = {"dense": asdict(measured["dense"]) | {"kept": 1.0}}
+    metrics: dict[str, Any] = {"dense": measured["dense"].to_json() | {"kept": 1.0}}
     for name, supernet in supernets.items():
-        metrics[name] = asdict(measured[name]) | {"kept": supernet.space.lowest_cost / supernet.space.dense_cost}
+        kept = supernet.space.lowest_cost / supernet.space.dense_cost
+        metrics[name] = measured[name].to_json() | {"kept": kept}
     metrics |= {
+        "searched_minus_uniform": difference(measured["searched"], measured["uniform"]),
         "evaluation_tokens": job.tokens["evaluation"].ids.numel(),
         "search_forward_tokens": found.tokens,
         "stages": job.directory.costs(),
@@ -293,7 +296,7 @@ def warn_if_missed(latency: Mapping[str, Any]) -> None:
 def _measure(job: Job, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
     """The dense model and those of last rebuilds, as they will be exported."""
     text, batch = job.tokens["evaluation"], int(job.config.evaluate.batch)
-    held_out = HeldOut(job.model_on_device(), text.ids, batch, track, text.unscored)
+    held_out = HeldOut(job.model_on_device(), text.ids, batch, track, text.unscored, job.resources.teacher_targets())
     found = {"dense": held_out.dense}
     for name, supernet in supernets.items():  # one assembled model at a time
         found[name] = held_out.measure(_assembled(job, supernet), name)
@@ -366,9 +369,14 @@ def _facts(job: Job, trust: bool) -> Facts:
 
 
 def warn_if_worse(metrics: Mapping[str, Any], rule: bool) -> None:
-    """Tell the user where the allocation found, by a rule or a search, is worse than the uniform one."""
-    searched, even = (round(metrics[name]["kl_divergence"], 4) for name in ("searched", "uniform"))
-    if not searched <= even:  # also where it is not finite
+    """Tell the user where the allocation found, by a rule or a search, is worse than the uniform one, by more than chance.
+
+    That is by more than the standard error of the difference on the same sequences; one sequence proves nothing.
+    """
+    searched, even = (metrics[name]["kl_divergence"] for name in ("searched", "uniform"))
+    gap = metrics["searched_minus_uniform"]
+    error = gap["kl_divergence_error"]
+    if not math.isfinite(searched) or (error is not None and gap["kl_divergence"] > error):
         longer = "search longer (strategy.generations), or on more text (data.sequences.search)"
         advice = "use another strategy, such as guided" if rule else longer
         log.warning(

@@ -31,16 +31,27 @@ def allocation_json(space: Space, allocation: Allocation, budget: Budget, model:
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Dense, uniform and searched model side by side; `kept` is the share of the prunable parameters, or bits, that is left."""
-    lines = [f"{'':10}{'parameters':>14}{'kept':>9}{'perplexity':>13}{'KL to dense':>14}"]
+    """Dense, uniform and searched model side by side; `kept` is the share of the prunable parameters, or bits, that is left.
+
+    Behind each number that has one stands its standard error over sequences.
+    """
+    lines = [f"{'':10}{'parameters':>14}{'kept':>9}{'perplexity':>18}{'KL to dense':>20}"]
     for name in ROWS:
         row = metrics[name]
-        lines.append(
-            f"{name:10}{row['parameters']:>14,}{row['kept']:>9.1%}{row['perplexity']:>13.2f}{row['kl_divergence']:>14.4f}"
-        )
+        perplexity = _with_error(row["perplexity"], row["perplexity_error"], 2)
+        divergence = _with_error(row["kl_divergence"], row["kl_divergence_error"], 4)
+        lines.append(f"{name:10}{row['parameters']:>14,}{row['kept']:>9.1%}{perplexity:>18}{divergence:>20}")
+    gap = metrics["searched_minus_uniform"]
+    apart = _with_error(gap["kl_divergence"], gap["kl_divergence_error"], 4, sign="+")
+    lines.append(f"searched - uniform, on the same sequences: KL {apart}")
     if "latency" in metrics:
         lines.append(_latency_line(metrics["latency"]))
     return "\n".join(lines)
+
+
+def _with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
+    """A number with its standard error, where there is one: 14.05 ± 0.31."""
+    return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def _latency_line(latency: Mapping[str, Any]) -> str:

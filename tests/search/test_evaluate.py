@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from search.evaluate import HeldOut, Metrics, streamed
+from search.evaluate import HeldOut, Metrics, difference, streamed
 from search.evaluator import RESIDENT, Resources
 from supernet.architecture import parameter_count
 from supernet.assemble import assemble
@@ -83,7 +84,33 @@ def test_mixers_are_measured_too(mixer_model: PreTrainedModel, model_of: Callabl
     assert divergence > 1e-3
 
 
-def test_a_divergence_is_never_below_zero(family_model: PreTrainedModel, ids: Tensor) -> None:
-    held_out = HeldOut(family_model, ids, 5, track)
-    assert isinstance(held_out.dense, Metrics)
-    assert held_out.dense.kl_divergence >= 0 and held_out.measure(family_model, "again").kl_divergence >= 0
+@pytest.mark.parametrize("batch", [2, 5])
+def test_every_number_has_its_standard_error(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, batch: int
+) -> None:
+    """Against numbers of each sequence alone."""
+    held_out = HeldOut(family_model, ids, batch, track)
+    levels = ((1,), (2, 0, 3))
+    models = [assemble(family_model, family_supernet, one * (len(family_supernet.space.units) // len(one))) for one in levels]
+    found = [held_out.measure(model, "pruned") for model in models]
+    alone = [[by_definition(family_model, model, row[None]) for row in ids] for model in models]
+    losses, divergences = (np.array([[np.log(p) if k == 0 else d for p, d in one] for one in alone]) for k in (0, 1))
+    for one, loss, divergence in zip(found, losses, divergences, strict=True):
+        content = one.to_json()
+        assert content["perplexity_error"] == pytest.approx(content["perplexity"] * np.std(loss, ddof=1) / 5**0.5, rel=1e-3)
+        assert content["kl_divergence_error"] == pytest.approx(np.std(divergence, ddof=1) / 5**0.5, rel=1e-3)
+    apart = difference(*found)
+    assert apart["kl_divergence"] == pytest.approx((divergences[0] - divergences[1]).mean(), rel=1e-3)
+    assert apart["kl_divergence_error"] == pytest.approx(np.std(divergences[0] - divergences[1], ddof=1) / 5**0.5, rel=1e-3)
+    assert apart["log_perplexity_error"] == pytest.approx(np.std(losses[0] - losses[1], ddof=1) / 5**0.5, rel=1e-3)
+
+
+def test_one_sequence_has_no_error(family_model: PreTrainedModel, ids: Tensor) -> None:
+    found = HeldOut(family_model, ids[:1], 5, track).dense
+    assert found.to_json()["perplexity_error"] is None and difference(found, found)["kl_divergence_error"] is None
+
+
+def test_means_below_zero_are_told_and_perplexities_beyond_all_numbers_are_infinite() -> None:
+    found = Metrics(1, np.array([800.0, 900.0]), np.array([-0.5, 0.25]))
+    assert found.kl_divergence == -0.125
+    assert found.perplexity == np.inf

@@ -206,7 +206,8 @@ def test_bit_widths_change_neither_parameters_nor_flops(name: str) -> None:
 FACTS = Facts("m", "obs", "guided", False, "KlDivergence", "bfloat16", False)
 
 
-ROW = {"parameters": 1000, "perplexity": 10.0, "kl_divergence": 0.1}
+ROW = {"parameters": 1000, "perplexity": 10.0, "perplexity_error": 0.5, "kl_divergence": 0.1, "kl_divergence_error": None}
+APART = {"kl_divergence": -0.01, "kl_divergence_error": 0.002, "log_perplexity": -0.01, "log_perplexity_error": 0.002}
 
 
 def test_reports_name_what_was_limited(tiny_llama: LoadedModel) -> None:
@@ -230,17 +231,25 @@ def test_a_missed_speedup_is_flagged(caplog: pytest.LogCaptureFixture) -> None:
     assert "1.40 times as fast, not 1.5 times as asked" in caplog.text
 
 
-def test_a_search_that_lost_is_flagged(caplog: pytest.LogCaptureFixture) -> None:
-    warn_if_worse({"searched": {"kl_divergence": 0.50001}, "uniform": {"kl_divergence": 0.5}}, rule=False)
-    assert not caplog.records
-    warn_if_worse({"searched": {"kl_divergence": 0.6}, "uniform": {"kl_divergence": 0.5}}, rule=False)
-    assert "(KL 0.6 and 0.5): search longer (strategy.generations)" in caplog.text
-    warn_if_worse({"searched": {"kl_divergence": math.nan}, "uniform": {"kl_divergence": 0.5}}, rule=True)
-    assert "(KL nan and 0.5): use another strategy" in caplog.text
+@pytest.mark.parametrize(
+    ("searched", "error", "lost"),
+    [(0.52, 0.03, False), (0.52, 0.01, True), (0.52, None, False), (0.48, 0.001, False), (math.nan, math.nan, True)],
+)
+def test_a_search_that_lost_by_more_than_the_error_is_flagged(
+    searched: float, error: float | None, lost: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    apart = {"kl_divergence": searched - 0.5, "kl_divergence_error": error}
+    metrics = {"searched": {"kl_divergence": searched}, "uniform": {"kl_divergence": 0.5}, "searched_minus_uniform": apart}
+    warn_if_worse(metrics, rule=False)
+    warn_if_worse(metrics, rule=True)
+    advice = ["search longer (strategy.generations)", "use another strategy"] if lost else []
+    assert len(caplog.messages) == len(advice)
+    for message, words in zip(caplog.messages, advice, strict=True):
+        assert f"(KL {searched:g} and 0.5): {words}" in message
 
 
 def test_a_measured_speedup_is_told() -> None:
-    rows = {name: ROW | {"kept": 0.5} for name in ("dense", "uniform", "searched")}
+    rows = {name: ROW | {"kept": 0.5} for name in ("dense", "uniform", "searched")} | {"searched_minus_uniform": APART}
     measured = {"speedup": 1.482, "asked": 1.45, "promised": 1.5}
     measured |= {"searched_seconds": 0.0135, "dense_seconds": 0.02, "device": "A CPU"}
     request = {"batch": 2, "prompt": 512, "generated": 64}
@@ -248,3 +257,6 @@ def test_a_measured_speedup_is_told() -> None:
     times = "0.0135 instead of 0.02 s for 2 x 512 + 64 tokens on A CPU"
     assert last == f"1.48 times as fast as dense (1.45 asked for, 1.50 expected): {times}"
     assert "times as fast" not in metrics_table(rows)
+    lines = metrics_table(rows).splitlines()
+    assert lines[3].endswith("10.00 ± 0.50              0.1000")
+    assert lines[4] == "searched - uniform, on the same sequences: KL -0.0100 ± 0.0020"
