@@ -49,9 +49,13 @@ class Case:
     sparse: bool = False  # half of the model's weights are 0 already
     seed: int = 1  # such that no two weights are so close to a tie that last bits, which differ between CPUs, decide
     how: dict[str, Any] = field(default_factory=dict)  # options of `built`
+    changes: dict[str, Any] = field(default_factory=dict)  # of the model's configuration
 
 
 RESIDUAL = {"fit": "residual"}
+HEADS = {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 4}
+LEVELS = {"kept": (0.9, 0.75, 0.6, 0.45, 0.3, 0.15)}  # a ranking shows in the levels alone
+RANKING = {"how": LEVELS, "changes": HEADS}
 LLAMA = {"hidden_size": 32, "intermediate_size": 48}
 SMALL: dict[str, dict[str, Any]] = {
     "llama": LLAMA | {"num_hidden_layers": 2},
@@ -62,18 +66,18 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 CASES = {
     "obs": Case(ObsPruner(multiple=8), how=RESIDUAL),
-    "obs, first order": Case(ObsPruner(first_order=1.0, multiple=8)),
+    "obs, first order": Case(ObsPruner(first_order=1.0, multiple=8), **RANKING),
     "obs, query heads": Case(ObsPruner(multiple=8, query_heads=True), how={"fit": "dense"}),
     "obs, gemma2": Case(ObsPruner(multiple=8), "gemma2", how=RESIDUAL),
     "obs, gpt2": Case(ObsPruner(multiple=8), "gpt2", how=RESIDUAL),
-    "magnitude_sp": Case(MagnitudeMembersPruner(8)),
-    "wanda_sp": Case(WandaSpPruner(8)),
-    "flap": Case(FlapPruner(8)),
+    "magnitude_sp": Case(MagnitudeMembersPruner(8), **RANKING),
+    "wanda_sp": Case(WandaSpPruner(8), **RANKING),
+    "flap": Case(FlapPruner(8), **RANKING),
     "flap, no biases before": Case(FlapPruner(8), "llama"),
-    "taylor": Case(TaylorPruner(8)),
+    "taylor": Case(TaylorPruner(8), **RANKING),
     "taylor, query heads": Case(TaylorPruner(8, query_heads=True)),
-    "amp": Case(AmpPruner(8)),
-    "bonsai": Case(BonsaiPruner(8, samples=16, drop=0.2)),
+    "amp": Case(AmpPruner(8), **RANKING),
+    "bonsai": Case(BonsaiPruner(8, samples=16, drop=0.2), **RANKING),
     "magnitude": Case(MagnitudePruner()),
     "magnitude, 2:4": Case(MagnitudePruner("2:4")),
     "wanda": Case(WandaPruner()),
@@ -107,7 +111,7 @@ def tiny_model(model_of: Callable[..., PreTrainedModel], case: Case, disturbed: 
         case: What it is for.
         disturbed: Relative change of each weight, for finding seeds that are far from ties.
     """
-    model, random = model_of(case.family, **SMALL[case.family]), np.random.RandomState(case.seed)
+    model, random = model_of(case.family, **SMALL[case.family], **case.changes), np.random.RandomState(case.seed)
     for name, parameter in model.named_parameters():
         value = random.standard_normal(parameter.shape) * 0.2 + float("norm" in name or ".ln_" in name)
         if case.sparse and "proj" in name:
