@@ -9,6 +9,7 @@ that meets the budget. The study is made anew in every generation, from what the
 from __future__ import annotations
 
 import json
+import re
 import time
 import warnings
 from collections import defaultdict
@@ -36,6 +37,8 @@ SMALLEST = {"tpe": 1, "cmaes": 4, "nsga2": 2}  # number of trials in a generatio
 BATCHES = 20  # of proposals without a new allocation, in a row, before the space counts as exhausted
 HALVINGS = 60  # of the interval that a curve's shift lies in
 CMA_GENERATION, CMA_OPTIMIZER = "cma:generation", "cma:optimizer"  # what CmaEsSampler keeps in a trial
+# What samplers note that a checkpoint may hold: the generation of a trial, and the trials that are a generation's parents.
+GENERATION, PARENTS = re.compile(r"\w+:generation"), re.compile(r"\w+:(parent|population)(:\w+)*")
 
 Trial = dict[str, Any]  # params: a number for each knot; allocation: as in history.parquet; value; attrs: of the sampler
 
@@ -147,13 +150,13 @@ class OptunaStudy:
             optuna.logging.set_verbosity(verbosity)
         # What a sampler notes in the study: the parents of NSGA-II's generations, by the numbers of their trials.
         memory = storage.get_study_system_attrs(storage.get_study_id_from_name(study.study_name))
-        return proposed, json.loads(json.dumps(memory))
+        return proposed, of_study(json.loads(json.dumps(memory)))
 
     def _trial(self, curves: Curves, trial: FrozenTrial) -> Trial:
         """A trial that was asked for, without its value."""
         params = [float(trial.params[name]) for name in curves.names]
         # What it is of the sampler's generations; not the optimizer of CMA-ES, a pickle: see `_rebuilt`.
-        attrs = {key: value for key, value in trial.system_attrs.items() if key.endswith(":generation")}
+        attrs = of_trial(trial.system_attrs)
         return {"params": params, "allocation": _text(curves.allocation(np.array(params))), "attrs": attrs}
 
     def _sampler(self, seed: int) -> BaseSampler:
@@ -164,6 +167,23 @@ class OptunaStudy:
             if self.sampler == "cmaes":
                 return CmaEsSampler(seed=seed, popsize=self.offspring)
             return NSGAIISampler(seed=seed, population_size=self.offspring)
+
+
+def of_trial(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """What may go into a checkpoint and out of it again of a trial's attributes: the sampler's generation, a whole number.
+
+    Optuna unpickles what CMA-ES keeps in other attributes, and whoever can write a checkpoint could run code that way.
+    """
+    return {key: value for key, value in attrs.items() if GENERATION.fullmatch(key) and type(value) is int}
+
+
+def of_study(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a study's attributes: the numbers of trials."""
+    return {key: value for key, value in attrs.items() if PARENTS.fullmatch(key) and _are_numbers(value)}
+
+
+def _are_numbers(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, list) and all(map(_are_numbers, value)))
 
 
 def _rebuilt(
@@ -179,11 +199,11 @@ def _rebuilt(
     pickle. Pickles have no place in a checkpoint, so it is asked again here, behind each generation, for what it would have kept.
     """
     study = optuna.create_study(storage=storage, study_name="search", sampler=sampler)
-    for key, value in memory.items():
+    for key, value in of_study(memory).items():
         storage.set_study_system_attr(storage.get_study_id_from_name(study.study_name), key, value)
     generation = None
     for trial in trials:
-        attrs = dict(trial["attrs"])
+        attrs = of_trial(trial["attrs"])
         before, generation = generation, attrs.get(CMA_GENERATION)
         if before is not None and generation != before:
             asked = study.ask(distributions)

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import pickle
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,17 @@ from hypothesis import strategies as st
 from search.budget import Budget, Limit, costs_of
 from search.knapsack import uniform
 from search.strategies.base import Problem
-from search.strategies.optuna_study import SAMPLERS, SMALLEST, Curves, OptunaStudy, interpolation, kind_of, shifted
+from search.strategies.optuna_study import (
+    SAMPLERS,
+    SMALLEST,
+    Curves,
+    OptunaStudy,
+    interpolation,
+    kind_of,
+    of_study,
+    of_trial,
+    shifted,
+)
 from supernet.errors import InputError
 from supernet.space import Allocation, Level, Space, Unit
 from tests.search.synthetic import (
@@ -172,6 +184,43 @@ class TestSearch:
         states, rows = run(strategy, Problem(problem.space, problem.budget, problem.start, Broken(problem.space, **EVALUATOR)))
         assert any(np.isnan(row.fitness) for row in rows)
         assert np.isfinite(states[-1].fitness)
+
+
+class Payload:
+    """What a pickle runs when it is read: it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+class TestHostileCheckpoint:
+    """Whoever can write a checkpoint must not be able to run code: Optuna unpickles what CMA-ES keeps in a trial."""
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    @pytest.mark.parametrize("key", ["cma:optimizer:0", "cma:optimizer", "sepcma:optimizer:0", "cma:n_dims:optimizer:0"])
+    def test_pickles_in_a_checkpoint_are_not_read(self, problem: Problem, tmp_path: Path, sampler: str, key: str) -> None:
+        strategy = OptunaStudy(3, 6, 60, sampler)
+        states, _ = run(strategy, problem)
+        marker = tmp_path / "code ran"
+        pickled = pickle.dumps(Payload(marker)).hex()
+        whole = states[2]
+        trials = [trial | {"attrs": trial["attrs"] | {key: pickled}} for trial in whole.memory["trials"]]
+        hostile = replace(whole, memory=whole.memory | {"trials": trials, "study": whole.memory["study"] | {key: pickled}})
+        after, _ = strategy.advance(problem, through_json(hostile))
+        assert not marker.exists()
+        assert [trial["value"] for trial in after.memory["trials"]] == [trial["value"] for trial in states[3].memory["trials"]]
+        pickle.loads(bytes.fromhex(pickled))
+        assert marker.exists()  # it would have
+
+    def test_only_numbers_of_a_sampler_go_back_into_optuna(self) -> None:
+        good = {"cma:generation": 3, "NSGAIISampler:generation": 0}
+        bad = {"cma:generation:x": 1, "cma:optimizer:0": 1, "x:generation": "80", "y:generation": [1], "z:generation": True}
+        assert of_trial(good | bad) == good
+        numbers = {"NSGAIISampler:parent:1": [1, 2], "nsga2:population": [1, [2, 3]]}
+        assert of_study(numbers | {"NSGAIISampler:parent:2": ["80"], "cma:optimizer:0": [1], "a:parent:1": {"b": 1}}) == numbers
 
 
 class TestCurves:
