@@ -18,9 +18,9 @@ from filelock import FileLock, Timeout
 from search.costs import CostTable
 from search.errors import reason
 from search.strategies.base import Row, State
+from supernet.atomic import write_atomic
 from supernet.errors import InputError
 from supernet.space import Space
-from supernet.store import write_atomic
 from supernet.uses import note_use
 
 SETTINGS = "checkpoint/settings.json"

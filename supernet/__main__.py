@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not given.command(given):
             sys.exit(1)
     except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        from supernet.folders import plain
+
+        print(f"error: {plain(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -55,35 +58,41 @@ def _parser() -> argparse.ArgumentParser:
 def _ls(given: argparse.Namespace) -> bool:
     from supernet.listing import listing
 
-    print(listing(given.path.resolve()))
-    return True
+    lines, well = listing(given.path.resolve())
+    print(lines)
+    return well
 
 
 def _verify(given: argparse.Namespace) -> bool:
     from supernet.inspection import verify
 
-    all_well = True
-    for line, well in verify(given.path.resolve()):
-        print(line, flush=True)
-        all_well &= well
-    return all_well
+    return _told(verify(given.path.resolve()))
 
 
 def _size(given: argparse.Namespace) -> bool:
     from supernet.inspection import sizes
 
-    print("\n\n".join(sizes(given.path.resolve())))
-    return True
+    return _told(sizes(given.path.resolve()), between="\n")
 
 
 def _gc(given: argparse.Namespace) -> bool:
     from supernet.removal import collect
 
-    for line in collect(given.path.resolve(), given.dry_run):
-        print(line, flush=True)
-    return True
+    return _told(collect(given.path.resolve(), given.dry_run))
+
+
+def _told(lines: Iterable[tuple[str, bool]], between: str = "") -> bool:
+    """Print what is told of each supernet at once; whether all are well."""
+    all_well, before = True, ""
+    for line, well in lines:
+        print(f"{before}{line}", flush=True)
+        all_well, before = all_well and well, between
+    return all_well
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no umlauts must not end in a traceback
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as other tools: `... | head` ends it without a word
     main()

@@ -6,29 +6,51 @@ A full disk or a read-only folder is an InputError, and what was there before st
 from __future__ import annotations
 
 import os
+import platform
 import re
+import secrets
+import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+
+import xxhash
 
 from supernet.errors import InputError
 
-TEMPORARY = re.compile(r"\..+\.(\d{1,9})\.tmp")  # with the process that writes it
+# The name of a temporary file says where its process ran, and which one it was; a random part keeps it apart from all others.
+TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d{1,10})-[0-9a-f]{8}\.tmp")
+ABANDONED = 24 * 3600.0  # seconds after which a file of another machine is left behind: no write takes that long
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; a full disk or a read-only folder is an InputError and leaves nothing behind."""
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_place()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:  # also Ctrl-C
+            with suppress(OSError):  # a read-only file system refuses to remove even what is not there
+                temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        with suppress(OSError):  # a read-only file system refuses to remove even what is not there
-            temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was renamed in a folder survive a power failure, where the file system knows how to."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:
@@ -40,15 +62,47 @@ def make_folder(path: Path) -> None:
 
 
 def left_behind(folder: Path) -> list[Path]:
-    """Temporary files in a folder whose process is no more: nothing reads them, and nothing will finish them."""
-    files = folder.iterdir() if folder.is_dir() else ()
-    return sorted(file for file in files if (match := TEMPORARY.fullmatch(file.name)) and not _is_alive(int(match[1])))
+    """Temporary files in a folder that nothing will finish: of a process here that is no more, or of long ago.
+
+    Links are not followed. Whether a process of another machine or container still runs cannot be seen from here.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        files = [entry for entry in entries if TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)]
+    return sorted(Path(entry.path) for entry in files if _is_abandoned(entry))
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that dead processes left in a folder, where that is possible."""
+    with suppress(OSError):
+        for file in left_behind(folder):
+            file.unlink(missing_ok=True)
+
+
+def _is_abandoned(entry: os.DirEntry[str]) -> bool:
+    match = TEMPORARY.fullmatch(entry.name)
+    assert match is not None
+    if match[1] == _place() and not _is_alive(int(match[2])):
+        return True
+    with suppress(FileNotFoundError):
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED
+    return False
+
+
+@cache
+def _place() -> str:
+    """Tells this machine, since it was started, and this container from all others: a process number says nothing elsewhere."""
+    parts = [platform.node()]
+    with suppress(OSError):  # where there is no such thing, the name will do
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return xxhash.xxh32_hexdigest("\n".join(parts).encode())
 
 
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # another user's
         return True

@@ -1,13 +1,14 @@
 """Supernet folders as they lie on disk, for those who look after them: which are ours, in what state, and who uses them.
 
-Nothing here needs torch, changes anything or trusts what it finds: a folder may be damaged, of an older format, or no supernet.
+Nothing here needs torch, changes anything, follows a link or trusts what it finds: a folder may be damaged, of an older format,
+or no supernet.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,11 +20,13 @@ from filelock import FileLock, Timeout
 
 from supernet.atomic import TEMPORARY
 from supernet.errors import InputError
-from supernet.manifest import FORMAT, LOCK, MANIFEST, UNITS, check_size, read_manifest, unit_path
+from supernet.manifest import FORMAT, LOCK, MANIFEST, UNIT_NAME, UNITS, check_size, read_manifest, unit_path
 from supernet.space import Space
 from supernet.uses import USES, Use, uses_of
 
 NAME = re.compile(r"[0-9a-f]{16}")  # of a supernet's folder
+UNIT_FILE = re.compile(rf"{UNIT_NAME.pattern}\.safetensors")
+USE_FILE = re.compile(r"[0-9a-f]{16}\.json")
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """Of the folder."""
-        return self.path.name
+        """Of the folder, as it can be printed."""
+        return plain(self.path.name)
 
     @cached_property
     def space(self) -> Space:
@@ -69,8 +72,8 @@ class Folder:
         return "complete" if self.manifest and self.built == len(self.space.units) else "unfinished"
 
     def label(self, key: str) -> str:
-        """What the one who made the supernet calls something; nothing where that is not known."""
-        return str(self.manifest["labels"].get(key, "")) if self.manifest else ""
+        """What the one who made the supernet calls something, as it can be printed; nothing where that is not known."""
+        return plain(str(self.manifest["labels"].get(key, ""))) if self.manifest else ""
 
     @cached_property
     def bytes(self) -> int:
@@ -85,9 +88,12 @@ class Folder:
     @property
     def last_used(self) -> datetime:
         """When a run opened it last, or when it was last written."""
-        noted = [use.last_used for use in uses_of(self.path)]
-        file = self.path / MANIFEST
-        return noted[0] if noted else datetime.fromtimestamp((file if file.exists() else self.path).stat().st_mtime, UTC)
+        if noted := uses_of(self.path):
+            return noted[0].last_used
+        for written in (self.path / MANIFEST, self.path):
+            with suppress(OSError):
+                return datetime.fromtimestamp(written.lstat().st_mtime, UTC)
+        return datetime.fromtimestamp(0, UTC)  # it was removed meanwhile
 
 
 def supernet_folders(path: Path) -> list[Path]:
@@ -112,16 +118,17 @@ def inspect(path: Path) -> Folder:
         for name, entry in manifest["units"].items() if manifest else ():
             check_size(unit_path(path, name), entry["bytes"])
     except InputError as error:
-        return Folder(path, FORMAT, manifest, str(error))
+        return Folder(path, FORMAT, manifest, plain(str(error)))
     return Folder(path, FORMAT, manifest, None)
 
 
 def is_locked(path: Path) -> bool:
     """Whether a living process builds this supernet."""
-    if not (path / LOCK).exists():
+    lock = path / LOCK
+    if lock.is_symlink() or not lock.is_file():  # to open what a link points at would change it
         return False
     try:
-        with FileLock(path / LOCK, timeout=0):
+        with FileLock(lock, timeout=0):
             return False
     except Timeout:
         return True
@@ -134,24 +141,55 @@ def size_of(path: Path) -> int:
     total = 0
     for folder, _, names in os.walk(path):
         for name in names:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 total += os.lstat(os.path.join(folder, name)).st_size
     return total
 
 
-def like_one(path: Path) -> bool:
-    """Whether there is nothing in a folder but what a supernet has."""
-    known = (MANIFEST, LOCK, UNITS, USES)
-    return all(file.name in known or TEMPORARY.fullmatch(file.name) for file in path.iterdir())
+def foreign(path: Path) -> Path | None:
+    """The first thing in a folder that no supernet has, by its name and its type, at any depth; None where all is ours."""
+    with suppress(FileNotFoundError):  # removed meanwhile
+        return next(_foreign(path), None)
+    return None
+
+
+def _foreign(path: Path) -> Iterator[Path]:
+    for entry in _entries(path):
+        inner = {UNITS: UNIT_FILE, USES: USE_FILE}.get(entry.name)
+        if inner is None:
+            if entry.name not in (MANIFEST, LOCK) and not TEMPORARY.fullmatch(entry.name) or not is_plain_file(entry):
+                yield Path(entry.path)
+        elif not entry.is_dir(follow_symlinks=False):
+            yield Path(entry.path)
+        else:
+            for file in _entries(Path(entry.path)):
+                if not (inner.fullmatch(file.name) or TEMPORARY.fullmatch(file.name)) or not is_plain_file(file):
+                    yield Path(file.path)
+
+
+def _entries(path: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(path) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def is_plain_file(entry: os.DirEntry[str]) -> bool:
+    """No folder, link, pipe or device."""
+    return entry.is_file(follow_symlinks=False)
+
+
+def plain(text: str) -> str:
+    """Text without line breaks, escape sequences and what no terminal shows: names and labels may be anybody's."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder is a supernet: by its manifest, or, where that is missing or damaged, by its name and what is in it."""
-    if not path.is_dir() or path.is_symlink() or path.name.startswith("."):
+    """Whether a folder is a supernet: by its manifest, or, where none can be read, by its name and all that is in it."""
+    if path.is_symlink() or not path.is_dir() or path.name.startswith("."):
         return False
-    try:
+    with suppress(InputError):
         if read_manifest(path) is not None:
             return True
-    except InputError:
-        pass
-    return bool(NAME.fullmatch(path.name)) and any(path.iterdir()) and like_one(path)
+    try:
+        return bool(NAME.fullmatch(path.name)) and any(path.iterdir()) and foreign(path) is None
+    except OSError:  # not for us to look at, which is told: see `inspect`
+        return bool(NAME.fullmatch(path.name))

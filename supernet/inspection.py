@@ -8,7 +8,7 @@ from pathlib import Path
 
 from supernet.encoding import count
 from supernet.errors import InputError
-from supernet.folders import Folder, inspect, supernet_folders
+from supernet.folders import Folder, inspect, plain, supernet_folders
 from supernet.listing import readable, table
 from supernet.manifest import FORMAT, damaged
 from supernet.prunables import BITS, WEIGHTS
@@ -31,7 +31,7 @@ def verify(path: Path) -> Iterator[tuple[str, bool]]:
             problems = _problems(Supernet(folder.path, folder.manifest))
         more = f" (and {len(problems) - 1} more units are damaged)" if len(problems) > 1 else ""
         units = f"{folder.built} of {len(folder.space.units)} units" if folder.manifest else "nothing is built yet"
-        line = f"damaged: {problems[0]}{more}" if problems else f"ok, {units}, {readable(folder.bytes)}"
+        line = f"damaged: {plain(problems[0])}{more}" if problems else f"ok, {units}, {readable(folder.bytes)}"
         yield f"{folder.name}: {line}", not problems
 
 
@@ -60,25 +60,24 @@ def _check(supernet: Supernet, index: int) -> None:
             raise damaged(file.path, f"level {level} keeps {kept} and not {unit.levels[level].kept}")
 
 
-def sizes(path: Path) -> Iterator[str]:
-    """For each supernet a table of bytes by unit and level, and totals by kind of unit and altogether."""
+def sizes(path: Path) -> Iterator[tuple[str, bool]]:
+    """For each supernet a table of bytes by unit and level, totals by kind of unit and altogether, and whether it is whole."""
     for folder in map(inspect, supernet_folders(path)):
-        yield f"{folder.name}: {_sizes(folder)}"
+        try:
+            told, well = (folder.damage, False) if folder.damage else (_sizes(folder), True)
+        except InputError as error:
+            told, well = plain(str(error)), False
+        yield f"{folder.name}: {told}", well
 
 
 def _sizes(folder: Folder) -> str:
     if folder.format != FORMAT:
         return f"{readable(folder.bytes)} of format {folder.format}, which this version does not read"
-    if folder.damage:
-        return folder.damage
     if not folder.manifest or not folder.built:
         return "nothing is built yet"
     supernet = Supernet(folder.path, folder.manifest)
     built = [unit for unit in folder.space.units if supernet.has(unit.name)]
-    try:
-        by_unit = {unit: _bytes_by_column(supernet.unit_file(unit.name)) for unit in built}
-    except InputError as error:
-        return str(error)
+    by_unit = {unit: _bytes_by_column(supernet.unit_file(unit.name)) for unit in built}
     by_kind: dict[str, int] = defaultdict(int)
     for unit, found in by_unit.items():
         by_kind[unit.kind] += sum(found.values())
@@ -102,7 +101,7 @@ def _bytes_by_column(file: UnitFile) -> dict[int, int]:
     found = {HEADER: file.header_bytes}
     for tensor, size in file.sizes.items():
         level, dot, _ = tensor.partition(".")
-        column = int(level) if dot else SHARED
+        column = int(level) if dot and level.isdecimal() else SHARED
         found[column] = found.get(column, 0) + size
     return found
 

@@ -9,12 +9,13 @@ from supernet.folders import Folder, inspect, supernet_folders
 
 HEADER = ("supernet", "model", "method", "units", "levels", "sparsity", "size", "last used", "runs", "state")
 NUMBERS = (3, 4, 5, 6, 8)  # columns of the table
+WIDEST = 60  # letters of a label
 
 
-def listing(path: Path) -> str:
-    """A line a supernet, the one that was used last first."""
+def listing(path: Path) -> tuple[str, bool]:
+    """A line a supernet, the one that was used last first, and whether none is damaged."""
     folders = sorted(map(inspect, supernet_folders(path)), key=lambda folder: folder.last_used, reverse=True)
-    return table([HEADER, *map(_row, folders)], NUMBERS)
+    return table([HEADER, *map(_row, folders)], NUMBERS), not any(folder.damage for folder in folders)
 
 
 def _row(folder: Folder) -> tuple[str, ...]:
@@ -23,8 +24,8 @@ def _row(folder: Folder) -> tuple[str, ...]:
     sparsities = [round(100 * unit.sparsity(level)) for unit in units for level in range(1, len(unit.levels))]
     return (
         folder.name,
-        folder.label("model") or "-",
-        folder.label("method") or "-",
+        shortened(folder.label("model")) or "-",
+        shortened(folder.label("method")) or "-",
         f"{folder.built}/{len(units) or '?'}",
         spread(levels),
         f"{spread(sparsities)} %" if sparsities else "-",
@@ -38,6 +39,11 @@ def _row(folder: Folder) -> tuple[str, ...]:
 def spread(numbers: Sequence[int]) -> str:
     """The smallest and the largest, or the number that all are."""
     return "-" if not numbers else "-".join(map(str, sorted({min(numbers), max(numbers)})))
+
+
+def shortened(label: str) -> str:
+    """A label that leaves room for the other columns."""
+    return label if len(label) <= WIDEST else f"{label[: WIDEST - 3]}..."
 
 
 def readable(size: int) -> str:

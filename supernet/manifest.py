@@ -1,13 +1,15 @@
 """A supernet's manifest: what its candidates depend on, and which units it holds. No torch here: `ls` answers at once.
 
 `format`, `description` and `space` are what candidates depend on; their hash, the fingerprint, names the folder. `labels` are for
-people and part of no identity. An entry of `units` has the size of the unit's file and the checksum of its header, which has the
-checksums of all its tensors: whatever is read of a supernet is verified along this chain.
+people and part of no identity. An entry of `units` has the size of the unit's file, the checksum of its header, which has the
+checksums of all its tensors, and what the build noted of it (errors that searches decide by, seconds). A checksum over the whole
+manifest covers all this: whatever is read of a supernet is verified along this chain.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,13 @@ from typing import Any
 import xxhash
 
 from supernet.errors import InputError
-from supernet.space import Space
+from supernet.records import WRONG, UnreadableError, read_json, verified, write_record
+from supernet.space import Space, Unit
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST, LOCK, UNITS = "manifest.json", ".lock", "units"  # in a supernet's folder
+MOST = 1 << 24  # bytes of a manifest: one of a thousand units with twenty levels has less than a tenth of that
+UNIT_NAME = re.compile(r"\w[\w.\-]{0,199}")  # names a file: it leads nowhere else, and prints as it is
 
 
 def new_manifest(space: Space, description: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,33 +44,55 @@ def unit_path(folder: Path, name: str) -> Path:
     return folder / UNITS / f"{name}.safetensors"
 
 
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Put a manifest in the place of the one that is there."""
+    write_record(folder / MANIFEST, manifest)
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a supernet's folder says of itself, in this or another format; None if nothing, InputError if that is damaged."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-        if manifest["fingerprint"] != fingerprint_of(manifest):
-            raise damaged(path, "its settings do not match its fingerprint")
-        if int(manifest["format"]) == FORMAT:
-            _check(path, manifest)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(path, f"unreadable ({error})") from error
-    return dict(manifest)
+        content = read_json(path, MOST)
+        if content is None:
+            return None
+        if content["fingerprint"] != fingerprint_of(content):
+            raise UnreadableError("its settings do not match its fingerprint")
+        if type(content["format"]) is not int:
+            raise UnreadableError("its format is no number")
+        if content["format"] != FORMAT:
+            return dict(content)
+        manifest = verified(content)
+        _check(manifest)
+    except UnreadableError as error:
+        raise damaged(path, str(error)) from error
+    except WRONG as error:
+        raise damaged(path, f"it is no manifest ({type(error).__name__}: {str(error)[:200]})") from error
+    return manifest
 
 
-def _check(path: Path, manifest: Mapping[str, Any]) -> None:
-    """InputError where what the fingerprint does not cover cannot be right; the checksums of the entries come to light later."""
-    known = {unit["name"] for unit in manifest["space"]}
+def _check(manifest: Mapping[str, Any]) -> None:
+    """UnreadableError where a value cannot be right, whoever wrote it: a checksum says only that it was written so."""
+    units = {unit.name: unit for unit in Space.from_json(manifest["space"]).units}
+    for name in units:
+        if not UNIT_NAME.fullmatch(name):
+            raise UnreadableError(f"a unit is called {name[:200]!r}, which names no file of a supernet")
     for name, entry in manifest["units"].items():
-        sizes = entry["bytes"], entry["header"]
-        if name not in known or any(type(size) is not int or size < 1 for size in sizes) or type(entry["checksum"]) is not str:
-            raise damaged(path, f"the entry of {name} is not whole, or not of its space")
+        if name not in units or not _is_whole(entry, units[name]):
+            raise UnreadableError(f"the entry of {name[:200]!r} is not whole, or not of its space")
     if not isinstance(manifest["labels"], dict):
-        raise damaged(path, "its labels are none")
+        raise UnreadableError("its labels are none")
+
+
+def _is_whole(entry: Mapping[str, Any], unit: Unit) -> bool:
+    """Whether an entry says of a unit what it must, and errors are one number for each level but the dense one."""
+    sizes, errors = (entry["bytes"], entry["header"]), entry.get("errors")
+    if any(type(size) is not int or size < 1 for size in sizes) or sizes[1] > sizes[0] or type(entry["checksum"]) is not str:
+        return False
+    if errors is None:
+        return True
+    numbers = isinstance(errors, list) and all(type(one) in (int, float) and not one < 0 for one in errors)
+    return numbers and len(errors) == len(unit.levels) - 1
 
 
 def check_size(path: Path, size: int) -> None:
@@ -81,6 +108,6 @@ def check_size(path: Path, size: int) -> None:
 
 
 def damaged(path: Path, why: str) -> InputError:
-    """What to do about a file of a supernet that is not as it was written."""
-    folder = path.parent.parent if path.parent.name == UNITS else path.parent  # the whole supernet: its manifest names the file
+    """What to do about a file of a supernet, its manifest or a unit's, that is not as it was written."""
+    folder = path.parent if path.name == MANIFEST else path.parent.parent  # the whole supernet: its manifest names the file
     return InputError(f"the supernet file {path} is damaged: {why}; delete the folder {folder} and build again")

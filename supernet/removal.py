@@ -1,11 +1,13 @@
 """`python -m supernet gc`: takes away what no run refers to, and what killed processes left.
 
-A supernet that is being built stays, and so does everything that is not ours. What goes is renamed first, so that a kill in
-between leaves nothing that could be taken for a whole supernet; the next call takes away the rest.
+A supernet that is being built stays, and so does everything that is not ours: a supernet with one foreign thing anywhere in it is
+left as it is, and no link is followed. What goes is renamed first, so that a kill in between leaves nothing that could be taken
+for a whole supernet; the next call takes away the rest.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,35 +17,42 @@ from filelock import FileLock, Timeout
 
 from supernet.atomic import left_behind
 from supernet.errors import InputError
-from supernet.folders import Folder, inspect, is_locked, like_one, size_of, supernet_folders
+from supernet.folders import Folder, foreign, inspect, is_locked, plain, size_of, supernet_folders
 from supernet.listing import readable
 from supernet.manifest import FORMAT, LOCK, UNITS
-from supernet.uses import USES, uses_of
+from supernet.uses import USES, unreadable_uses, uses_of
 
 REMOVED = ".removed"  # how the name of a folder ends that is on its way out; it starts with a dot
+HALF_REMOVED = re.compile(r"\.[0-9a-f]{16}\.removed")  # of a supernet under the name that it was made with
 
 
-def collect(path: Path, dry_run: bool) -> Iterator[str]:
-    """Do it, or only look: a line for each thing that goes, and one for what that comes to."""
+def collect(path: Path, dry_run: bool) -> Iterator[tuple[str, bool]]:
+    """Do it, or only look: a line for each thing that goes and one for what that comes to, and whether all went well."""
     remove, free = ("would remove", "would free") if dry_run else ("removed", "freed")
     freed = stay = 0
     rests = _half_removed(path)
     for rest in rests:
         size = _remove(rest, dry_run) or 0
         freed += size
-        yield f"{remove} {rest.name}: an interrupted gc left it ({readable(size)})"
+        yield f"{remove} {plain(rest.name)}: an interrupted gc left it ({readable(size)})", True
     for folder in _supernets(path, or_none=bool(rests)):
+        name = plain(folder.name)
         try:
-            reason, size = _tidied(folder, dry_run)
+            reason, kept, size = _tidied(folder, dry_run)
         except Timeout:
-            reason, size = "", 0
-            yield f"kept {folder.name}: it is being built"
+            reason, kept, size = "", "it is being built", 0
+        except (InputError, OSError) as error:  # the others are none the worse for it
+            stay += 1
+            yield f"kept {name}: {plain(str(error))}", False
+            continue
         if reason:
-            yield f"{remove} {folder.name}: {reason} ({readable(size)})"
-        elif size:
-            yield f"{remove} temporary files of killed processes in {folder.name} ({readable(size)})"
+            yield f"{remove} {name}: {reason} ({readable(size)})", True
+        elif kept:
+            yield f"kept {name}: {kept}", True
+        if size and not reason:
+            yield f"{remove} temporary files of killed processes in {name} ({readable(size)})", True
         freed, stay = freed + size, stay + (not reason)
-    yield f"{free} {readable(freed)}; supernets that stay: {stay}"
+    yield f"{free} {readable(freed)}; supernets that stay: {stay}", True
 
 
 def _supernets(path: Path, or_none: bool) -> list[Path]:
@@ -56,20 +65,25 @@ def _supernets(path: Path, or_none: bool) -> list[Path]:
 
 
 def _half_removed(path: Path) -> list[Path]:
-    """What an earlier call renamed but did not come to remove, in or beside `path`."""
-    pattern = f".*{REMOVED}"
-    found = [*path.glob(pattern), *path.parent.glob(f".{path.name}{REMOVED}")]
-    return sorted(folder for folder in found if folder.is_dir() and not folder.is_symlink() and like_one(folder))
+    """What an earlier call renamed but did not come to remove, in or beside `path`: nothing but what a supernet has."""
+    found = [*path.glob(f".*{REMOVED}"), *path.parent.glob(f".{path.name}{REMOVED}")] if path.is_dir() else []
+    folders = sorted(folder for folder in found if folder.is_dir() and not folder.is_symlink() and foreign(folder) is None)
+    return [folder for folder in folders if HALF_REMOVED.fullmatch(folder.name) or any(folder.iterdir())]
 
 
-def _tidied(folder: Path, dry_run: bool) -> tuple[str, int]:
-    """Why a supernet goes, or nothing where it stays, and how much goes of it; Timeout where it is being built."""
+def _tidied(folder: Path, dry_run: bool) -> tuple[str, str, int]:
+    """Why a supernet goes, or why it stays where that is worth a line, and the bytes that go; Timeout where it is being built."""
+    if (stranger := foreign(folder)) is not None:  # not even temporary files: who knows what they are here
+        return "", f"{plain(str(stranger.relative_to(folder)))} in it is not ours", 0
     with _nobody_builds(folder, dry_run):
         reason = _why_useless(inspect(folder))
+        if reason and (records := unreadable_uses(folder)):
+            record = f"{USES}/{records[0].name}"
+            return "", f"a run may refer to it, but its record {record} is damaged; delete that file if none does", 0
         if not reason:
-            return "", _sweep(folder, dry_run)
+            return "", "", _sweep(folder, dry_run)
         size = _remove(folder, dry_run)
-        return (reason, size) if size is not None else ("", 0)
+        return (reason, "", size) if size is not None else ("", "", 0)
 
 
 @contextmanager
@@ -94,8 +108,6 @@ def _nobody_builds(folder: Path, dry_run: bool) -> Iterator[None]:
 
 
 def _why_useless(supernet: Folder) -> str:
-    if not like_one(supernet.path):
-        return ""  # somebody keeps other files there
     if supernet.format > FORMAT or supernet.uses:  # a newer version may use it, and note that in another way
         return ""
     if supernet.format < FORMAT:
@@ -104,13 +116,14 @@ def _why_useless(supernet: Folder) -> str:
 
 
 def _remove(folder: Path, dry_run: bool) -> int | None:
-    """Remove a folder; the bytes that it had. None where it stays: a run has come to use it meanwhile."""
+    """Remove a folder; the bytes that it had. None where it stays: a run has come to use it meanwhile, or somebody else."""
     size = size_of(folder)
     if dry_run:
         return size
     try:
         gone = folder if folder.name.endswith(REMOVED) else folder.rename(folder.with_name(f".{folder.name}{REMOVED}"))
-        if gone != folder and any(use.counts for use in uses_of(gone)):  # noted since we looked; later ones find nothing here
+        # Noted or put there since we looked; later ones find nothing here.
+        if gone != folder and (any(use.counts for use in uses_of(gone)) or foreign(gone) is not None):
             gone.rename(folder)
             return None
         shutil.rmtree(gone)
@@ -122,7 +135,7 @@ def _remove(folder: Path, dry_run: bool) -> int | None:
 def _sweep(folder: Path, dry_run: bool) -> int:
     """Remove temporary files that killed processes left; the bytes that they had."""
     files = [file for place in (folder, folder / UNITS, folder / USES) for file in left_behind(place)]
-    size = sum(file.stat().st_size for file in files)
+    size = sum(file.lstat().st_size for file in files)
     for file in files if not dry_run else ():
         try:
             file.unlink(missing_ok=True)

@@ -6,9 +6,10 @@ Everything is counted in whole members (KV groups, neurons) and whole parameters
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import xxhash
 
@@ -33,6 +34,8 @@ class Unit:
     levels: tuple[Level, ...]
 
     def __post_init__(self) -> None:
+        if self.total < 1:
+            raise ValueError(f"{self.name}: a unit has at least one member, not {self.total}")
         costs = [level.cost for level in self.levels]
         if not costs or self.levels[0].kept != self.total or any(a <= b for a, b in zip(costs, costs[1:], strict=False)):
             raise ValueError(f"{self.name}: levels must start dense and fall strictly in cost, not {self.levels}")
@@ -92,14 +95,24 @@ class Space:
         ]
 
     @staticmethod
-    def from_json(units: Iterable[dict[str, object]]) -> Space:
-        """The inverse of `to_json`."""
-        return Space(
-            tuple(
-                Unit(str(u["name"]), str(u["kind"]), int(str(u["total"])), tuple(Level(*pair) for pair in u["levels"]))  # type: ignore[attr-defined]
-                for u in units
-            )
-        )
+    def from_json(units: Iterable[Mapping[str, Any]]) -> Space:
+        """The inverse of `to_json`; ValueError, KeyError or TypeError for what it cannot have written."""
+        space = Space(tuple(map(_unit_from_json, units)))
+        if len({unit.name for unit in space.units}) < len(space.units):
+            raise ValueError("two units have the same name")
+        return space
+
+
+def _unit_from_json(content: Mapping[str, Any]) -> Unit:
+    name, kind, total = content["name"], content["kind"], content["total"]
+    levels = tuple(Level(*pair) for pair in content["levels"])
+    if type(name) is not str or type(kind) is not str:
+        raise TypeError("the name and the kind of a unit are texts")
+    if any(type(number) is not int or number < 0 for level in levels for number in (total, level.kept, level.cost)):
+        raise TypeError(f"{name[:200]!r}: members and costs are whole numbers that are not negative")
+    if any(level.kept > total for level in levels):
+        raise ValueError(f"{name[:200]!r}: a level keeps more than all")
+    return Unit(name, kind, total, levels)
 
 
 def kept_counts(total: int, sparsities: Iterable[float], multiple: int) -> tuple[int, ...]:

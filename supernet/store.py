@@ -12,7 +12,6 @@ changed, so any number of processes may read, without a lock and without being a
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +23,11 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from supernet.atomic import make_folder
-from supernet.atomic import write_atomic as write_atomic
+from supernet.atomic import make_folder, write_atomic
 from supernet.encoding import Candidate, count, decode, encode
 from supernet.errors import InputError
-from supernet.manifest import LOCK, MANIFEST, damaged, new_manifest, read_manifest, unit_path
+from supernet.manifest import LOCK, MANIFEST, damaged, new_manifest, read_manifest, unit_path, write_manifest
+from supernet.records import WRONG
 from supernet.space import Space
 from supernet.unit_file import UnitFile, serialised
 from supernet.uses import note_use
@@ -136,7 +135,7 @@ class Supernet:
         write_atomic(unit_path(self.path, name), data)
         with self._changing:
             manifest = self.manifest | {"units": self.manifest["units"] | {name: {**record, **entry}}}
-            write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=1).encode())
+            write_manifest(self.path, manifest)
             self.manifest = manifest
 
     @property
@@ -151,6 +150,8 @@ class Supernet:
         What is read is verified when this process reads it first. On the CPU a candidate may share its memory with the file: it
         is not to be changed.
         """
+        if not 0 < level < len(self.space.units[unit].levels):  # the caller's mistake: it says nothing about the files
+            raise ValueError(f"{self.space.units[unit].name} has no level {level}")
         file = self.unit_file(self.space.units[unit].name)
 
         def read(name: str) -> Tensor:
@@ -158,7 +159,7 @@ class Supernet:
 
         try:
             return decode(read, file.names, level)
-        except ValueError as error:
+        except WRONG as error:
             raise damaged(file.path, f"level {level} cannot be decoded ({error})") from error
 
     def unit_file(self, name: str) -> UnitFile:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from supernet.errors import InputError
 from supernet.manifest import check_size, damaged
+from supernet.records import WRONG
 
 CHECKSUMS = "checksums"  # the one key of the metadata: a JSON object, because the order of several keys would be random
 LENGTH = 8  # bytes at the start of a safetensors file that say how long the JSON behind them is
@@ -61,8 +63,10 @@ class UnitFile:
         header = self._data[: self.header_bytes]
         if _checksum(header) != entry["checksum"]:
             raise damaged(path, "its checksum does not match the manifest")
-        self._tensors: dict[str, Any] = json.loads(header[LENGTH:].numpy().tobytes())
-        self._checksums: dict[str, str] = json.loads(self._tensors.pop("__metadata__")[CHECKSUMS])
+        try:
+            self._tensors, self._checksums = _described(header[LENGTH:].numpy().tobytes(), self.header_bytes, entry["bytes"])
+        except WRONG as error:
+            raise damaged(path, f"its header is none of ours ({type(error).__name__}: {str(error)[:200]})") from error
         self.names = tuple(self._tensors)
         self._verified: set[str] = set()
 
@@ -88,6 +92,27 @@ class UnitFile:
                 raise damaged(self.path, f"its checksum does not match the content of {name}")
             self._verified.add(name)
         return data.view(DTYPES[described["dtype"]]).view(described["shape"])
+
+
+def _described(header: bytes, begin: int, end: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors and their checksums that a header describes; one of `WRONG` where it cannot be right, whoever wrote it.
+
+    Args:
+        header: JSON.
+        begin: Of the tensors in the file.
+        end: Of the file.
+    """
+    tensors = json.loads(header)
+    checksums = json.loads(tensors.pop("__metadata__")[CHECKSUMS])
+    for name, described in tensors.items():
+        (first, last), itemsize = described["data_offsets"], DTYPES[described["dtype"]].itemsize
+        if any(type(number) is not int or number < 0 for number in (first, last, *described["shape"])):
+            raise ValueError(f"{name[:200]!r} has shapes or places that are no whole numbers")
+        if last - first != prod(described["shape"]) * itemsize or not first <= last <= end - begin or (begin + first) % itemsize:
+            raise ValueError(f"{name[:200]!r} does not lie where it could")
+        if last > first and type(checksums[name]) is not str:
+            raise TypeError(f"the checksum of {name[:200]!r} is none")
+    return tensors, checksums
 
 
 def _size(described: Mapping[str, Any]) -> int:

@@ -6,7 +6,7 @@ needs not be told when a supernet goes, nor a supernet when a run's directory is
 
 from __future__ import annotations
 
-import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,10 +14,12 @@ from pathlib import Path
 
 import xxhash
 
-from supernet.atomic import write_atomic
 from supernet.errors import InputError
+from supernet.records import CHECKSUM, WRONG, UnreadableError, read_json, read_regular, verified, write_record
 
 USES = "uses"  # in a supernet's folder
+MOST_OF_A_RECORD, MOST = 1 << 16, 1 << 26  # bytes of a record, and of a file that it may refer to
+YEARS = 1970, 9000  # in which a supernet can have been used: others are damage, and cannot be printed in every time zone
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ class Use:
     def counts(self) -> bool:
         """Whether the run's file is still there and lists the supernet."""
         try:
-            return self.fingerprint.encode() in self.referrer.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+            listed = read_regular(self.referrer, MOST)
+        except UnreadableError:  # no run wrote that
             return False
-        except OSError:  # it is there, but not for us to read
+        except InputError:  # it is there, but not for us to read
             return True
+        return listed is not None and self.fingerprint.encode() in listed
 
 
 def note_use(folder: Path, fingerprint: str, referrer: Path) -> None:
@@ -50,15 +53,45 @@ def note_use(folder: Path, fingerprint: str, referrer: Path) -> None:
     path = str(referrer.resolve())
     use = {"referrer": path, "fingerprint": fingerprint, "last_used": datetime.now(UTC).isoformat()}
     with suppress(InputError):
-        write_atomic(folder / USES / f"{xxhash.xxh3_64_hexdigest(path.encode())}.json", json.dumps(use, indent=1).encode())
+        write_record(folder / USES / f"{xxhash.xxh3_64_hexdigest(path.encode(errors='surrogateescape'))}.json", use)
 
 
 def uses_of(folder: Path) -> list[Use]:
-    """All that was noted, the latest first."""
-    found: list[Use] = []
-    for file in (folder / USES).glob("*.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged record is none
-            use = json.loads(file.read_bytes())
-            last_used = datetime.fromisoformat(use["last_used"]).astimezone(UTC)
-            found.append(Use(Path(use["referrer"]), str(use["fingerprint"]), last_used))
+    """All that was noted, the latest first, as far as it can be read."""
+    found = [use for file in _records(folder) if (use := _read(file)) is not None]
     return sorted(found, key=lambda use: use.last_used, reverse=True)
+
+
+def unreadable_uses(folder: Path) -> list[Path]:
+    """Records that are damaged: a run may refer to the supernet by one of them, and nobody can tell."""
+    return sorted(file for file in _records(folder) if _read(file) is None)
+
+
+def _records(folder: Path) -> list[Path]:
+    """The files of records: no links, and nothing in a folder that is one."""
+    uses = folder / USES
+    try:
+        if uses.is_symlink():
+            return []
+        with os.scandir(uses) as entries:
+            return [
+                Path(entry.path) for entry in entries if entry.name.endswith(".json") and entry.is_file(follow_symlinks=False)
+            ]
+    except OSError:
+        return []
+
+
+def _read(file: Path) -> Use | None:
+    """A record, or None where it is damaged. Those of older supernets have no checksum."""
+    try:
+        use = read_json(file, MOST_OF_A_RECORD)
+        if CHECKSUM in use:
+            use = verified(use)
+        referrer, fingerprint = use["referrer"], use["fingerprint"]
+        last_used = datetime.fromisoformat(use["last_used"]).astimezone(UTC)
+        if not (isinstance(referrer, str) and isinstance(fingerprint, str) and fingerprint) or "\0" in referrer:
+            return None
+        os.fsencode(referrer)  # a name that a file can have
+    except (UnreadableError, InputError, *WRONG):
+        return None
+    return Use(Path(referrer), fingerprint, last_used) if YEARS[0] <= last_used.year <= YEARS[1] else None

@@ -183,7 +183,7 @@ class EachKind:
         supernet = self.open(**labels)
         for unit, candidates in self.units.items():
             if unit.name in names or not names:
-                supernet.write(unit.name, candidates, {"errors": [0.5]})
+                supernet.write(unit.name, candidates, {"errors": [0.5] * len(candidates)})
         return supernet
 
     def read(self, supernet: Supernet, unit: int, level: int) -> None:

@@ -16,6 +16,7 @@ from supernet.errors import InputError
 from supernet.inspection import sizes, verify
 from supernet.listing import listing
 from supernet.manifest import unit_path
+from supernet.records import write_record
 from supernet.store import Supernet
 
 
@@ -99,7 +100,7 @@ def test_a_damaged_manifest_gives_no_wrong_candidate(each_kind: Any, damage: Any
     for _ in range(100):
         file.write_bytes(damage(data, rng))
         seen += outcomes(each_kind)
-        assert supernet.path.name in listing(each_kind.root)
+        assert supernet.path.name in listing(each_kind.root)[0]
         assert len(list(verify(each_kind.root))) == len(list(sizes(each_kind.root))) == 1
     assert seen["refused"]
     file.write_bytes(data)
@@ -191,7 +192,7 @@ def test_what_cannot_be_read_is_not_called_damaged(each_kind: Any, monkeypatch: 
         with pytest.raises(InputError, match=f"^cannot read .*0.attention.safetensors: {os.strerror(code)}$"):
             supernet.candidate(0, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", fails)
+        patch.setattr(os, "open", fails)
         with pytest.raises(InputError, match=f"^cannot read .*manifest.json: {os.strerror(code)}$"):
             each_kind.open()
     unit_path(supernet.path, "0.attention").unlink()
@@ -204,6 +205,7 @@ def test_the_entry_of_a_unit_must_be_whole(each_kind: Any) -> None:
     supernet = each_kind.build()
     file = supernet.path / "manifest.json"
     content = json.loads(file.read_text())
+    del content["checksum"]
     wrong: list[dict[str, Any]] = [
         {"bytes": "9"},
         {"bytes": 0},
@@ -211,16 +213,23 @@ def test_the_entry_of_a_unit_must_be_whole(each_kind: Any) -> None:
         {"header": -3},
         {"header": 1.5},
         {"checksum": None},
+        {"header": 10_000},
+        {"errors": "0.5"},
+        {"errors": [-0.5]},
+        {"errors": [None]},
+        {"errors": [True]},
+        {"errors": []},
+        {"errors": [0.5, 0.5]},
     ]
     for change in wrong:
-        file.write_text(json.dumps(content | {"units": {"3": content["units"]["3"] | change}}))
-        with pytest.raises(InputError, match=r"is damaged: the entry of 3 is not whole"):
+        write_record(file, content | {"units": {"3": content["units"]["3"] | change}})
+        with pytest.raises(InputError, match=r"is damaged: the entry of '3' is not whole"):
             each_kind.open()
     for units in ({"4": content["units"]["3"]}, {"3": {}}, {"3": 5}):
-        file.write_text(json.dumps(content | {"units": units}))
+        write_record(file, content | {"units": units})
         with pytest.raises(InputError, match=r"manifest\.json is damaged"):
             each_kind.open()
-    file.write_text(json.dumps(content | {"labels": ["tiny"]}))
+    write_record(file, content | {"labels": ["tiny"]})
     with pytest.raises(InputError, match=r"is damaged: its labels are none"):
         each_kind.open()
 

@@ -17,7 +17,7 @@ import filelock
 import pytest
 
 from supernet.__main__ import main
-from supernet.atomic import left_behind, write_atomic
+from supernet.atomic import ABANDONED, _place, left_behind, write_atomic
 from supernet.errors import InputError
 from supernet.store import Supernet
 
@@ -126,9 +126,9 @@ def test_two_processes_read_while_one_writes(tmp_path: Path, common: dict[str, A
 @pytest.mark.parametrize(
     ("function", "call", "whole", "left"),
     [
-        pytest.param("fsync", 3, 1, 1, id="a unit's file not yet on disk"),
+        pytest.param("fsync", 5, 1, 1, id="a unit's file not yet on disk"),
         pytest.param("replace", 4, 1, 1, id="a unit's file whole, but not named yet"),
-        pytest.param("fsync", 5, 2, 1, id="the third unit"),
+        pytest.param("fsync", 9, 2, 1, id="the third unit"),
     ],
 )
 def test_a_killed_writer_leaves_no_lock_and_no_half_unit(
@@ -158,11 +158,19 @@ def test_a_killed_writer_leaves_no_lock_and_no_half_unit(
 
 
 def test_the_temporary_files_of_the_living_are_left_alone(tmp_path: Path) -> None:
-    for process in (os.getpid(), 1, 999_999_999):
-        (tmp_path / f".manifest.json.{process}.tmp").touch()
-    (tmp_path / ".other.tmp").touch()
-    (tmp_path / "manifest.json.12.tmp").touch()
-    assert [file.name for file in left_behind(tmp_path)] == [".manifest.json.999999999.tmp"]
+    here, elsewhere, dead = _place(), "0" * 8, 999_999_999
+    for place, process in [(here, os.getpid()), (here, 1), (here, dead), (elsewhere, dead), (elsewhere, dead - 1)]:
+        (tmp_path / f".manifest.json.{place}-{process}-00000000.tmp").touch()
+    for name in (".other.tmp", "manifest.json.12.tmp", ".manifest.json.12.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / f".folder.{here}-{dead}-00000000.tmp").mkdir()
+    (tmp_path / f".link.{here}-{dead}-00000000.tmp").symlink_to(tmp_path / ".other.tmp")
+    old = time.time() - 2 * ABANDONED
+    os.utime(tmp_path / f".manifest.json.{elsewhere}-{dead - 1}-00000000.tmp", (old, old))
+    expected = [f".manifest.json.{elsewhere}-{dead - 1}-00000000.tmp", f".manifest.json.{here}-{dead}-00000000.tmp"]
+    assert {file.name for file in left_behind(tmp_path)} == set(expected)
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert left_behind(tmp_path / "link") == []
 
 
 def test_threads_read_one_supernet_at_once(each_kind: Any) -> None:
@@ -292,7 +300,7 @@ def test_a_read_only_disk_can_be_read(disk: Path, each_kind: Any, capsys: pytest
     assert "unfinished" in (told := capsys.readouterr().out) and ": ok, 1 of 6 units" in told
     with pytest.raises(SystemExit):
         main(["gc", str(disk)])
-    assert capsys.readouterr().err.startswith("error: cannot lock ")
+    assert ": cannot lock " in capsys.readouterr().out
     each_kind.read(each_kind.open(), 0, 2)
 
 

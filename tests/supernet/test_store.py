@@ -52,7 +52,7 @@ def finished(tmp_path: Path) -> Supernet:
     """As left on disk by an earlier process."""
     supernet = reopened(tmp_path)
     for index, unit in enumerate(SPACE.units):
-        supernet.write(unit.name, candidates(index), {"errors": [0.5]})
+        supernet.write(unit.name, candidates(index), {"errors": [0.5] * (len(SPACE.units[index].levels) - 1)})
     return reopened(tmp_path)
 
 
@@ -153,7 +153,7 @@ def test_the_same_settings_find_the_same_supernet(finished: Supernet) -> None:
     again = reopened(finished.path.parent)
     assert again.complete
     assert (again.path, again.fingerprint, again.space) == (finished.path, finished.fingerprint, SPACE)
-    assert again.manifest["units"][SPACE.units[0].name]["errors"] == [0.5]
+    assert again.manifest["units"][SPACE.units[0].name]["errors"] == [0.5] * (len(SPACE.units[0].levels) - 1)
 
 
 @pytest.mark.parametrize(
@@ -288,8 +288,10 @@ def files_below(folder: Path) -> set[Path]:
     return {file for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("function", ["replace", "fsync"])
-@pytest.mark.parametrize("failing_call", [1, 2], ids=["unit", "manifest"])
+@pytest.mark.parametrize(
+    ("function", "failing_call"),
+    [("replace", 1), ("replace", 2), ("fsync", 1), ("fsync", 3)],  # of a unit and of the manifest; between them the folder's
+)
 def test_a_full_disk_leaves_no_half_written_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, failing_call: int
 ) -> None:
