@@ -328,10 +328,10 @@ def test_a_sweep_runs_each_budget_in_its_own_directory(call: Call, tmp_path: Pat
 # The process kills itself for real when it is about to write the n-th file of a name: so each moment is hit exactly.
 KILLED = """
 import os, signal, sys
-import supernet.store
+import supernet.atomic
 
 name, count = sys.argv.pop(1), int(sys.argv.pop(1))
-write = supernet.store.write_atomic
+write = supernet.atomic.write_atomic
 
 def write_or_die(path, data):
     global count
@@ -340,7 +340,7 @@ def write_or_die(path, data):
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, data)
 
-supernet.store.write_atomic = write_or_die
+supernet.atomic.write_atomic = write_or_die
 import search.__main__
 search.__main__.main()
 """
