@@ -1,7 +1,9 @@
 """The allocation of least total loss that a budget allows, where losses add up over units.
 
-With one limit the answer is exact: dynamic programming over costs. With several, or where it must be quick, Lagrange multipliers
-price each limit, every unit takes its cheapest level at those prices, and what is left is spent greedily.
+With one limit, dynamic programming over costs. It is exact where the costs have a large common divisor, as those of equal blocks
+have, or where few allocations can still be the best; elsewhere (hundreds of units of odd sizes, nanoseconds) each unit's cost is
+rounded up by at most 1/200,000 of the budget. With several limits, or where it must be quick, Lagrange multipliers price each
+limit, every unit takes its cheapest level at those prices, and what is left is spent greedily.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from math import gcd
 import numpy as np
 
 from search.budget import Budget, Costs, Limit, costs_of
+from search.sums import Wanted, least
 from supernet.errors import InputError
 from supernet.space import Allocation, Space
 
@@ -80,7 +83,10 @@ def _distances(costs: Costs, dense: int, wanted: Sequence[float]) -> list[np.nda
 
 
 def knapsack(losses: Losses, budget: Budget) -> Allocation:
-    """The allocation of least total loss among those that meet the budget: exact with one limit, near that with several.
+    """The allocation of least total loss among those that meet the budget, or the fullest one where none does.
+
+    With one limit it is exact unless costs had to be rounded and too many allocations come near the best for telling them apart;
+    then, and with several limits, it is near that.
 
     Args:
         losses: For each unit the loss of each of its levels.
@@ -89,26 +95,41 @@ def knapsack(losses: Losses, budget: Budget) -> Allocation:
     for limit in budget.limits:
         if limit.lowest > limit.target:
             raise InputError(f"no allocation meets the budget ({limit}); ask for less, or raise supernet.levels")
-    return _exact(losses, budget) if len(budget.limits) == 1 else _of_several(losses, budget)
+    return _of_one(losses, budget) if len(budget.limits) == 1 else _of_several(losses, budget)
 
 
 def _of_several(losses: Losses, budget: Budget) -> Allocation:
-    """By prices; where that leaves too much of the budget, exact for one limit after the other at the prices of the rest."""
+    """By prices; where that leaves too much of the budget, for one limit after the other at the prices of the rest."""
     found = [relaxed(losses, budget)]
     if not budget.met(found[0]):
         padded, prices = _padded(losses), _prices(losses, budget)
         for index, limit in enumerate(budget.limits):
             priced = _priced(padded, budget, [0.0 if n == index else price for n, price in enumerate(prices)])
             of_units = [row[: len(loss)] for row, loss in zip(priced, losses, strict=True)]
-            found.append(_exact(of_units, Budget((limit,))))
+            found.append(_of_one(of_units, Budget((limit,))))
     fitting = [allocation for allocation in found if budget.fits(allocation)]
     return min(fitting, key=lambda one: (max(1.0, budget.left(one)), sum(loss[i] for loss, i in zip(losses, one, strict=True))))
 
 
-def _exact(losses: Losses, budget: Budget) -> Allocation:
-    """Dynamic programming over exact costs."""
+def _of_one(losses: Losses, budget: Budget) -> Allocation:
+    """Dynamic programming over a table of costs; where these are rounded, over all sums of costs if they are few enough."""
     limit = budget.first
-    cell = max(gcd(*(cost for costs in limit.costs for cost in costs)), -(-limit.target // CELLS), 1)
+    divisor = max(1, gcd(*(cost for costs in limit.costs for cost in costs)))
+    cell = max(divisor, -(-limit.target // CELLS))
+    found = _by_table(losses, budget, cell)
+    if cell == divisor:
+        return found
+    met = [_total(losses, one) for one in (found, relaxed(losses, budget)) if budget.met(one)]
+    scale = max(float(np.abs(loss[np.isfinite(loss)]).max(initial=0.0)) for loss in losses)
+    worst = min(met) + 1e-9 * len(losses) * scale if met else float("inf")  # sums are rounded in another order below
+    (price,) = _prices(losses, budget)
+    wanted = Wanted(limit.target - limit.smallest_step + 1, limit.target, worst, price / limit.dense)
+    return least(losses, limit.costs, wanted) or found
+
+
+def _by_table(losses: Losses, budget: Budget, cell: int) -> Allocation:
+    """The least loss at each cost, in whole cells: a unit's cost is rounded up to them."""
+    limit = budget.first
     cells = limit.target // cell
     best = np.full(cells + 1, np.inf)
     best[0] = 0.0
@@ -146,6 +167,10 @@ def _trace(limit: Limit, choices: Sequence[np.ndarray], at: int, cell: int) -> A
         levels.append(level)
         at -= -(-costs[level] // cell)
     return tuple(reversed(levels))
+
+
+def _total(losses: Losses, allocation: Allocation) -> float:
+    return float(sum(loss[level] for loss, level in zip(losses, allocation, strict=True)))
 
 
 def relaxed(losses: Losses, budget: Budget) -> Allocation:

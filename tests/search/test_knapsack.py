@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from search import knapsack as knapsack_module
+from search import sums
 from search.budget import Budget, Limit, costs_of
 from search.knapsack import closest, knapsack, relaxed, uniform
 from supernet.errors import InputError
@@ -94,10 +95,36 @@ def test_a_coarse_table_is_never_above_the_budget(
     budget = draw_budget(space, sparsity)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knapsack_module, "CELLS", cells)
+        patch.setattr(sums, "MOST", 0)
         found = knapsack([np.zeros(len(unit.levels)) for unit in space.units], budget)
     assert space.cost(found) <= budget.first.target
     gaps = [unit.levels[i - 1].cost - unit.levels[i].cost for unit, i in zip(space.units, found, strict=True) if i]
     assert all(gap > budget.first.target - space.cost(found) for gap in gaps)  # no unit could be a level denser
+
+
+@pytest.mark.parametrize("most", [200_000, 10], ids=["listed", "too many to list"])
+def test_costs_without_a_common_divisor_are_not_rounded_away(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell of the table is hundreds of parameters here: rounded to that, one in twelve answers was not the best."""
+    monkeypatch.setattr(sums, "MOST", most)
+    worse = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        largest = rng.integers(1_000_000, 60_000_000, 6)
+        costs = tuple(tuple(sorted({int(c), *map(int, rng.integers(0, c, 5))}, reverse=True)) for c in largest)
+        dense, lowest = sum(row[0] for row in costs), sum(row[-1] for row in costs)
+        limit = Limit("parameters", int(rng.integers(lowest, dense + 1)), dense, costs)
+        losses = [rng.random(len(row)) - 0.3 for row in costs]
+        found = knapsack(losses, Budget((limit,)))
+        all_costs = sum(np.ix_(*map(np.array, costs))).ravel()
+        all_losses = sum(np.ix_(*losses)).ravel()
+        met = (all_costs <= limit.target) & (all_costs > limit.target - limit.smallest_step)
+        assert limit.cost(found) <= limit.target
+        if met.any():
+            best = limit.target - limit.cost(found) < limit.smallest_step
+            worse += not best or total(losses, found) > all_losses[met].min() + 1e-9
+        else:
+            worse += limit.cost(found) != all_costs[all_costs <= limit.target].max()
+    assert (worse == 0) == (most > 10)  # where they are too many, the rounded answer has to do
 
 
 SIX_BLOCKS = TRANSFORMER[:2] * 6
