@@ -22,6 +22,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import xxhash
+from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,7 +31,7 @@ from search.costs import CostTable
 from search.data import longest_sequence
 from supernet.architecture import ATTENTION, MIXER, MLP, SubBlock
 from supernet.assemble import assemble
-from supernet.atomic import write_atomic
+from supernet.atomic import make_folder, write_atomic
 from supernet.encoding import Candidate, Dropped, Members
 from supernet.errors import InputError
 from supernet.placement import places
@@ -249,9 +250,7 @@ class LatencyTable:
             seen.append(taken.total(self.request))
             self._save()
         warn_if_busy(seen, f"; to measure again, delete {self.path}")
-        for each in self.classes.values():
-            settle(each)
-        self._save()
+        self._save(settled=True)
 
     def costs(self, space: Space) -> CostTable:
         """Nanoseconds of each level of each unit; all must have been measured."""
@@ -276,15 +275,19 @@ class LatencyTable:
         return [", ".join(of_unit) for of_unit in words]
 
     def _load(self) -> None:
+        """Take over what the file has. Where another process measured the same, the file's counts: it may be in use already."""
         try:
             content = json.loads(self.path.read_text())
             if content["format"] != FORMAT or content["key"] != self.key:
                 raise ValueError
             self.dense = Seconds(**content["dense"])
-            self.rest = Seconds(**content["rest"]) if content["rest"] else None
+            self.rest = Seconds(**content["rest"]) if content["rest"] else self.rest
             for name, found in content["classes"].items():
                 points = ({int(kept): Seconds(**one) for kept, one in found[which].items()} for which in ("measured", "settled"))
-                self.classes[name] = Class(int(found["units"]), *points)
+                own = self.classes.setdefault(name, Class(int(found["units"])))
+                own.measured, own.settled = (
+                    {**ours, **its} for ours, its in zip((own.measured, own.settled), points, strict=True)
+                )
             numbers = [one for each in self.classes.values() for one in (*each.measured.values(), *each.settled.values())]
             numbers += [self.dense] if self.rest is None else [self.dense, self.rest]
             if not all(np.isfinite([one.prefill, one.decode]).all() for one in numbers):
@@ -292,9 +295,29 @@ class LatencyTable:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"the measured latencies in {self.path} are damaged; delete that file to measure again") from error
 
-    def _save(self) -> None:
+    def _save(self, settled: bool = False) -> None:
+        """Write what is known, with what other processes have added to the file meanwhile.
+
+        Args:
+            settled: Whether to settle what is new first.
+        """
         if self.dense is None:
             return
+        make_folder(self.path.parent)
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        try:
+            with FileLock(lock):
+                if self.path.exists():
+                    self._load()
+                if settled:
+                    for each in self.classes.values():
+                        settle(each)
+                self._write()
+        except OSError as error:  # of a folder that is read-only
+            raise InputError(f"cannot write {lock}: {error.strerror}; choose another folder for the cache") from error
+
+    def _write(self) -> None:
+        assert self.dense is not None
         content = {"format": FORMAT, "date": date.today().isoformat(), "key": self.key, "dense": asdict(self.dense)}
         content["rest"] = asdict(self.rest) if self.rest else None
         content["classes"] = {name: asdict(each) for name, each in self.classes.items()}

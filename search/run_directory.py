@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from search.errors import reason
 from search.strategies.base import Row, State
 from supernet.atomic import write_atomic
 from supernet.errors import InputError
+from supernet.memory import peak, restart_peak
 from supernet.space import Space
 from supernet.uses import note_use
 
@@ -150,21 +150,25 @@ class RunDirectory:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the seconds of a stage to those of earlier runs of it, and note the process's peak memory behind it."""
+        """Add the seconds of a stage to those of earlier runs of it, and note the most memory that was held in it.
+
+        `peak_memory_of` is `process` where the system cannot tell the stage's peak (macOS): then it is the process's so far.
+        """
+        of_stage = restart_peak()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         yield
         before = self.costs().get(name, {})
-        cost = {
-            "seconds": round(before.get("seconds", 0.0) + time.perf_counter() - start, 2),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
+        cost = {"seconds": round(before.get("seconds", 0.0) + time.perf_counter() - start, 2), "peak_memory_bytes": peak()}
         if torch.cuda.is_available():
             cost["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+        largest = {key: max(value, before.get(key, 0)) for key, value in cost.items()}
         self._claim()
-        self.write(COSTS, self.costs() | {name: {key: max(value, before.get(key, 0)) for key, value in cost.items()}})
+        self.write(COSTS, self.costs() | {name: largest | {"peak_memory_of": "stage" if of_stage else "process"}})
 
     def costs(self) -> dict[str, Any]:
-        """Seconds and peak memory per stage."""
+        """For each stage its seconds, and the most memory that was held in it."""
         return dict(self.read(COSTS) or {})
 
     @property

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from search import latency as latency_module
 from search.budget import Budget
 from search.costs import CostTable
 from search.knapsack import uniform
@@ -156,6 +158,34 @@ def test_a_killed_measurement_goes_on_where_it_was(model: PreTrainedModel) -> No
     whole = opened(model, FakeTimer())
     whole.measure(space, untracked)
     assert rest.costs(space) == whole.costs(space)
+
+
+def test_two_processes_that_measure_at_once_lose_nothing_of_each_other(model: PreTrainedModel) -> None:
+    """Each has opened the table before the other wrote; what was settled first stays what a budget was made of."""
+    space, finer = space_of(model, KEPT), space_of(model, FINER)
+    one, other = opened(model, FakeTimer()), opened(model, FakeTimer(noise=3.0))
+    one.measure(space, untracked)
+    before = one.costs(space)
+    other.measure(finer, untracked)
+    both = opened(model, FakeTimer())
+    assert not both.missing(space) and not both.missing(finer)
+    for table in (one, other, both):
+        assert table.costs(space) == before
+
+
+def test_the_table_is_written_under_a_lock(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, write, writes = opened(model, FakeTimer()), latency_module.write_atomic, 0
+
+    def locked_write(path: Path, data: bytes) -> None:
+        nonlocal writes
+        with pytest.raises(Timeout):
+            FileLock(path.with_name(f".{path.name}.lock"), timeout=0, thread_local=False).acquire()
+        write(path, data)
+        writes += 1
+
+    monkeypatch.setattr(latency_module, "write_atomic", locked_write)
+    table.measure(space_of(model, KEPT), untracked)
+    assert writes > 1
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1}', "\0"])

@@ -182,6 +182,26 @@ def test_the_costs_of_a_stage_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(cost["peak_memory_bytes"] > 1e7 for cost in costs.values())
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system counts a process's peak alone")
+def test_the_peak_of_a_stage_is_its_own(tmp_path: Path) -> None:
+    with opened(tmp_path).stage("build"):
+        assert len(b"x" * 400_000_000) == 400_000_000
+    with opened(tmp_path).stage("search"):
+        pass
+    costs = opened(tmp_path).costs()
+    assert costs["build"]["peak_memory_bytes"] > costs["search"]["peak_memory_bytes"] + 300_000_000
+    assert {cost["peak_memory_of"] for cost in costs.values()} == {"stage"}
+
+
+def test_where_the_system_cannot_tell_it_is_named_the_peak_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.run_directory.restart_peak", lambda: False)
+    with opened(tmp_path).stage("build"):
+        pass
+    assert opened(tmp_path).costs()["build"]["peak_memory_of"] == "process"
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"parent": [1]}', "3"])
 def test_a_damaged_checkpoint_is_refused(run: Path, content: str) -> None:
     (run / "checkpoint/round-0.json").write_text(content)

@@ -9,13 +9,24 @@ import pytest
 import torch
 
 from supernet import memory
-from supernet.memory import available, give_back_freed_memory, is_out_of_memory, keep_freed_memory
+from supernet.memory import available, give_back_freed_memory, is_out_of_memory, keep_freed_memory, peak
 
 VERSION_1, VERSION_2 = reversed(memory.CGROUPS)
 
 
 def test_no_more_is_free_than_the_machine_has() -> None:
     assert 0 < available() <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_where_there_is_no_high_water_mark_the_peak_is_the_one_of_getrusage(
+    system: str, unit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which counts kilobytes everywhere but on macOS."""
+    monkeypatch.setattr(memory, "Path", lambda _: Path("/does/not/exist"))
+    monkeypatch.setattr(memory.sys, "platform", system)
+    least = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert least * unit <= peak() <= 2 * least * unit
 
 
 def test_a_limit_on_the_address_space_counts(monkeypatch: pytest.MonkeyPatch) -> None:
