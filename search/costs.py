@@ -80,8 +80,10 @@ def size(model: PreTrainedModel, space: Space, dtype: torch.dtype) -> CostTable:
 def flops(model: PreTrainedModel, space: Space, tokens: int) -> CostTable:
     """FLOPs of the forward pass of one sequence: two for each multiply-add of linear layers, convolutions, attention and head.
 
-    Attention counts every pair of tokens, which is what its matrix products do where a mask hides some of them; elementwise work
-    and a mixer's scan are left out. A single weight that is zero takes none.
+    Full attention counts every pair of tokens, which is what its matrix products do though a mask hides half of them. In a
+    layer with a sliding window each token counts as many others as the window holds. Queries, keys and values of a head have
+    the same width in all families known. Elementwise work and a mixer's scan are left out; a single weight that is zero takes
+    none.
 
     Args:
         model: The dense model.
@@ -132,7 +134,18 @@ def _flops(part: SubBlock, tokens: int) -> int:
 
 def _attention_flops(part: SubBlock, channels: int, tokens: int) -> int:
     """Of scores and of weighted values, for so many channels of query heads."""
-    return 4 * tokens * tokens * channels if part.kind == ATTENTION else 0
+    return 4 * tokens * _seen(part, tokens) * channels if part.kind == ATTENTION else 0
+
+
+def _seen(part: SubBlock, tokens: int) -> int:
+    """Tokens that each token looks at: all of them, or those of a sliding window."""
+    config = getattr(part.module, "config", None)
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if types is not None:
+        slides = types[part.block] == "sliding_attention"
+    else:
+        slides = getattr(config, "use_sliding_window", True)
+    return min(tokens, int(window)) if slides and window else tokens
 
 
 def _member_flops(part: SubBlock, tokens: int) -> int:

@@ -306,6 +306,8 @@ def _measure(job: Job, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
 def _measure_streamed(job: Job, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
     """The same where the device has room for no more than the block at work."""
     model, text = job.model_on_device(), job.tokens["evaluation"]
+    if torch.finfo(job.export_dtype).eps > torch.finfo(model.dtype).eps:
+        log.warning("measured in %s; the export's weights are rounded to %s after that", model.dtype, job.export_dtype)
     measure = partial(streamed, model, ids=text.ids, resources=job.resources, unscored=text.unscored)
     found = {}
     for name, supernet in supernets.items():

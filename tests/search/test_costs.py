@@ -20,10 +20,11 @@ from supernet.space import Allocation, Level, Space, Unit
 from supernet.store import Supernet
 
 TOKENS = 12  # of `ids`
+WINDOW = 5  # of the random models that have one: where a sequence is no longer, masks hide nothing that the counter counts
 TABLES: dict[str, Callable[[PreTrainedModel, Space], CostTable]] = {
     "parameters": costs.parameters,
     "bytes": lambda m, s: costs.size(m, s, m.dtype),
-    "flops": lambda m, s: costs.flops(m, s, TOKENS),
+    "flops": lambda m, s: costs.flops(m, s, WINDOW),
 }
 
 
@@ -33,7 +34,7 @@ def of_whole(table: CostTable, allocation: Allocation) -> int:
 
 def counted_flops(model: PreTrainedModel, ids: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=ids[:1], use_cache=False)
+        model(input_ids=ids[:1, :WINDOW], use_cache=False)
     return int(counter.get_total_flops())
 
 
@@ -82,6 +83,18 @@ def test_of_depth_they_are_those_of_the_assembled_model(
         model = assemble(any_model, *sliced(space, chosen, 0))
         assert of_whole(tables["parameters"], allocation) == parameter_count(model)
         assert of_whole(tables["bytes"], allocation) == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "windowed"), [("llama", 0), ("mistral", 3), ("qwen2", 2), ("gemma2", 2), ("gemma3", 2), ("phi3", 3)]
+)
+def test_a_window_is_all_that_a_token_looks_at(name: str, windowed: int, model_of: Callable[..., PreTrainedModel]) -> None:
+    model = model_of(name)
+    space = space_of_presence(model, False)
+    table = costs.flops(model, space, TOKENS)
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    pairs = windowed * TOKENS * WINDOW + (3 - windowed) * TOKENS * TOKENS
+    assert table.dense == 2 * TOKENS * linear + 4 * 64 * pairs  # 64 channels of all query heads
 
 
 def test_flops_of_mixers_are_those_of_their_linear_layers(mixer_model: PreTrainedModel) -> None:

@@ -175,6 +175,14 @@ def test_a_head_is_tied_where_the_dense_model_s_tensors_are_one_whatever_the_con
     assert pruned.config.tie_word_embeddings == tied and parameter_count(pruned) == parameter_count(model)
 
 
+@pytest.mark.parametrize("level", [(0, 0), (1, 0)], ids=["stock", "pruned"])
+def test_names_of_strangers_code_are_left_behind(level: tuple[int, int], model_of: ModelOf, supernet_of: SupernetOf) -> None:
+    model = model_of("llama")
+    model.config.auto_map = {"AutoConfig": "stranger/repo--evil.C"}
+    pruned = assemble(model, supernet_of(model, "sub-blocks"), level * 3)
+    assert "evil" not in str(pruned.config.to_dict())
+
+
 def test_layers_that_are_left_keep_their_types(model_of: ModelOf, supernet_of: SupernetOf) -> None:
     model = model_of("gemma3")
     pruned = assemble(model, supernet_of(model, "blocks"), (1, 0, 0))
