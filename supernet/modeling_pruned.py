@@ -78,7 +78,11 @@ class SkippedAttn(nn.Module):
         cache = past_key_values if cache is None else cache
         if cache is not None:
             batch, length = hidden_states.shape[:2]
-            nothing = hidden_states.new_zeros(batch, self.heads, length, self.channels)
+            heads, channels = self.heads, self.channels
+            made = getattr(cache.layers[self.layer_idx], "keys", None) if self.layer_idx < len(cache.layers) else None
+            if made is not None:  # some releases make caches early (5.15 does) with the unpruned model's heads
+                heads, channels = made.shape[1], made.shape[3]
+            nothing = hidden_states.new_zeros(batch, heads, length, channels)
             cache.update(nothing, nothing, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
