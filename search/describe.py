@@ -1,14 +1,19 @@
-"""What `dry_run=true` prints: the space, the budget, and what the run would cost."""
+"""What `dry_run=true` prints: the space, the budget, and what the run would cost; and what is told before a search."""
 
 from __future__ import annotations
 
 import logging
 
+from torch import Tensor
+
 from local_prune.estimate import estimate
 from search.job import Job
 from search.knapsack import uniform
 from search.levels import exact, mixture
+from search.strategies.base import Strategy
 from search.strategies.front import Front
+from search.strategies.guided import Guided
+from search.strategies.race import FEWEST
 from search.strategies.rule import Rule
 from supernet.space import Allocation
 
@@ -45,3 +50,18 @@ def describe(job: Job) -> None:
     else:
         tokens = rounds * strategy.generations * strategy.tokens_per_generation
         log.info("search: about %s forward tokens, fewer where it ends early or the search text is short", f"{tokens:,}")
+
+
+def warn_if_few(strategy: Strategy, pool: Tensor) -> None:
+    """Tell the user where a search is on too few sequences, (sequences, tokens), to tell a better allocation from chance."""
+    if not strategy.needs_candidates or not strategy.tokens_per_generation:
+        return
+    sequences, length = pool.shape
+    if isinstance(strategy, Guided) and strategy.judged_on(sequences, length) < 2:
+        log.warning(
+            "offspring are judged on a single sequence, which proves nothing, so none will be taken: use "
+            "data.sequences.search=%d or more, and strategy.tokens=%d",
+            *(max(FEWEST, sequences), max(strategy.tokens, 2 * length)),
+        )
+    elif sequences < FEWEST:
+        log.warning("data.sequences.search=%d: differences on so few are mostly chance; take at least %d", sequences, FEWEST)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from local_prune.walk import VERSION
 from search.budget import Budget
 from search.components import recorded
-from search.describe import describe
+from search.describe import describe, warn_if_few
 from search.evaluate import HeldOut, Metrics, difference, streamed
 from search.evaluator import GenerationEvaluator
 from search.export.card import Facts, model_card
@@ -85,6 +85,7 @@ def run(config: DictConfig, path: Path) -> None:
         _ = job.fitness, job.resources, job.export_dtype
         _check_rounds(job)
         _check_units(job)
+        warn_if_few(job.strategy, job.tokens["search"].ids)
         describe(job)
         return
     keep_freed_memory()
@@ -100,6 +101,7 @@ def run(config: DictConfig, path: Path) -> None:
         _check_rounds(job)
         job.directory.identify(job.identity)
         _check_units(job)
+        warn_if_few(job.strategy, job.tokens["search"].ids)
         trials = None if config.study is None else Trials(config.study, job.directory)
         found = _rounds(job, stages, trials)
         if found is None:

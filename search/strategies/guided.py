@@ -86,6 +86,10 @@ class Guided:
         """See `Strategy`; less where races end early, or the pool has less."""
         return PROPOSALS[self.proposal].cost * self.predicted_on + self.tokens * (LEADER + 2 * self.growth)
 
+    def judged_on(self, pool: int, length: int) -> int:
+        """Sequences that the leader of a race is judged on at most, of a pool of sequences of a length."""
+        return min(-(-self.tokens * self.growth // length), pool - 1)  # it has been found on one of them at least
+
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""
         return first_state(problem, seed, {"damping": PROPOSALS[self.proposal].damping, "known": {}})

@@ -6,8 +6,15 @@ from subprocess import CompletedProcess
 
 import pandas as pd
 import pytest
+import torch
 
 from search.config import CACHE_VARIABLE
+from search.describe import warn_if_few
+from search.strategies.base import Strategy
+from search.strategies.guided import Guided
+from search.strategies.random import Random
+from search.strategies.uniform import Uniform
+from tests.search.synthetic import TRANSFORMER, SpaceOf, make_problem, run
 
 Call = Callable[..., CompletedProcess[str]]
 SMALL = ("+experiment=smoke", "strategy.generations=2", "data.sequences.calibration=4", "data.sequences.search=8")
@@ -65,3 +72,29 @@ def test_fixed_levels_have_one_round(prune: list[str], rounds: int, call: Call, 
     history = pd.read_parquet(tmp_path / "outputs/search/smoke/history.parquet")
     assert set(history["iteration"]) == set(range(rounds))
     assert ("rounds: one, as the levels of this kind of pruning are fixed" in process.stdout) == (rounds == 1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sequences", "told"),
+    [
+        (Guided(), 2, "none will be taken: use data.sequences.search=4 or more, and strategy.tokens=4096"),
+        (Guided(tokens=64, growth=1), 16, "none will be taken: use data.sequences.search=16 or more, and strategy.tokens=128"),
+        (Guided(), 3, "data.sequences.search=3: differences on so few are mostly chance; take at least 4"),
+        (Random(generations=1, offspring=2, tokens=[64], survivors=[1]), 1, "data.sequences.search=1: differences"),
+        (Guided(), 4, ""),
+        (Uniform(), 1, ""),
+    ],
+)
+def test_a_search_on_too_few_sequences_is_told(
+    strategy: Strategy, sequences: int, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_if_few(strategy, torch.zeros(sequences, 64, dtype=torch.int64))
+    assert told in caplog.text
+    assert bool(told) == bool(caplog.text)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3])
+def test_where_it_is_told_that_none_will_be_taken_none_is(space_of: SpaceOf, sequences: int) -> None:
+    problem = make_problem(space_of(*TRANSFORMER), sequences=sequences)
+    states, _ = run(Guided(generations=3, tokens=64), problem)
+    assert (states[-1].parent == problem.start) == (sequences < 3)
