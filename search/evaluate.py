@@ -50,9 +50,9 @@ class Metrics:
         return float(self.divergences.mean())
 
     def to_json(self) -> dict[str, Any]:
-        """As `metrics.json` has it: `*_error` are standard errors over sequences, null where there is only one.
+        """As `metrics.json` has it: `*_error` are standard errors over sequences.
 
-        That of the perplexity is to first order: the perplexity times that of the mean loss.
+        They are null for a single sequence, and where a loss is not finite. That of the perplexity is to first order: the perplexity times that of the mean loss.
         """
         of_loss = error_of_mean(self.losses)
         return {
@@ -74,11 +74,10 @@ def difference(a: Metrics, b: Metrics) -> dict[str, Any]:
 
 
 def error_of_mean(values: np.ndarray) -> float | None:
-    """Standard error of a mean over sequences, (sequences,); None for a single one."""
-    if len(values) < 2:
+    """Standard error of a mean over sequences, (sequences,); None for a single one, or where one is not finite."""
+    if len(values) < 2 or not np.isfinite(values).all():
         return None
-    with np.errstate(invalid="ignore"):
-        return float(values.std(ddof=1) / len(values) ** 0.5)
+    return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 class HeldOut:

@@ -50,8 +50,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
 
 
 def _with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
-    """A number with its standard error, where there is one: 14.05 ± 0.31."""
-    return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    """A number with its standard error, where there is one: 14.05 ± 0.31. What rounds to 0 has no sign of its own (`z`)."""
+    return f"{value:{sign}z.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def _latency_line(latency: Mapping[str, Any]) -> str:

@@ -114,3 +114,10 @@ def test_means_below_zero_are_told_and_perplexities_beyond_all_numbers_are_infin
     found = Metrics(1, np.array([800.0, 900.0]), np.array([-0.5, 0.25]))
     assert found.kl_divergence == -0.125
     assert found.perplexity == np.inf
+
+
+@pytest.mark.parametrize("losses", [[2.0], [2.0, math.inf], [2.0, math.nan, 1.0]])
+def test_one_sequence_has_no_error_nor_has_what_is_not_finite(losses: list[float]) -> None:
+    metrics = Metrics(1, np.array(losses), np.array(losses))
+    assert metrics.to_json()["perplexity_error"] is metrics.to_json()["kl_divergence_error"] is None
+    assert difference(metrics, metrics)["kl_divergence_error"] is None

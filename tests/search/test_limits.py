@@ -260,3 +260,5 @@ def test_a_measured_speedup_is_told() -> None:
     lines = metrics_table(rows).splitlines()
     assert lines[3].endswith("10.00 ± 0.50              0.1000")
     assert lines[4] == "searched - uniform, on the same sequences: KL -0.0100 ± 0.0020"
+    rows["dense"] |= {"kl_divergence": -1e-9}
+    assert " 0.0000" in metrics_table(rows).splitlines()[1]  # not -0.0000
