@@ -52,7 +52,8 @@ class Metrics:
     def to_json(self) -> dict[str, Any]:
         """As `metrics.json` has it: `*_error` are standard errors over sequences.
 
-        They are null for a single sequence, and where a loss is not finite. That of the perplexity is to first order: the perplexity times that of the mean loss.
+        They are null for a single sequence, and where a loss is not finite. That of the perplexity is to first order: the
+        perplexity times that of the mean loss.
         """
         of_loss = error_of_mean(self.losses)
         return {
