@@ -1,11 +1,15 @@
-"""What other libraries report, put so that it fits into our one-line messages."""
+"""What other libraries and the system report, put so that it fits into our one-line messages: the one place for that."""
 
 import difflib
+import errno
+import re
+import sys
 from collections.abc import Iterable
 
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from supernet.errors import InputError
 
@@ -19,7 +23,18 @@ ELSEWHERE = {
 }
 
 
-def reason(error: Exception) -> str:
+OTHER_FOLDER = "choose another folder (hydra.run.dir, supernet.root)"
+ADVICE = {  # of the system's refusals
+    (errno.ENOSPC, errno.EDQUOT): f"free some space, or {OTHER_FOLDER}",
+    (errno.EACCES, errno.EPERM, errno.EROFS): f"give the right to write there, or {OTHER_FOLDER}",
+    (errno.ENOTDIR, errno.EEXIST): f"a file is in the way; {OTHER_FOLDER}",
+    (errno.ENAMETOOLONG,): f"the name is too long; {OTHER_FOLDER}",
+    (errno.EMFILE, errno.ENFILE): "allow more open files (ulimit -n)",
+}
+MORE_MEMORY = "lower evaluator.memory or evaluator.cache, use evaluator.resident=blocks, or lower prune.batch with fresh=true"
+
+
+def reason(error: BaseException) -> str:
     """The first line of what an exception says, or the name of its class if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -30,18 +45,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names)
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception and its causes come to, on one line: the first InputError, or what Hydra means in a user's words."""
+def explained(error: BaseException) -> str | None:
+    """What an exception and its causes come to for the user, on one line; None for one that only a fault of ours can explain.
+
+    It is the first InputError of the chain, or what can be done about an exception of Hydra, of OmegaConf or of the system.
+    """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    users: list[BaseException] = [link for link in chain if isinstance(link, InputError)]
-    told = [str(users[0])] if users else [text for link in chain if (text := _translated(link))]
-    return " ".join((told or [str(error) or type(error).__name__])[0].split())
+    told = [str(link) for link in chain if isinstance(link, InputError)]
+    told = told or [f"{reason(link)}; {MORE_MEMORY}" for link in chain if _is_out_of_memory(link)]
+    told = told or [text for link in chain if (text := _translated(link))]
+    if not told and isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
+        told = [str(error) or type(error).__name__]
+    if not told and _is_of_hydra(error):
+        told = [f"Hydra does not take one of the settings hydra.* of this command ({reason(error)}); leave it out"]
+    return " ".join(told[0].split()) if told else None
 
 
 def _translated(error: BaseException) -> str:
-    """What a user can do about an exception of Hydra or OmegaConf; nothing where a later link of the chain knows more."""
+    """What a user can do about an exception; nothing where a later link of the chain knows more, or where nothing can be done."""
     match error:
         case MissingMandatoryValue(full_key=str(key)):
             return f"{key} is not given; add {key}=VALUE to the command"
@@ -52,10 +75,47 @@ def _translated(error: BaseException) -> str:
             known = [f"{group}{key!s}" for key in error.parent_node]
             return f"there is no setting {error.full_key}; did you mean {nearest(str(error.full_key), known)}?"
         case OverrideParseException():
-            return f"'{error.override}' cannot be read; write key=value, and quote values with special characters"
+            quotes = """in quotes within quotes: 'key="value"'"""
+            return f"'{error.override}' cannot be read; write key=value, and values of other than plain characters {quotes}"
         case InstantiationException():
-            return str(error)
+            return _of_component(str(error))
+        case ConfigCompositionException() if found := re.search(r"Error merging override (.*)", str(error)):
+            return f"'{found[1]}' is of another kind than the setting's default; python -m search --cfg job shows that"
         case HydraException() if error.__cause__ is None and error.__context__ is None:
             return str(error)
+        case OSError():
+            return _of_system(error)
         case _:
             return ""
+
+
+def _of_component(text: str) -> str:
+    """What Hydra says of a component that could not be made: `Error in call to target 'a.b': TypeError("...") full_key: c`."""
+    found = re.match(r"Error (?:in call to|locating) target '[^']*'[,:]?\s*(.*?)\s*(?:full_key: (\S+))?$", text, re.DOTALL)
+    if found is None:
+        return text
+    why = re.sub(r"^\w+\((['\"])(.*)\1,?\)$", r"\2", found[1].strip(), flags=re.DOTALL) or "it cannot be made"
+    return f"{found[2]}: {why}; python -m search --cfg job shows its settings" if found[2] else why
+
+
+def _of_system(error: OSError) -> str:
+    """What the system refuses, and what to do about it."""
+    advice = next((words for numbers, words in ADVICE.items() if error.errno in numbers), "")
+    place = f"{error.filename}: " if error.filename is not None else "the system refuses to go on: "
+    return f"{place}{error.strerror or reason(error)}{'; ' if advice else ''}{advice}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from supernet.memory import is_out_of_memory  # which imports torch
+
+    return is_out_of_memory(error)
+
+
+def _is_of_hydra(error: BaseException) -> bool:
+    """Whether Hydra's own code raised it."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and place.tb_frame.f_globals.get("__name__", "").startswith("hydra.")

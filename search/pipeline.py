@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,7 +36,7 @@ from search.knapsack import closest, uniform
 from search.progress import clock, track
 from search.report import allocation_json, metrics_table
 from search.run_directory import RunDirectory, locked
-from search.settings import budget_record, check_settings, given_limits
+from search.settings import budget_record, check_settings, given_limits, without_effect
 from search.strategies.base import Problem, State, Unmeasurable
 from search.strategies.front import Front, front_json
 from search.strategies.pareto import Pareto
@@ -76,15 +76,17 @@ class Found:
         return self.space.kept(self.allocation)
 
 
-def run(config: DictConfig, path: Path) -> None:
-    """One run of the chosen stages in the directory `path`."""
+def run(config: DictConfig, path: Path, typed: Collection[str] = ()) -> None:
+    """One run of the chosen stages in the directory `path`; `typed` are the settings that the user gave in the command."""
     check_settings(config)
+    for line in without_effect(config, typed):
+        log.warning("%s", line)
     stages, dry = _stages(config), bool(config.dry_run)
     if dry:
         job = Job(config, RunDirectory(path, _settings(config), fresh=False))
         _ = job.fitness, job.resources, job.export_dtype
         _check_rounds(job)
-        _check_units(job)
+        _check_units(job, typed)
         warn_if_few(job.strategy, job.tokens["search"].ids)
         describe(job)
         return
@@ -100,7 +102,7 @@ def run(config: DictConfig, path: Path) -> None:
         )  # a mistake in their settings should not wait for hours of building
         _check_rounds(job)
         job.directory.identify(job.identity)
-        _check_units(job)
+        _check_units(job, typed)
         warn_if_few(job.strategy, job.tokens["search"].ids)
         trials = None if config.study is None else Trials(config.study, job.directory)
         found = _rounds(job, stages, trials)
@@ -134,8 +136,11 @@ def _check_rounds(job: Job) -> None:
         )
 
 
-def _check_units(job: Job) -> None:
+def _check_units(job: Job, typed: Collection[str]) -> None:
     """InputError for units that cannot be pruned so, or of which a rule has nothing to say: not after hours of building."""
+    if all(one.choices is not None for one in job.prunables):
+        for key in sorted({"supernet.levels", "supernet.step", "supernet.lowest"} & set(typed)):
+            log.warning("%s has no effect: the levels of this kind of pruning are fixed", key)
     if isinstance(job.strategy, Rule):
         job.strategy.check(job.loaded.model, job.first_window.space)
 

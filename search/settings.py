@@ -6,7 +6,7 @@ What a strategy, a pruner or a source of text takes, it checks itself, but for t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pydoc import locate
 from typing import Any
@@ -16,14 +16,16 @@ from omegaconf import DictConfig, OmegaConf
 from search.budget import check_sparsity
 from supernet.errors import InputError
 
-LEAST = {  # whole numbers
-    "rounds": 1,
-    "seed": 0,
-    "data.sequence_length": 2,
-    "data.sequences.calibration": 1,
-    "data.sequences.search": 1,
-    "supernet.levels": 2,
-    "evaluate.batch": 1,
+# Whole numbers: the least that makes sense, and the most that can end: more would hang, or take all memory, before anything else
+# could object.
+WHOLE = {
+    "rounds": (1, 16),  # each halves the spacing of levels: of 0.125 nothing is left after so many
+    "seed": (0, 2**63 - 1),
+    "data.sequence_length": (2, 1 << 24),
+    "data.sequences.calibration": (1, 10**7),
+    "data.sequences.search": (1, 10**7),
+    "supernet.levels": (2, 4097),
+    "evaluate.batch": (1, 10**6),
 }
 NUMBERS = {"supernet.step": 0.125, "supernet.lowest": 0.0}  # with an example
 LIMITS = {  # budgets, in the order of their importance, with an example
@@ -36,7 +38,13 @@ LIMITS = {  # budgets, in the order of their importance, with an example
 }
 USUAL = {"sparsity": 0.25}  # where none is given
 OF = {"flops": ("sequence_length",), "speedup": ("batch", "prompt", "generated")}  # settings that some of them take
-REQUEST = {"sequence_length": 1, "batch": 1, "prompt": 1, "generated": 0}  # of budgets; whole numbers
+REQUEST = {  # of budgets; whole numbers
+    "sequence_length": (1, 1 << 24),
+    "batch": (1, 10**6),
+    "prompt": (1, 1 << 24),
+    "generated": (0, 1 << 24),
+}
+TEXTS = {"device": "a device such as auto, cpu or cuda:1", "dtype": "auto, bfloat16, float16 or float32"}
 SWITCHES = ("dry_run", "fresh", "export.check")
 TYPES: dict[str, tuple[tuple[type, ...], str]] = {  # of a dataclass's attributes: what a value may be, and that in words
     "bool": ((bool,), "true or false"),
@@ -49,13 +57,14 @@ def check_settings(config: DictConfig) -> None:
     """InputError for the first setting of a wrong type, or below what makes sense."""
     for key in sorted(OmegaConf.missing_keys(config)):
         raise InputError(f"{key} is not given; add {key}=VALUE to the command")
-    for key, least in LEAST.items():
-        _check_whole(config, key, least)
+    for key, (least, most) in WHOLE.items():
+        _check_whole(config, key, least, most)
     if _value(config, "data.sequences.evaluation") != "all":
-        _check_whole(config, "data.sequences.evaluation", 1)
+        _check_whole(config, "data.sequences.evaluation", *WHOLE["data.sequences.search"])
     for name in ("batch", "multiple"):  # not every method has them
         if name in config.prune:
-            _check_whole(config, f"prune.{name}", 1)
+            _check_whole(config, f"prune.{name}", 1, 10**6)
+    _check_texts(config)
     for key, example in NUMBERS.items():
         _check_number(key, _value(config, key), example)
     _check_budget(config)
@@ -69,9 +78,9 @@ def check_settings(config: DictConfig) -> None:
 
 
 def _check_budget(config: DictConfig) -> None:
-    for name, least in REQUEST.items():
+    for name, (least, most) in REQUEST.items():
         if name in config.budget:
-            _check_whole(config, f"budget.{name}", least)
+            _check_whole(config, f"budget.{name}", least, most)
     for name, value in given_limits(config.budget).items():
         key = f"budget.{name}"
         if name == "bytes":
@@ -84,6 +93,17 @@ def _check_budget(config: DictConfig) -> None:
             raise InputError(f"{key}={value} must be above 1; 1.5 makes the model one and a half times as fast")
         elif name in ("parameters", "flops") and not 0 < value < float("inf"):
             raise InputError(f"{key}={value} must be finite and above 0, such as {LIMITS[name]:g}; it is of the whole model")
+
+
+def without_effect(config: DictConfig, typed: Collection[str]) -> Iterator[str]:
+    """What was typed in the command and makes no difference, with the reason: known from the settings alone."""
+    limits = given_limits(config.budget)
+    reasons = {f"budget.{name}": f"budget.{limit}" for limit, names in OF.items() for name in names}
+    for key, limit in reasons.items():
+        if key in typed and limit.removeprefix("budget.") not in limits:
+            yield f"{key} has no effect without {limit}"
+    if "evaluate.batch" in typed and config.evaluator.resident == "blocks":
+        yield "evaluate.batch has no effect with evaluator.resident=blocks, where text moves through the model as memory allows"
 
 
 def given_limits(budget: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,10 +145,23 @@ def _check_number(key: str, value: Any, example: Any) -> None:
         raise InputError(f"{key}={value} must be a number, such as {example:g}")
 
 
-def _check_whole(config: DictConfig, key: str, least: int) -> None:
+def _check_whole(config: DictConfig, key: str, least: int, most: int) -> None:
     value = _value(config, key)
     if type(value) is not int or value < least:
         raise InputError(f"{key}={value} must be a whole number of at least {least}")
+    if value > most:
+        raise InputError(f"{key}={value} must be a whole number of at most {most:,}")
+
+
+def _check_texts(config: DictConfig) -> None:
+    """InputError for what should be a word or a path and is not."""
+    for key, example in TEXTS.items():
+        value = _value(config, key)
+        if type(value) is not str or not value:
+            raise InputError(f"{key}={value} must be {example}")
+    root = _value(config, "supernet.root")
+    if root is not None and (type(root) is not str or not root):
+        raise InputError(f"supernet.root={root} must be a folder, or null for the cache")
 
 
 def _value(config: DictConfig, key: str) -> Any:

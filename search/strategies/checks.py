@@ -8,12 +8,20 @@ from typing import Any
 
 from supernet.errors import InputError
 
+# The most that can end: a generation proposes all of its offspring at once, a front measures all of its points.
+MOST = {"points": 1_000, "offspring": 10_000, "candidates": 100_000, "exchanges": 10_000, "max_exchanges": 10_000, "knots": 1_000}
+MOST |= dict.fromkeys(("generations", "samples", "steps"), 10**6)
+MOST_OF_OTHERS = 10**12  # tokens, say: what there is of them ends a search anyway
+
 
 def check_whole(name: str, value: Any, least: int, usual: str | None = None) -> None:
-    """InputError unless a setting is a whole number of at least `least`."""
+    """InputError unless a setting is a whole number of at least `least`, and not more than can end."""
+    most = MOST.get(name, MOST_OF_OTHERS)
     if type(value) is not int or value < least:
         advice = f"; {usual} is the usual choice" if usual else ""
         raise InputError(f"strategy.{name}={value} must be a whole number of at least {least}{advice}")
+    if value > most:
+        raise InputError(f"strategy.{name}={value} must be a whole number of at most {most:,}")
 
 
 def check_number(name: str, value: Any, lowest: float, highest: float, usual: str) -> None:

@@ -1,10 +1,12 @@
 """The command line takes any model, leaves alone what Hydra knows, and answers misspelt choices with the nearest."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from search.arguments import accept_any_model, check_choices
+from search.arguments import check_choices, prepared
 from supernet.errors import InputError
 
 
@@ -13,20 +15,106 @@ from supernet.errors import InputError
 )
 def test_a_path_or_hub_id_becomes_the_pretrained_model(conf: Path, value: str) -> None:
     escaped = value.replace("'", r"\'")
-    assert accept_any_model([f"model={value}", "seed=1"], conf) == ["model=pretrained", f"model.path='{escaped}'", "seed=1"]
+    assert prepared([f"model={value}", "seed=1"], conf) == ["model=pretrained", f"model.path='{escaped}'", "seed=1"]
 
 
 def test_a_folder_of_the_working_directory_needs_no_slash(conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert accept_any_model(["model=mine"], conf) == ["model=mine"]
+    assert prepared(["model=mine"], conf) == ["model=mine"]
     (tmp_path / "mine").mkdir()
-    assert accept_any_model(["model=mine"], conf) == ["model=pretrained", "model.path='mine'"]
+    assert prepared(["model=mine"], conf) == ["model=pretrained", "model.path='mine'"]
 
 
 def test_a_known_name_wins_over_a_folder_of_that_name(conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2").mkdir()
-    assert accept_any_model(["model=smollm2"], conf) == ["model=smollm2"]
+    assert prepared(["model=smollm2"], conf) == ["model=smollm2"]
+
+
+ODD = [
+    "a,b",
+    "step=100",
+    "base (merged)",
+    "[x]",
+    "{y}",
+    "a b",
+    "it's",
+    'say "a"',
+    "加卷",
+    "a:b",
+    "#1",
+    "$5",
+    "back\\slash",
+    "end\\",
+]
+
+
+def as_hydra_reads_it(override: str) -> str:
+    value: Any = OverridesParser.create().parse_override(override).value()
+    return str(getattr(value, "text", value))
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("key", ["data.source.path", "supernet.root", "strategy.file", "hydra.run.dir", "+data.source.path"])
+def test_a_path_reaches_hydra_as_a_person_types_it(conf: Path, key: str, name: str) -> None:
+    (found,) = prepared([f"{key}=/somewhere/{name}"], conf)
+    assert found.startswith(f"{key}=")
+    assert as_hydra_reads_it(found) == f"/somewhere/{name}"
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("quotes", ["", "'", '"'])
+def test_so_does_a_model(conf: Path, name: str, quotes: str) -> None:
+    if quotes and quotes in name or name.endswith("\\") and quotes:
+        pytest.skip("no shell user would write that")
+    choice, path = prepared([f"model={quotes}./{name}{quotes}"], conf)
+    assert choice == "model=pretrained"
+    assert as_hydra_reads_it(path) == f"./{name}"
+
+
+@pytest.mark.parametrize("value", ["null", "${oc.env:HOME}/text", ""])
+def test_what_is_no_plain_path_stays_as_it_is(conf: Path, value: str) -> None:
+    assert prepared([f"supernet.root={value}"], conf) == [f"supernet.root={value}"]
+
+
+def test_a_sweep_is_parted_at_commas_unless_the_whole_is_there(conf: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "a,b"
+    paths = ["-m", "data.source.path=x/1.txt,'x/2,3.txt'", f"supernet.root={whole}", "model=m/1,m/2"]
+    after = ["model=pretrained", "model.path='m/1','m/2'"]
+    once = f"supernet.root='{tmp_path}/a','b'"
+    assert prepared(paths, conf) == ["-m", "data.source.path='x/1.txt','x/2,3.txt'", once, *after]
+    whole.mkdir()
+    assert prepared(paths, conf)[2] == f"supernet.root='{whole}'"
+    with pytest.raises(InputError, match="a sweep is over names or over folders"):
+        prepared(["-m", "model=smollm2,m/1"], conf)
+
+
+def test_flags_may_stand_anywhere(conf: Path) -> None:
+    given = ["+experiment=smoke", "-m", "seed=0,1", "--config-dir", "ours", "rounds=1", "--info=all", "-cd=theirs"]
+    flags = ["-m", "--config-dir", "ours", "--info=all", "-cd=theirs"]
+    assert prepared(given, conf) == [*flags, "+experiment=smoke", "seed=0,1", "rounds=1"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--nope", "--nope is no flag; did you mean"),
+        ("--multrun", "did you mean --multirun"),
+        ("-x", "key=value"),
+        ("--config-dir", "needs a value"),
+        ("=5", "no name before the equals sign"),
+        ("+=5", "no name before the equals sign"),
+    ],
+)
+def test_what_is_neither_flag_nor_setting_is_told(conf: Path, argument: str, words: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        prepared(["seed=1", argument], conf)
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_value_may_be_as_long_as_it_likes(conf: Path) -> None:
+    for argument in (f"budget.sparsity={','.join(['0.1000'] * 200)}", f"model=org/{'x' * 5000}"):
+        check_choices(prepared(["-m", argument], conf), conf)
 
 
 @pytest.mark.parametrize(
@@ -35,16 +123,14 @@ def test_a_known_name_wins_over_a_folder_of_that_name(conf: Path, tmp_path: Path
         "model=smollm2,tiny_llama",
         "model=glob(*)",
         "budget.sparsity=0.25,0.5",
-        "model.path=org/name",
         "+experiment=demo",
         "-m",
         "~evaluate",
         "+strategy.elite=2",
-        "hydra.run.dir=a/b",
     ],
 )
 def test_everything_else_is_left_to_hydra(conf: Path, argument: str) -> None:
-    assert accept_any_model([argument], conf) == [argument]
+    assert prepared([argument], conf) == [argument]
     check_choices([argument], conf)
 
 

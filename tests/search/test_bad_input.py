@@ -76,8 +76,8 @@ BAD = {  # arguments -> what the line must say
     "stages=[bild]": ["bild", "build, search, evaluate, export"],
     "stages=[]": ["stages=[]", "build, search, evaluate, export"],
     "stages=build": ["stages=build", "list", "stages=[build"],
-    "dtype=float99": ["dtype=float99", "auto, bfloat16, float16 or float32"],
-    "dtype=int8": ["dtype=int8", "auto, bfloat16, float16 or float32"],
+    "dtype=float99": ["dtype=float99", "auto, bfloat16, float16, float32"],
+    "dtype=int8": ["dtype=int8", "auto, bfloat16, float16, float32"],
     "device=gpu": ["device=gpu", "use device=cpu"],
     "device=meta": ["device=meta", "use device=cpu"],
     "rounds=abc": ["rounds=abc", "whole number"],
@@ -230,6 +230,13 @@ def test_a_configuration_that_is_not_yaml_is_answered_in_one_line(call: Call, tm
     (tmp_path / "ours/model/broken.yaml").write_text("a: b\n  c: d\n")
     line = refusal(call("--config-dir=ours", SMOKE, "model=broken"))
     assert "model/broken.yaml" in line and "line 2" in line
+
+
+def test_a_setting_that_only_a_users_experiment_has_is_refused(call: Call, tmp_path: Path, refusal: Refusal) -> None:
+    (tmp_path / "ours/experiment").mkdir(parents=True)
+    (tmp_path / "ours/experiment/mine.yaml").write_text("# @package _global_\nbudget: {sparsty: 0.5}\n")
+    line = refusal(call("--config-dir=ours", "+experiment=mine"))
+    assert "there is no setting budget.sparsty; did you mean budget.sparsity" in line
 
 
 def test_a_mistake_in_one_job_of_a_sweep_is_answered_in_one_line(call: Call, refusal: Refusal) -> None:
