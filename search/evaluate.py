@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from search.evaluator import GenerationEvaluator, Resources
 from search.fitness import CrossEntropy, KlDivergence, kl_divergence, negative_log_likelihood, targets
 from search.teacher import TeacherTargets
-from supernet.architecture import head_of, parameter_count
+from supernet.architecture import head_of, nonzero_count, parameter_count
 from supernet.space import Allocation
 from supernet.store import Supernet
 
@@ -28,6 +28,7 @@ class Metrics:
 
     Attributes:
         parameters: Of the whole model, tied ones once.
+        nonzero: Those of them that are not zero.
         losses: (sequences,) float64, mean -log p of a token of each sequence, without the leading special tokens and, where there
             are none, without the first token (sequences do not overlap).
         divergences: (sequences,) float64, mean KL divergence to the dense model at a token, without the positions that predict a
@@ -35,6 +36,7 @@ class Metrics:
     """
 
     parameters: int
+    nonzero: int
     losses: np.ndarray
     divergences: np.ndarray
 
@@ -58,6 +60,7 @@ class Metrics:
         of_loss = error_of_mean(self.losses)
         return {
             "parameters": self.parameters,
+            "nonzero_parameters": self.nonzero,
             "perplexity": self.perplexity,
             "perplexity_error": None if of_loss is None else self.perplexity * of_loss,
             "kl_divergence": self.kl_divergence,
@@ -121,7 +124,8 @@ class HeldOut:
             losses.append(negative_log_likelihood(hidden, head, ids.to(hidden.device)).double().mean(1))
             divergence = kl_divergence(flat.unsqueeze(0), head, self.targets[index].to(hidden.device))
             divergences.append(divergence.view(len(ids), -1).double().mean(1))
-        return Metrics(parameter_count(model), *(torch.cat(of_all).cpu().numpy() for of_all in (losses, divergences)))
+        of_sequences = [torch.cat(of_all).cpu().numpy() for of_all in (losses, divergences)]
+        return Metrics(parameter_count(model), nonzero_count(model), *of_sequences)
 
 
 def streamed(
@@ -130,7 +134,7 @@ def streamed(
     allocation: Allocation,
     ids: Tensor,
     resources: Resources,
-    parameters: int,
+    counted: PreTrainedModel,
     unscored: int = 0,
 ) -> Metrics:
     """Metrics of an allocation whose model need not fit on the device: measured as the search does, block by block.
@@ -141,14 +145,14 @@ def streamed(
         allocation: One of them for each unit.
         ids: (sequences, tokens) int64.
         resources: Where things lie.
-        parameters: Of the allocation's model.
+        counted: The allocation's model, whose parameters are counted.
         unscored: As of `HeldOut`.
     """
     every = np.arange(len(ids))
     with closing(GenerationEvaluator(model, supernet, ids, KlDivergence(), resources, unscored)) as evaluate:
         divergences = evaluate([allocation], every)[0]
         evaluate.fitness = CrossEntropy()  # with the same targets
-        return Metrics(parameters, evaluate([allocation], every)[0], divergences)
+        return Metrics(parameter_count(counted), nonzero_count(counted), evaluate([allocation], every)[0], divergences)
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:

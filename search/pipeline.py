@@ -320,9 +320,8 @@ def _measure_streamed(job: Job, supernets: Mapping[str, Supernet]) -> dict[str, 
     for name, supernet in supernets.items():
         units = supernet.space.units
         if "dense" not in found:
-            found["dense"] = measure(supernet, (0,) * len(units), parameters=parameter_count(model))
-        parameters = parameter_count(_assembled(job, supernet))
-        found[name] = measure(supernet, _sparsest(supernet), parameters=parameters)
+            found["dense"] = measure(supernet, (0,) * len(units), counted=model)
+        found[name] = measure(supernet, _sparsest(supernet), counted=_assembled(job, supernet))
     return found
 
 

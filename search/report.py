@@ -9,6 +9,7 @@ from search.budget import Budget
 from supernet.space import Allocation, Space
 
 ROWS = ("dense", "uniform", "searched")
+SPARSE = 0.99  # share of parameters that are not zero, below which it is told
 
 
 def allocation_json(space: Space, allocation: Allocation, budget: Budget, model: Mapping[str, str]) -> dict[str, Any]:
@@ -33,14 +34,18 @@ def allocation_json(space: Space, allocation: Allocation, budget: Budget, model:
 def metrics_table(metrics: Mapping[str, Any]) -> str:
     """Dense, uniform and searched model side by side; `kept` is the share of the prunable parameters, or bits, that is left.
 
-    Behind each number that has one stands its standard error over sequences.
+    Behind each number that has one stands its standard error over sequences. Where many parameters are zero, those that are not
+    are told, too.
     """
-    lines = [f"{'':10}{'parameters':>14}{'kept':>9}{'perplexity':>18}{'KL to dense':>20}"]
+    sparse = any(metrics[name]["nonzero_parameters"] < SPARSE * metrics[name]["parameters"] for name in ROWS)
+    not_zero = f"{'not zero':>14}" if sparse else ""
+    lines = [f"{'':10}{'parameters':>14}{not_zero}{'kept':>9}{'perplexity':>18}{'KL to dense':>20}"]
     for name in ROWS:
         row = metrics[name]
+        not_zero = f"{row['nonzero_parameters']:>14,}" if sparse else ""
         perplexity = _with_error(row["perplexity"], row["perplexity_error"], 2)
         divergence = _with_error(row["kl_divergence"], row["kl_divergence_error"], 4)
-        lines.append(f"{name:10}{row['parameters']:>14,}{row['kept']:>9.1%}{perplexity:>18}{divergence:>20}")
+        lines.append(f"{name:10}{row['parameters']:>14,}{not_zero}{row['kept']:>9.1%}{perplexity:>18}{divergence:>20}")
     gap = metrics["searched_minus_uniform"]
     apart = _with_error(gap["kl_divergence"], gap["kl_divergence_error"], 4, sign="+")
     lines.append(f"searched - uniform, on the same sequences: KL {apart}")

@@ -403,3 +403,8 @@ def _forward_replaced(replacements: Mapping[nn.Module, Any]) -> Iterator[None]:
 def parameter_count(model: nn.Module) -> int:
     """Parameters of a model, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def nonzero_count(model: nn.Module) -> int:
+    """Parameters of a model that are not zero, tied ones once."""
+    return sum(int(parameter.count_nonzero()) for parameter in model.parameters())

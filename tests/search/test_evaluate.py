@@ -51,9 +51,9 @@ def test_metrics_block_by_block_are_those_of_the_assembled_model(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, resident: str
 ) -> None:
     allocation = (2, 0, 3) * (len(family_supernet.space.units) // 3)
-    found = streamed(family_model, family_supernet, allocation, ids, Resources(resident=resident), 7)
+    found = streamed(family_model, family_supernet, allocation, ids, Resources(resident=resident), family_model)
     perplexity, divergence = by_definition(family_model, assemble(family_model, family_supernet, allocation), ids)
-    assert found.parameters == 7
+    assert found.parameters == parameter_count(family_model)
     assert found.perplexity == pytest.approx(perplexity, rel=1e-4)
     assert found.kl_divergence == pytest.approx(divergence, rel=1e-3)
 
@@ -65,10 +65,20 @@ def test_leading_tokens_are_no_targets(family_model: PreTrainedModel, family_sup
     perplexity, divergence = by_definition(family_model, model, ids, 2)
     assert by_definition(family_model, model, ids)[1] != pytest.approx(divergence, rel=1e-3)
     whole = HeldOut(family_model, ids, 2, track, unscored=2).measure(model, "pruned")
-    streams = streamed(family_model, family_supernet, allocation, ids, Resources(resident="model"), 7, unscored=2)
+    streams = streamed(family_model, family_supernet, allocation, ids, Resources(resident="model"), model, unscored=2)
     for found in (whole, streams):
         assert found.perplexity == pytest.approx(perplexity, rel=1e-4)
         assert found.kl_divergence == pytest.approx(divergence, rel=1e-3)
+
+
+def test_parameters_that_are_zero_are_told(model_of: Callable[..., PreTrainedModel], ids: Tensor) -> None:
+    model = model_of("qwen2")  # whose head and embeddings are one
+    dense = HeldOut(model, ids, 5, track).dense
+    assert dense.nonzero == dense.parameters
+    model.model.layers[0].mlp.up_proj.weight.data[:10] = 0.0
+    model.model.embed_tokens.weight.data[3] = 0.0
+    found = HeldOut(model, ids, 5, track).dense.to_json()
+    assert found["parameters"] - found["nonzero_parameters"] == 10 * 64 + 64
 
 
 def test_mixers_are_measured_too(mixer_model: PreTrainedModel, model_of: Callable[..., PreTrainedModel], ids: Tensor) -> None:
@@ -111,13 +121,13 @@ def test_one_sequence_has_no_error(family_model: PreTrainedModel, ids: Tensor) -
 
 
 def test_means_below_zero_are_told_and_perplexities_beyond_all_numbers_are_infinite() -> None:
-    found = Metrics(1, np.array([800.0, 900.0]), np.array([-0.5, 0.25]))
+    found = Metrics(1, 1, np.array([800.0, 900.0]), np.array([-0.5, 0.25]))
     assert found.kl_divergence == -0.125
     assert found.perplexity == np.inf
 
 
 @pytest.mark.parametrize("losses", [[2.0], [2.0, math.inf], [2.0, math.nan, 1.0]])
 def test_one_sequence_has_no_error_nor_has_what_is_not_finite(losses: list[float]) -> None:
-    metrics = Metrics(1, np.array(losses), np.array(losses))
+    metrics = Metrics(1, 1, np.array(losses), np.array(losses))
     assert metrics.to_json()["perplexity_error"] is metrics.to_json()["kl_divergence_error"] is None
     assert difference(metrics, metrics)["kl_divergence_error"] is None

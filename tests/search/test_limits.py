@@ -206,7 +206,8 @@ def test_bit_widths_change_neither_parameters_nor_flops(name: str) -> None:
 FACTS = Facts("m", "obs", "guided", False, "KlDivergence", "bfloat16", False)
 
 
-ROW = {"parameters": 1000, "perplexity": 10.0, "perplexity_error": 0.5, "kl_divergence": 0.1, "kl_divergence_error": None}
+ROW = {"parameters": 1000, "nonzero_parameters": 999, "kl_divergence": 0.1, "kl_divergence_error": None}
+ROW |= {"perplexity": 10.0, "perplexity_error": 0.5}
 APART = {"kl_divergence": -0.01, "kl_divergence_error": 0.002, "log_perplexity": -0.01, "log_perplexity_error": 0.002}
 
 
@@ -259,6 +260,10 @@ def test_a_measured_speedup_is_told() -> None:
     assert "times as fast" not in metrics_table(rows)
     lines = metrics_table(rows).splitlines()
     assert lines[3].endswith("10.00 ± 0.50              0.1000")
+    assert "not zero" not in lines[0]
+    sparse = metrics_table(rows | {"searched": rows["searched"] | {"nonzero_parameters": 623}}).splitlines()
+    assert "parameters      not zero     kept" in sparse[0]
+    assert sparse[3].split()[:3] == ["searched", "1,000", "623"]
     assert lines[4] == "searched - uniform, on the same sequences: KL -0.0100 ± 0.0020"
     rows["dense"] |= {"kl_divergence": -1e-9}
     assert " 0.0000" in metrics_table(rows).splitlines()[1]  # not -0.0000
