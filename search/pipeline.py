@@ -106,16 +106,21 @@ def run(config: DictConfig, path: Path, typed: Collection[str] = ()) -> None:
         warn_if_few(job.strategy, job.tokens["search"].ids)
         trials = None if config.study is None else Trials(config.study, job.directory)
         found = _rounds(job, stages, trials)
-        if found is None:
-            return
-        _write_allocation(job, found)
-        if not any(found.kept.values()):
-            log.warning("nothing is kept of any unit: no level between that and more fits the budget; ask for less")
-        if "evaluate" in stages:
-            _evaluate(job, found)
-        if "export" in stages:
-            _export(job, found)
-        _summarise(job)
+        if found is not None:
+            _write_results(job, found, stages)
+        job.directory.finish()
+
+
+def _write_results(job: Job, found: Found, stages: Sequence[str]) -> None:
+    """The allocation, and what the stages behind the search make of it."""
+    _write_allocation(job, found)
+    if not any(found.kept.values()):
+        log.warning("nothing is kept of any unit: no level between that and more fits the budget; ask for less")
+    if "evaluate" in stages:
+        _evaluate(job, found)
+    if "export" in stages:
+        _export(job, found)
+    _summarise(job)
 
 
 def _stages(config: DictConfig) -> list[str]:
@@ -174,7 +179,7 @@ def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
     for index in range(job.rounds):
         title = f"round {index + 1} of {job.rounds}"
         space = window.space
-        state = job.directory.load_state(index, space)
+        state = job.directory.load_state(index, space, job.strategy.generations)
         if state is None or not _finished(job, state):
             if "search" not in stages and stages != ["build"]:
                 raise InputError(f"{title} is not searched yet; add search to stages=[{','.join(stages)}]")
@@ -331,7 +336,7 @@ def _export(job: Job, found: Found) -> None:
     if folder.exists():
         log.info("exported before: %s is kept", folder)
         return
-    metrics, allocation = job.directory.read("metrics.json"), job.directory.read("allocation.json")
+    metrics, allocation = job.directory.read("metrics.json"), job.directory.read("allocation.json") or {}
     supernet = job.rebuild(found.kept, "searched")
     with job.directory.stage("export"):
         sample = _sample(job, supernet) if job.config.export.check else None

@@ -8,7 +8,6 @@ written and read here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,9 +24,10 @@ from search.strategies.checks import check_whole
 from search.strategies.measuring import Measured, sequences_for
 from search.strategies.rule import Rule, only_allocation, towards
 from supernet.errors import InputError
+from supernet.records import WRONG, UnreadableError, read_json, verified
 from supernet.space import Space
 
-FORMAT = 1
+FORMAT = 2
 CANDIDATES = 4  # that may be measured: in between, beside, the start
 
 Kept = Mapping[str, int]  # members kept per unit
@@ -140,21 +140,28 @@ def front_json(
 def read_front(file: str) -> list[Kept]:
     """What each point of a `front.json` keeps, in its order; InputError for a file that is none."""
     said, path = f"strategy.file={file}", Path(str(file)).expanduser()
-    if not path.is_file():
+    if not _is_file(path):
         raise InputError(f"{said} is not there; give the front.json of a run with strategy=pareto")
     try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
+        content = read_json(path)
+        if type(content["format"]) is int and content["format"] != FORMAT:
             raise InputError(f"{said} has format {content['format']}; this version reads format {FORMAT}")
-        points: list[Kept] = [dict(point["kept"]) for point in content["points"]]
+        points: list[Kept] = [dict(point["kept"]) for point in verified(content)["points"]]
         dense = points[-1]
         if len(points) < 2 or not all(_fits(point, dense) for point in points):
             raise ValueError("its points are not of the same units, up to the dense model")
     except KeyError as error:
         raise InputError(f"{said} is damaged, or no front.json (there is no {error} in it)") from error
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
+    except (UnreadableError, *WRONG) as error:
         raise InputError(f"{said} is damaged, or no front.json ({reason(error)})") from error
     return points
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _fits(point: Kept, dense: Kept) -> bool:

@@ -84,7 +84,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
 
 def test_the_allocation_is_consistent_and_meets_the_budget(finished: Path) -> None:
     content = read(finished / RUN / "allocation.json")
-    assert content.keys() == {"format", "model", "space", "budget", "units"}
+    assert content.keys() == {"format", "model", "space", "budget", "units", "checksum"}
     assert (content["format"], content["model"]["name"]) == (1, "random-llama-0")
     budget, units = content["budget"], content["units"]
     assert budget.keys() == {"kind", "target", "dense", "achieved"}

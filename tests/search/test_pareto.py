@@ -19,6 +19,7 @@ from search.strategies.base import Problem, State
 from search.strategies.front import Front, front_json, read_front
 from search.strategies.pareto import Pareto, budgets_of
 from supernet.errors import InputError
+from supernet.records import write_record
 from supernet.space import Allocation, Space
 from tests.search.synthetic import (
     TRANSFORMER,
@@ -196,7 +197,7 @@ def file(problem: Problem, tmp_path: Path) -> Path:
     """A front at sparsities of 0.6, 0.45, 0.3 and 0.15."""
     state = run(STRATEGIES["gradient"], problem)[0][-1]
     path = tmp_path / "front.json"
-    path.write_text(json.dumps(front_json(problem.space, state.memory["front"], problem.budget, {"name": "synthetic"})))
+    write_record(path, front_json(problem.space, state.memory["front"], problem.budget, {"name": "synthetic"}))
     return path
 
 
@@ -212,7 +213,7 @@ def taken(file: Path, problem: Problem) -> Allocation:
 
 def test_the_file(file: Path, problem: Problem) -> None:
     content = json.loads(file.read_text())
-    assert (content["format"], content["kind"], content["space"]) == (1, "parameters", problem.space.fingerprint)
+    assert (content["format"], content["kind"], content["space"]) == (2, "parameters", problem.space.fingerprint)
     points = content["points"]
     assert [point["target"] for point in points[:-1]] == [b.first.target for b in budgets_of(problem.budget, POINTS)]
     assert all(0 < point["achieved"] <= point["target"] for point in points)
@@ -290,17 +291,24 @@ def test_mistakes_are_told(file: Path, problem: Problem, space_of: SpaceOf) -> N
     )
     assert "is not there" in refusal_of(file.with_name("none.json"), problem)
     content = json.loads(file.read_text())
+    del content["checksum"]
     short = content | {"points": [content["points"][0] | {"kept": {"unit.0": 3}}, content["points"][-1]]}
     for broken, part in (
-        ('{"format": 1', "damaged"),
+        ('{"format": 2', "damaged"),
         ("[]", "damaged"),
         ("{}", "there is no 'format'"),
-        (json.dumps(content | {"format": 2}), "format 2"),
-        (json.dumps(content | {"points": []}), "damaged"),
-        (json.dumps(content | {"points": [{"kept": 3}]}), "damaged"),
-        (json.dumps(short), "not of the same units"),
+        (json.dumps(content | {"format": 1}), "format 1; this version reads format 2"),
+        (json.dumps(content), "it has no checksum"),
+        (json.dumps(content | {"checksum": "0" * 32}), "its checksum does not match"),
+        ("[" * 100_000, "it is no JSON"),
+        (content | {"points": []}, "damaged"),
+        (content | {"points": [{"kept": 3}]}, "damaged"),
+        (short, "not of the same units"),
     ):
-        file.write_text(broken)
+        if isinstance(broken, str):
+            file.write_text(broken)
+        else:
+            write_record(file, broken)
         assert part in refusal_of(file, problem)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
 import pytest
@@ -23,7 +24,7 @@ from supernet.space import Level, Space, Unit
 COARSE = (Level(8, 80), Level(6, 60), Level(4, 40))
 FINE = (Level(8, 80), Level(7, 70), Level(6, 60))
 SPACES = [Space((Unit("0.attention", "attention", 8, levels), Unit("0.mlp", "mlp", 8, levels))) for levels in (COARSE, FINE)]
-RNG: dict[str, Any] = {"bit_generator": "PCG64"}
+RNG: dict[str, Any] = np.random.PCG64(7).state  # type: ignore[assignment]
 FILES = ["trials.log", "sqlite:///trials.db"]
 
 
