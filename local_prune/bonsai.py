@@ -33,6 +33,7 @@ from supernet.errors import InputError
 # Of the ridge, by the mean squared row; infinite is the prior alone.
 STRENGTHS = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 FOLDS = 5
+MOST_SAMPLES = 1_000_000  # their losses and what each lacks are in memory at once
 
 Loss = Callable[[Tensor, Mapping[str, Tensor]], float]  # of sequences (n, tokens), without members (k,) of sub-blocks
 
@@ -220,9 +221,10 @@ class BonsaiPruner(SurveyedPruner):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 4 or self.samples % 2:
+        if not 4 <= self.samples <= MOST_SAMPLES or self.samples % 2:
             raise InputError(
-                f"prune.pruner.samples={self.samples} must be an even number of sub-models from 4 on; 64 is a fair start"
+                f"prune.pruner.samples={self.samples} must be an even number of sub-models from 4 to {MOST_SAMPLES:,}; "
+                "64 is a fair start"
             )
         if self.sequences < 1:
             raise InputError(

@@ -28,6 +28,7 @@ from supernet.errors import InputError
 from supernet.prunables import Pattern
 
 LOW_BITS = 16  # of a float32: the histogram of the others has 128 bins for every power of two
+MOST_STEPS = 1000  # of a refit: with exact arithmetic there are no more than a layer has inputs
 STEP = 16  # columns whose errors reach each other one by one; those of earlier ones come as one matrix product
 WORKING = 1 << 30  # bytes of weights of as many levels as are pruned together; all other buffers are no larger
 
@@ -215,8 +216,8 @@ class BlockwisePruner(WeightPruner):
         check_number("damping", self.damping, "0.01")
         if self.block < 1:
             raise InputError(f"prune.pruner.block={self.block} must be at least 1 input; 32 to 128 are the usual choice")
-        if self.refit < 0:
-            raise InputError(f"prune.pruner.refit={self.refit} must not be below 0 steps; 4 do most of what can be done")
+        if not 0 <= self.refit <= MOST_STEPS:
+            raise InputError(f"prune.pruner.refit={self.refit} must be 0 to {MOST_STEPS:,} steps; 4 do most of what can be done")
 
     @abstractmethod
     def solve(self, block: Block) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ R = TypeVar("R")
 
 ATTEMPTS = 6  # at a factorisation, each with ten times the damping of the one before
 ROWS = 1024  # of X that are float64 at a time
+LARGEST = 1e9  # of a setting that weighs one term against another: float32 keeps nothing of the other beyond that
 PANELS = 6  # of a Gram matrix: its upper triangle takes (PANELS + 1) / (2 PANELS) of the products of the whole
 
 
@@ -28,6 +29,8 @@ def check_number(name: str, value: float, usual: str, zero: bool = False) -> Non
     if not (0 <= value if zero else 0 < value) or not math.isfinite(value):
         limit = "not below 0" if zero else "above 0"
         raise InputError(f"prune.pruner.{name}={value} must be finite and {limit}; {usual} is the usual choice")
+    if value > LARGEST:
+        raise InputError(f"prune.pruner.{name}={value} must be at most {LARGEST:,.0f}; {usual} is the usual choice")
 
 
 def add_gram(gram: Tensor, X: Tensor) -> None:

@@ -143,6 +143,8 @@ def _unreachable(sparsity: float, space: Space, kind: str) -> str:
 
 
 def check_sparsity(sparsity: float) -> None:
-    """InputError for a sparsity that no space could have."""
-    if not 0.0 < sparsity < 1.0:
-        raise InputError(f"budget.sparsity={sparsity:g} must lie between 0 and 1; 0.5 removes half of the prunable parameters")
+    """InputError for a sparsity that no space could have. With 0 nothing is removed: a check of the pipeline itself."""
+    if not 0.0 <= sparsity < 1.0:
+        raise InputError(
+            f"budget.sparsity={sparsity:g} must be at least 0 and below 1; 0.5 removes half of the prunable parameters, 0 nothing"
+        )

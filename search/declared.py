@@ -46,7 +46,8 @@ def check_declared(config: DictConfig, hydra: HydraConf) -> None:
         elsewhere = f"{key} {ELSEWHERE[key]}" if key in ELSEWHERE else f"there is no setting {key}; did you mean {near}?"
         raise InputError(elsewhere)
     for key, _ in _strange(known, given):
-        raise InputError(f"{key} was taken away, but is needed; leave out ~{key}")
+        typed_so = [one for one in hydra.overrides.task if one.startswith("~") and key.startswith(one[1:].partition("=")[0])]
+        raise InputError(f"{key} was taken away, but is needed; leave out {next(iter(typed_so), f'~{key}')}")
     for key, choice in COMPONENTS.items():
         component = OmegaConf.select(config, key)
         if not isinstance(component, DictConfig) or "_target_" not in component:

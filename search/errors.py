@@ -79,6 +79,10 @@ def _translated(error: BaseException) -> str:
             return f"'{error.override}' cannot be read; write key=value, and values of other than plain characters {quotes}"
         case InstantiationException():
             return _of_component(str(error))
+        case ConfigCompositionException() if found := re.search(
+            r"Could not delete from config. '(.*)' does not exist", str(error)
+        ):
+            return f"there is no {found[1]} to take away; leave out ~{found[1]}"
         case ConfigCompositionException() if found := re.search(r"Error merging override (.*)", str(error)):
             return f"'{found[1]}' is of another kind than the setting's default; python -m search --cfg job shows that"
         case HydraException() if error.__cause__ is None and error.__context__ is None:

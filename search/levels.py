@@ -39,11 +39,13 @@ class Grid:
     lowest: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.levels < 2 or not 0.0 < self.step < 1.0 or not 0.0 <= self.lowest < 1.0:
-            raise InputError(
-                f"supernet.levels={self.levels} must be at least 2, supernet.step={self.step} between 0 and 1 and "
-                f"supernet.lowest={self.lowest} at least 0 and below 1; 9 levels of 0.125 from 0 cover everything"
-            )
+        usual = "9 levels of 0.125 from 0 cover everything"
+        if self.levels < 2:
+            raise InputError(f"supernet.levels={self.levels} must be at least 2; {usual}")
+        if not 0.0 < self.step < 1.0:
+            raise InputError(f"supernet.step={self.step} must be above 0 and below 1; {usual}")
+        if not 0.0 <= self.lowest < 1.0:
+            raise InputError(f"supernet.lowest={self.lowest} must be at least 0 and below 1; {usual}")
 
     def first(self, prunables: Sequence[Prunable]) -> Window:
         """The coarse grid: sparsities lowest, lowest + step, lowest + 2 step, ... up to at most 1."""

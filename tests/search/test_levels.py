@@ -242,22 +242,21 @@ def test_the_last_rebuild_has_the_cost_of_the_allocation_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("levels", "step", "lowest"),
+    ("levels", "step", "lowest", "wrong"),
     [
-        (1, 0.125, 0.0),
-        (0, 0.125, 0.0),
-        (9, 0.0, 0.0),
-        (9, 1.0, 0.0),
-        (9, -0.5, 0.0),
-        (9, float("nan"), 0.0),
-        (9, 0.125, -0.1),
-        (9, 0.125, 1.0),
-        (9, 0.125, float("nan")),
+        (1, 0.125, 0.0, "levels=1"),
+        (0, 0.125, 0.0, "levels=0"),
+        (9, 0.0, 0.0, "step=0.0"),
+        (9, 1.0, 0.0, "step=1.0"),
+        (9, -0.5, 0.0, "step=-0.5"),
+        (9, float("nan"), 0.0, "step=nan"),
+        (9, 0.125, -0.1, "lowest=-0.1"),
+        (9, 0.125, 1.0, "lowest=1.0"),
+        (9, 0.125, float("nan"), "lowest=nan"),
     ],
 )
-def test_impossible_grids_are_refused(levels: int, step: float, lowest: float) -> None:
-    expected = rf"supernet\.levels={levels} must be .*supernet\.step={step} .*supernet\.lowest={lowest} .*9 levels of 0\.125"
-    with pytest.raises(InputError, match=expected):
+def test_impossible_grids_are_refused(levels: int, step: float, lowest: float, wrong: str) -> None:
+    with pytest.raises(InputError, match=rf"^supernet\.{wrong} must be .*; 9 levels of 0\.125 from 0 cover everything$"):
         Grid(levels, step, lowest)
 
 
