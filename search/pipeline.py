@@ -331,12 +331,15 @@ def _measure_streamed(job: Job, supernets: Mapping[str, Supernet]) -> dict[str, 
 
 
 def _export(job: Job, found: Found) -> None:
-    """Write the folder `export`, unless it is there."""
+    """Write the folder `export`, unless it is there and metrics.json, if that is, says how it was checked.
+
+    A run that was killed between the two writes, or was measured after it was exported, exports once more.
+    """
     folder = job.directory.path / "export"
-    if folder.exists():
+    metrics, allocation = job.directory.read("metrics.json"), job.directory.read("allocation.json") or {}
+    if folder.exists() and (metrics is None or "export" in metrics):
         log.info("exported before: %s is kept", folder)
         return
-    metrics, allocation = job.directory.read("metrics.json"), job.directory.read("allocation.json") or {}
     supernet = job.rebuild(found.kept, "searched")
     with job.directory.stage("export"):
         sample = _sample(job, supernet) if job.config.export.check else None
