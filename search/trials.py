@@ -10,6 +10,7 @@ import logging
 import re
 import uuid
 from bisect import bisect_left
+from contextlib import suppress
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.errors import reason
+from search.journal import mend, set_aside
 from search.run_directory import RunDirectory
 from supernet.errors import InputError
 from supernet.space import Space
@@ -57,13 +59,31 @@ class Trials:
         self._shown = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", study)  # without a password
         self._spaces: dict[int, Space] = {}
         directory.path.mkdir(parents=True, exist_ok=True)
+        self._journal, self._alone = directory.path / Path(study).expanduser(), not Path(study).expanduser().is_absolute()
+        self._is_journal = "://" not in study
         try:
-            self._storage = _storage(study, directory.path)
+            self._storage = self._opened(study, directory.path)
             self._study = _own(self._storage, directory.path.resolve().name, _identity(directory))
             self._number = self._storage.get_study_id_from_name(self._study.study_name)
         except MISTAKES as error:
             raise InputError(f"study={self._shown} cannot be opened ({reason(error)}); {FORMS}") from error
         log.info("trials are kept in the study %s of %s", self._study.study_name, self._shown)
+
+    def _opened(self, study: str, folder: Path) -> BaseStorage:
+        """The storage; a journal of the run's own that cannot be read is set aside, as the history has all that it had."""
+        if not self._is_journal:
+            return _database(study, folder)
+        if self._journal.suffix in (".db", ".sqlite", ".sqlite3"):  # else it would become a journal with a misleading name
+            raise ValueError("without sqlite:/// it would not be a database")
+        mend(self._journal, self._alone)
+        try:
+            return JournalStorage(JournalFileBackend(str(self._journal)))
+        except JSONDecodeError:
+            if not self._alone:
+                raise
+            aside = set_aside(self._journal)
+            log.warning("study=%s cannot be read: it is %s now, and written anew from the history", self._shown, aside.name)
+            return JournalStorage(JournalFileBackend(str(self._journal)))
 
     def follow(self, history: pd.DataFrame, round_index: int, space: Space) -> None:
         """Add the rows that the study does not have yet. A search does not end where that fails: the next call tries again.
@@ -81,6 +101,9 @@ class Trials:
                 self._study.add_trial(trial(row, self._spaces[int(row["iteration"])]))
         except FAILURES as error:
             log.warning("study=%s: trials cannot be added now (%s)", self._shown, reason(error))
+            if self._is_journal:  # a full disk may have cut a line off
+                with suppress(OSError, ValueError):
+                    mend(self._journal, self._alone)
 
     def _has(self, number: int) -> bool:
         """Whether there is a trial of this number: counting trials would read all of them from a database."""
@@ -108,12 +131,7 @@ def trial(row: dict[str, Any], space: Space) -> FrozenTrial:
     )
 
 
-def _storage(study: str, folder: Path) -> BaseStorage:
-    if "://" not in study:
-        file = folder / Path(study).expanduser()
-        if file.suffix in (".db", ".sqlite", ".sqlite3"):  # else it would become a journal with a misleading name
-            raise ValueError("without sqlite:/// it would not be a database")
-        return JournalStorage(JournalFileBackend(str(file)))
+def _database(study: str, folder: Path) -> BaseStorage:
     url = make_url(study)
     if url.get_backend_name() == "sqlite":
         if not url.database or url.database == ":memory:":
@@ -141,6 +159,10 @@ def _own(storage: BaseStorage, name: str, identity: str) -> optuna.Study:
             return study
         except DuplicatedStudyError:
             study = optuna.load_study(storage=storage, study_name=tried)
-            if study.user_attrs.get(RUN) == identity:
+            whose = study.user_attrs.get(RUN)
+            if whose is None and not study.get_trials(deepcopy=False):  # of a run that was killed before it could say so
+                study.set_user_attr(RUN, identity)
+                whose = identity
+            if whose == identity:
                 return study
         number += 1

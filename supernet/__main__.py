@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from supernet.errors import InputError
+from supernet.stops import told_when_stopped
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,6 +21,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line, by default the one in `sys.argv`."""
+    with told_when_stopped("nothing is half done; give the same command again"):
+        _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     try:
         given = _parser().parse_args(arguments)
         if not given.command(given):
@@ -29,9 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"error: {plain(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:

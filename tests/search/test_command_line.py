@@ -388,17 +388,20 @@ def named(path: Path) -> bool:
     return manifest.exists() and path.stem in read(manifest)["units"]
 
 
-def test_ctrl_c_is_answered_with_one_line(tmp_path: Path, start_search: Callable[..., Popen[str]]) -> None:
+@pytest.mark.parametrize(("number", "word", "status"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)])
+def test_who_is_stopped_says_how_to_go_on(
+    number: signal.Signals, word: str, status: int, tmp_path: Path, start_search: Callable[..., Popen[str]]
+) -> None:
     with start_search(tmp_path, SMOKE, "strategy.generations=100000") as process:
         try:
             deadline = time.monotonic() + 120
             while not (tmp_path / RUN / "checkpoint/round-0.json").exists():
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.02)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 130
-    assert errors == "interrupted; the same command continues from the last completed step\n"
+    assert process.returncode == status
+    assert errors == f"{word}; the same command continues from the last completed step\n"
     assert read(tmp_path / RUN / "checkpoint/round-0.json")["generation"] >= 1

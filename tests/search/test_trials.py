@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -174,7 +176,7 @@ def test_a_search_goes_on_without_its_study(
     [
         ("trials.db", "without sqlite:/// it would not be a database"),
         ("nowhere/trials.log", "No such file or directory"),
-        (".", "Is a directory"),
+        (".", "it is no regular file"),
         ("text.log", "study=text.log cannot be opened"),
         ("sqlite:///text.log", "file is not a database"),
         ("sqlite:///nowhere/trials.db", "unable to open database file"),
@@ -235,3 +237,59 @@ class TestCommandLine:
         monkeypatch.setenv("SPARSITY_SEARCH_CACHE", str(tmp_path / "cache"))
         assert told in refusal(call("+experiment=smoke", f"study={study}"))
         assert not list(tmp_path.rglob("supernets/*"))
+
+
+class TestJournalsThatAKillOrAFullDiskCutOff:
+    @pytest.mark.parametrize("cut", [1, 20, 100, 300])
+    def test_the_next_run_goes_on(self, folder: Path, cut: int) -> None:
+        directory = opened(folder)
+        advance(directory, 0, 0, 2.0, 1.0)
+        follow(Trials("trials.log", directory), directory)
+        journal = folder / "trials.log"
+        journal.write_bytes(journal.read_bytes()[:-cut])
+        advance(directory, 0, 1, 3.0)
+        for _ in range(2):
+            follow(Trials("trials.log", directory), directory)
+        assert values(folder) == [2.0, 1.0, 3.0]
+
+    def test_one_that_is_torn_in_the_middle_is_written_anew(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        directory = opened(folder)
+        advance(directory, 0, 0, 2.0, 1.0)
+        follow(Trials("trials.log", directory), directory)
+        journal = folder / "trials.log"
+        lines = journal.read_bytes().splitlines(keepends=True)
+        torn = b"".join([*lines[:2], lines[2][:30], *lines[2:]])
+        journal.write_bytes(torn)
+        follow(Trials("trials.log", directory), directory)
+        assert values(folder) == [2.0, 1.0]
+        assert (folder / "trials.log.damaged-1").read_bytes() == torn
+        assert "trials.log.damaged-1 now, and written anew" in caplog.text
+
+    def test_a_file_that_is_no_journal_stays(self, folder: Path) -> None:
+        for notes in ("my notes\nand more", '{"json": 1}\n', "no"):
+            (folder / "trials.log").write_text(notes)
+            with pytest.raises(InputError, match="study=trials.log cannot be opened .it is no journal"):
+                Trials("trials.log", opened(folder))
+            assert (folder / "trials.log").read_text() == notes
+
+    def test_a_dead_process_s_lock_is_not_waited_for(self, folder: Path) -> None:
+        directory = opened(folder)
+        follow(Trials("trials.log", directory), directory)
+        (folder / "trials.log.lock").symlink_to(folder / "trials.log")
+        begun = time.monotonic()
+        Trials("trials.log", directory)
+        assert time.monotonic() - begun < 10  # Optuna waits for 30 seconds
+
+    @pytest.mark.parametrize("study", ["/dev/full", "/dev/zero", "fifo", "folder"])
+    def test_what_is_no_regular_file_is_refused(self, folder: Path, study: str) -> None:
+        os.mkfifo(folder / "fifo")
+        (folder / "folder").mkdir()
+        with pytest.raises(InputError, match="it is no regular file"):
+            Trials(study, opened(folder))
+
+    def test_a_study_that_nobody_claimed_is_taken(self, folder: Path) -> None:
+        optuna.create_study(storage=storage(folder), study_name=folder.name)
+        directory = opened(folder)
+        advance(directory, 0, 0, 2.0)
+        follow(Trials("trials.log", directory), directory)
+        assert values(folder) == [2.0]

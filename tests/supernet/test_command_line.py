@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,12 +200,14 @@ def test_a_mistake_is_answered_with_one_line(tmp_path: Path, each_kind: Any, tel
     assert errors.startswith("error: ") and errors.count("\n") == 1 and line.format(root=tmp_path) in errors
 
 
-def test_an_interruption_is_no_traceback(several: list[Supernet], tell: Tell, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("supernet.listing.listing", interrupted)
-    assert tell("ls", several[0].path) == ("", "interrupted\n", 130)
+@pytest.mark.parametrize(("number", "word", "status"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)])
+def test_an_interruption_is_no_traceback(
+    number: signal.Signals, word: str, status: int, several: list[Supernet], tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("supernet.listing.listing", lambda *_: signal.raise_signal(number))
+    assert tell("ls", several[0].path) == ("", f"{word}; nothing is half done; give the same command again\n", status)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 WITHOUT_TORCH = """
