@@ -5,10 +5,13 @@ The next line would be written behind the torn one, and then neither could be re
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 from optuna.storages.journal import JournalFileSymlinkLock
+
+from supernet.records import WRONG
 
 BLOCK = 1 << 16
 BEGINNING = b'{"op_code":'  # of every line: Optuna writes this key first
@@ -54,6 +57,19 @@ def _end_of_lines(descriptor: int, end: int) -> int:
             return start + found + 1
         end = start
     return 0
+
+
+def is_readable(file: Path) -> bool:
+    """Whether every line of a journal is one: Optuna sees a broken last line only once another is behind it."""
+    if not file.exists():
+        return True
+    with file.open("rb") as opened:
+        for line in opened:
+            try:
+                json.loads(line)["op_code"]
+            except WRONG:
+                return False
+    return True
 
 
 def set_aside(file: Path) -> Path:

@@ -26,7 +26,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.errors import reason
-from search.journal import mend, set_aside
+from search.journal import is_readable, mend, set_aside
 from search.run_directory import RunDirectory
 from supernet.errors import InputError
 from supernet.space import Space
@@ -76,14 +76,10 @@ class Trials:
         if self._journal.suffix in (".db", ".sqlite", ".sqlite3"):  # else it would become a journal with a misleading name
             raise ValueError("without sqlite:/// it would not be a database")
         mend(self._journal, self._alone)
-        try:
-            return JournalStorage(JournalFileBackend(str(self._journal)))
-        except JSONDecodeError:
-            if not self._alone:
-                raise
+        if self._alone and not is_readable(self._journal):
             aside = set_aside(self._journal)
             log.warning("study=%s cannot be read: it is %s now, and written anew from the history", self._shown, aside.name)
-            return JournalStorage(JournalFileBackend(str(self._journal)))
+        return JournalStorage(JournalFileBackend(str(self._journal)))
 
     def follow(self, history: pd.DataFrame, round_index: int, space: Space) -> None:
         """Add the rows that the study does not have yet. A search does not end where that fails: the next call tries again.

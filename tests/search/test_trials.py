@@ -252,13 +252,14 @@ class TestJournalsThatAKillOrAFullDiskCutOff:
             follow(Trials("trials.log", directory), directory)
         assert values(folder) == [2.0, 1.0, 3.0]
 
-    def test_one_that_is_torn_in_the_middle_is_written_anew(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("rest", [2, 3], ids=["in the middle", "in the last line, which has an end"])
+    def test_one_with_a_torn_line_is_written_anew(self, folder: Path, caplog: pytest.LogCaptureFixture, rest: int) -> None:
         directory = opened(folder)
         advance(directory, 0, 0, 2.0, 1.0)
         follow(Trials("trials.log", directory), directory)
         journal = folder / "trials.log"
         lines = journal.read_bytes().splitlines(keepends=True)
-        torn = b"".join([*lines[:2], lines[2][:30], *lines[2:]])
+        torn = b"".join([*lines[:2], lines[2][:30], *lines[rest:]])
         journal.write_bytes(torn)
         follow(Trials("trials.log", directory), directory)
         assert values(folder) == [2.0, 1.0]
