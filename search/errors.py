@@ -110,6 +110,8 @@ def _of_system(error: OSError) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, ImportError) and "failed to map segment" in str(error):  # of a library, by the system's loader
+        return True
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from supernet.memory import is_out_of_memory  # which imports torch
