@@ -44,6 +44,8 @@ def prepared(arguments: Sequence[str], conf: Path) -> list[str]:
         key, equals, value = setting.partition("=")
         if equals and not key.strip("+~"):
             raise InputError(f"'{setting}' has no name before the equals sign; write key=value")
+        if not equals and not key.startswith("~"):
+            raise InputError(f"'{setting}' has no equals sign; write key=value, without blanks around it")
         if key == "model" and equals:
             found += _model(value, models, sweep)
         elif key.lstrip("+") in PATHS and equals:
@@ -66,6 +68,8 @@ def _parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         elif one in FLAGS or (name in ("--info", "-i") and equals):
             flags.append(one)
         else:
+            if equals and "." in name:
+                raise InputError(f"{one} is a setting and needs no dashes: {one.lstrip('-')}")
             lacks = "needs a value" if name in VALUED else f"is no flag; did you mean {nearest(name, [*FLAGS, *VALUED])}?"
             raise InputError(f"{one} {lacks}; settings have no dashes: key=value")
     return flags, settings

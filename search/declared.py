@@ -71,6 +71,7 @@ def _strange(given: Mapping[str, Any], known: Mapping[str, Any], path: str = "")
     """Keys that are in the one and not in the other mapping, with the known ones nearest to each."""
     for key, value in given.items():
         if key not in known:
-            yield f"{path}{key}", nearest(f"{path}{key}", [f"{path}{one}" for one in known])
+            others = [f"{path}{one}" for one in known if one != "_target_"]
+            yield f"{path}{key}", nearest(f"{path}{key}", others) if others else f"another {path.rstrip('.')}, which has settings"
         elif isinstance(value, dict) and isinstance(known[key], dict):
             yield from _strange(value, known[key], f"{path}{key}.")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
@@ -72,8 +72,11 @@ def _translated(error: BaseException) -> str:
             return f"{error.full_key} {ELSEWHERE[str(error.full_key)]}"
         case ConfigKeyError() | ConfigAttributeError() if isinstance(error.parent_node, DictConfig):
             group = str(error.full_key).removesuffix(str(error.key))
-            known = [f"{group}{key!s}" for key in error.parent_node]
-            return f"there is no setting {error.full_key}; did you mean {nearest(str(error.full_key), known)}?"
+            known = [f"{group}{key!s}" for key in error.parent_node if key != "_target_"]
+            deeper = [] if group else _ending_in(str(error.key), error.parent_node)
+            return (
+                f"there is no setting {error.full_key}; did you mean {', '.join(deeper) or nearest(str(error.full_key), known)}?"
+            )
         case OverrideParseException():
             quotes = """in quotes within quotes: 'key="value"'"""
             return f"'{error.override}' cannot be read; write key=value, and values of other than plain characters {quotes}"
@@ -91,6 +94,18 @@ def _translated(error: BaseException) -> str:
             return _of_system(error)
         case _:
             return ""
+
+
+def _ending_in(name: str, node: DictConfig, path: str = "") -> list[str]:
+    """Settings within groups that are called so: what somebody means who leaves the group out."""
+    found = []
+    for key in map(str, node):
+        inner = None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
+        if isinstance(inner, DictConfig) and key != "hydra":
+            found += _ending_in(name, inner, f"{path}{key}.")
+        elif path and key == name:
+            found.append(f"{path}{key}")
+    return found
 
 
 def _of_component(text: str) -> str:

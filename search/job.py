@@ -79,7 +79,9 @@ class Job:
         try:
             torch.zeros(1, device=name).item()
         except (RuntimeError, AssertionError) as error:
-            raise InputError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); use device=cpu") from error
+            why = str(error).splitlines()[0].partition(". ")[0]
+            why = why if len(why) < 100 else "torch knows no such device here"
+            raise InputError(f"device={name} cannot be used here ({why}); use device=cpu, or cuda with a GPU") from error
         return torch.device(name)
 
     @cached_property

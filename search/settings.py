@@ -57,6 +57,9 @@ def check_settings(config: DictConfig) -> None:
     """InputError for the first setting of a wrong type, or below what makes sense."""
     for key in sorted(OmegaConf.missing_keys(config)):
         raise InputError(f"{key} is not given; add {key}=VALUE to the command")
+    if not isinstance(config.data.sequences, DictConfig):
+        parts = "{calibration: 64, search: 64, evaluation: 32}"
+        raise InputError(f"data.sequences={config.data.sequences} must say how many each part gets: 'data.sequences={parts}'")
     for key, (least, most) in WHOLE.items():
         _check_whole(config, key, least, most)
     if _value(config, "data.sequences.evaluation") != "all":
@@ -142,7 +145,8 @@ def read_bytes(key: str, value: Any) -> int | None:
 
 def _check_number(key: str, value: Any, example: Any) -> None:
     if type(value) not in (int, float):
-        raise InputError(f"{key}={value} must be a number, such as {example:g}")
+        unquoted = " without quotes" if str(value).replace(".", "").isdecimal() else ""
+        raise InputError(f"{key}={value} must be a number{unquoted}, such as {example:g}")
 
 
 def _check_whole(config: DictConfig, key: str, least: int, most: int) -> None:

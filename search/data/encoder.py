@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -23,13 +23,14 @@ TAIL = 64  # tokens before a cut, which might be others if the text went on
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer and `separator`, the end-of-sequence token, which joins documents."""
+    """A tokenizer; `separator`, the end-of-sequence token, which joins documents; and the tokens that begin each sequence."""
 
     tokenizer: PreTrainedTokenizerBase
     separator: int
+    leading: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, leading: Sequence[int] = ()) -> Encoder:
         """The encoder of a tokenizer, which must have an end-of-sequence token."""
         separator = tokenizer.eos_token_id
         if separator is None:
@@ -37,7 +38,7 @@ class Encoder:
                 "the model's tokenizer has no end-of-sequence token, which joins documents; set eos_token in its "
                 "tokenizer_config.json"
             )
-        return cls(tokenizer, separator)
+        return cls(tokenizer, separator, tuple(leading))
 
     def text_of(self, document: Document) -> str:
         """The text of a document: of a chat what the tokenizer's chat template makes of it."""
@@ -87,7 +88,7 @@ class Encoder:
                 "order and with the roles that it knows"
             ) from error
         # Sequences begin with such tokens already; templates write them once more.
-        first = self.tokenizer.convert_ids_to_tokens(list(own_leading_tokens(self.tokenizer)))
+        first = self.tokenizer.convert_ids_to_tokens(list(self.leading or own_leading_tokens(self.tokenizer)))
         return checked(str(text).removeprefix("".join(first)), chat.where)
 
 

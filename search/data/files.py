@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 import os
 import re
 import stat
@@ -24,6 +25,8 @@ from search.data.rows import Document, checked, document_of, no_column
 from search.data.shuffling import shuffled
 from search.errors import reason
 from supernet.errors import InputError
+
+log = logging.getLogger(__name__)
 
 LARGE = 16 << 20  # bytes: of a file beyond which it is visited in pieces, and the most of a row's text that counts
 SECTION = 64 << 10  # bytes of a large .txt that make a document: several sequences of 4,096 tokens
@@ -61,7 +64,7 @@ def text_files(root: str, setting: str) -> list[Path]:
     for of_kind, words in KINDS.items():
         if of_kind(mode):
             raise InputError(f"{setting}={root} is {words}, not a file; write the text to a file and give that ({known})")
-    if path.suffix not in READERS:
+    if path.suffix.lower() not in READERS:
         raise InputError(f"{setting}={root} has an unknown ending; {_instead(path)}")
     return [path]
 
@@ -82,19 +85,21 @@ def _files_below(folder: Path, given: str) -> list[Path]:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     todo.append(entry.path)
-                elif os.path.splitext(entry.name)[1] in READERS and entry.is_file():
+                elif os.path.splitext(entry.name)[1].lower() in READERS and entry.is_file():
                     found.append(entry.path)
-                packed += entry.name.lower().endswith(PACKED)
+                packed += entry.name.lower().endswith((*PACKED, ".json"))
     if not found:
-        hint = f" (of its files {packed} are compressed: unpack them)" if packed else ""
+        hint = f" (of its files {packed} are compressed, or .json: unpack them, or call them .jsonl)" if packed else ""
         raise InputError(f"{given} is a folder without a text file{hint}; give one with files ending in {', '.join(READERS)}")
+    if packed:
+        log.warning("%s: %d files that are compressed, or .json, are passed over", given, packed)
     found.sort(key=lambda name: name.replace(os.sep, "\0"))  # folder by folder
     return [Path(name) for name in found]
 
 
 def read(file: Path, column: str, generator: np.random.Generator) -> Iterator[Document]:
     """The documents of a file, in an order that the generator gives."""
-    documents = READERS[file.suffix](file, column, generator)
+    documents = READERS[file.suffix.lower()](file, column, generator)
     while True:
         try:
             document = next(documents)

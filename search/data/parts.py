@@ -87,7 +87,7 @@ def prepare(
     """
     leading = leading_tokens(tokenizer, bos)
     _check_request(sequences, sequence_length, len(leading))
-    encode = Encoder.of(tokenizer)
+    encode = Encoder.of(tokenizer, leading)
     room = sequence_length - len(leading)  # for text in a sequence
     needs: dict[str, float] = {part: ALL if sequences[part] == "all" else int(sequences[part]) * room for part in PARTS}
     _check_all(needs, source)

@@ -7,6 +7,7 @@ that of the assembled model in memory, and that of the folder in a process that 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import subprocess
@@ -28,7 +29,10 @@ from supernet.architecture import parameter_count
 from supernet.errors import InputError
 from supernet.modeling_pruned import PrunedMixin
 
+log = logging.getLogger(__name__)
+
 SEQUENCES = 4
+LONGEST = 7200  # seconds that loading and four sequences may take; a model of 70B from a slow disk takes minutes
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ def check_folder(folder: Path, model: PreTrainedModel, dtype: torch.dtype, losse
             f"{found['parameters']:,} parameters, in memory {_mean(losses):.4g} and {parameters:,}; nothing was exported: this "
             "is a fault of this program, please report it with the model's config.json"
         )
+    if not all(map(math.isfinite, losses)):
+        log.warning("the loss of what is exported is not finite; use dtype=float32, or ask for less")
     worst = _worst(losses, found["losses"])
     return Checked(len(losses), _mean(losses), _mean(found["losses"]), worst, allowed)
 
@@ -127,15 +133,22 @@ def _reload(folder: Path, model: PreTrainedModel, dtype: torch.dtype, sample: Sa
             "unscored": sample.unscored,
         }
         (place / "request.json").write_text(json.dumps(request))
-        process = subprocess.run(
-            [sys.executable, "-P", reload.__file__, str(place / "request.json")],
-            cwd=place,
-            env=_environment(place),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        try:
+            process = subprocess.run(
+                [sys.executable, "-P", reload.__file__, str(place / "request.json")],
+                cwd=place,
+                env=_environment(place),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=LONGEST,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise InputError(
+                f"a fresh process has not loaded the export within {LONGEST // 60} minutes; nothing was exported: use "
+                "export.check=false, and look at what keeps it"
+            ) from error
         if process.returncode:
             said = (process.stderr.strip() or f"status {process.returncode}").splitlines()[-1]
             raise InputError(

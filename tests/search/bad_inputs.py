@@ -7,6 +7,12 @@ WHOLE = "must be a whole number of at least"
 
 # At the level of the settings: nothing is run, all of them follow `+experiment=smoke`.
 SETTINGS: dict[str, list[str]] = {
+    "sparsity=0.5": ["there is no setting sparsity", "budget.sparsity"],
+    "--budget.sparsity=0.5": ["needs no dashes: budget.sparsity=0.5"],
+    "budget.sparsity 0.5": ["'budget.sparsity'", "no equals sign"],
+    "data.sequences=8": ["data.sequences=8", "each part", "calibration: 64"],
+    'budget.sparsity="0.5"': ["must be a number without quotes"],
+    "device=mps": ["device=mps", "use device=cpu"],
     "model=smolm2": ["'smolm2'", "smollm2", "folder"],
     "strategy=guidde": ["'guidde'", "guided"],
     "prune=sparsgpt": ["'sparsgpt'", "sparsegpt"],

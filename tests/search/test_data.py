@@ -159,8 +159,9 @@ def test_a_beginning_that_cannot_be(byte_tokenizer: PreTrainedTokenizerBase, bos
         prepare(PydocTopics(), byte_tokenizer, each(1), 32, seed=0, bos=bos)
 
 
-def test_templates_write_no_second_bos(templated: Callable[[str], PreTrainedTokenizerBase]) -> None:
-    tokenizer = templated("<bos> $A")
+@pytest.mark.parametrize(("own", "bos"), [("<bos> $A", "auto"), ("<bos> $A", True), ("$A", True)])
+def test_templates_write_no_second_bos(own: str, bos: Any, templated: Callable[[str], PreTrainedTokenizerBase]) -> None:
+    tokenizer = templated(own)
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
     chat = Chat([{"role": "user", "content": "hello" * 40}], "a.jsonl, line 1")
     source: Any = Listed({part: [chat] for part in PARTS}, OWN_SPLITS)  # type: ignore[dict-item]
@@ -168,7 +169,7 @@ def test_templates_write_no_second_bos(templated: Callable[[str], PreTrainedToke
         prepare(source, tokenizer, each(1), 32, seed=0)  # the same in all parts counts once
     chats = {part: [Chat([{"role": "user", "content": part * 40}], part)] for part in PARTS}
     source = Listed(chats, OWN_SPLITS)  # type: ignore[arg-type]
-    ids = prepare(source, tokenizer, each(1), 32, seed=0)["search"].ids
+    ids = prepare(source, tokenizer, each(1), 32, 0, bos)["search"].ids
     assert ids.flatten().tolist() == [257, *tokenizer("search" * 40, add_special_tokens=False)["input_ids"][:31]]
 
 
