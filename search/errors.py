@@ -74,9 +74,11 @@ def _translated(error: BaseException) -> str:
             group = str(error.full_key).removesuffix(str(error.key))
             known = [f"{group}{key!s}" for key in error.parent_node if key != "_target_"]
             deeper = [] if group else _ending_in(str(error.key), error.parent_node)
-            return (
-                f"there is no setting {error.full_key}; did you mean {', '.join(deeper) or nearest(str(error.full_key), known)}?"
-            )
+            if not known:
+                choice, whole = group.partition(".")[0], group.rstrip(".")
+                return f"there is no setting {error.full_key}: this choice of {choice} has none in {whole}; take another"
+            near = ", ".join(deeper) or nearest(str(error.full_key), known)
+            return f"there is no setting {error.full_key}; did you mean {near}?"
         case OverrideParseException():
             quotes = """in quotes within quotes: 'key="value"'"""
             return f"'{error.override}' cannot be read; write key=value, and values of other than plain characters {quotes}"

@@ -276,7 +276,7 @@ import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, trust, ids, result = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust == "True", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust == "True")  # else it asks for the config's code
 prompt = tokenizer("The for statement", return_tensors="pt").input_ids
 generated = model.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, prompt.shape[1]:]
 with torch.no_grad():
@@ -303,12 +303,14 @@ def reload(tmp_path: Path) -> Callable[..., dict[str, Any]]:
             [sys.executable, "-c", RELOAD, str(folder), str(trust), "ids.pt", "reloaded.pt"],
             cwd=tmp_path,
             env=environment | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=300,
         )
         assert process.returncode == 0, process.stderr
         assert not any(word in process.stderr for word in ("MISSING", "UNEXPECTED", "MISMATCH")), process.stderr
+        assert "Do you wish to run" not in process.stdout + process.stderr  # transformers would wait for an answer
         found: dict[str, Any] = torch.load(tmp_path / "reloaded.pt")
         return found
 

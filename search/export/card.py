@@ -92,7 +92,7 @@ No weights were trained. The weights are {facts.dtype}.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{option})
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{option})
 ```
 {TRUST if facts.trust else ""}
 {_measured(metrics, checked)}

@@ -7,6 +7,7 @@ WHOLE = "must be a whole number of at least"
 
 # At the level of the settings: nothing is run, all of them follow `+experiment=smoke`.
 SETTINGS: dict[str, list[str]] = {
+    "data=pydoc data.source.path=x.txt": ["no setting data.source.path", "this choice of data has none", "take another"],
     "sparsity=0.5": ["there is no setting sparsity", "budget.sparsity"],
     "--budget.sparsity=0.5": ["needs no dashes: budget.sparsity=0.5"],
     "budget.sparsity 0.5": ["'budget.sparsity'", "no equals sign"],
