@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from supernet.atomic import first_free
 from supernet.errors import InputError
 from supernet.records import UnreadableError, read_record
 from supernet.uses import note_use
@@ -49,7 +50,7 @@ def finish_moving(path: Path) -> None:
         for file in (path / name for name in RESULTS):
             if file.exists():
                 file.rename(gathered / file.name)
-        file, target = gathered, _free(path)
+        file, target = gathered, first_free(path, "old")
         _refer_from(target, gathered)
         gathered.rename(target)
     except OSError as error:
@@ -59,13 +60,6 @@ def finish_moving(path: Path) -> None:
         with suppress(OSError):
             gathered.rmdir()
         raise _cannot(path, file, error) from error
-
-
-def _free(path: Path) -> Path:
-    number = 1
-    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    return target
 
 
 def _refer_from(target: Path, gathered: Path) -> None:

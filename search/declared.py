@@ -14,7 +14,7 @@ from hydra.conf import HydraConf
 from omegaconf import DictConfig, OmegaConf
 
 from search.config import conf_dir
-from search.errors import ELSEWHERE, nearest
+from search.errors import no_setting
 from supernet.errors import InputError
 
 COMPONENTS = {  # what is made of a class by its `_target_`, and how one is chosen
@@ -41,10 +41,9 @@ def check_declared(config: DictConfig, hydra: HydraConf) -> None:
     if strange.keys() - typed and hydra.runtime.choices.get("experiment") is not None:
         recipe = compose("search", [f"+experiment={hydra.runtime.choices['experiment']}"], return_hydra_config=True)
         of_recipe = dict(_strange(given, _plain(_declared(recipe.hydra.runtime.choices))))
-        strange = {key: near for key, near in strange.items() if key in typed or key in of_recipe}
-    for key, near in strange.items():
-        elsewhere = f"{key} {ELSEWHERE[key]}" if key in ELSEWHERE else f"there is no setting {key}; did you mean {near}?"
-        raise InputError(elsewhere)
+        strange = {key: siblings for key, siblings in strange.items() if key in typed or key in of_recipe}
+    for key, siblings in strange.items():
+        raise InputError(no_setting(key, siblings))
     for key, _ in _strange(known, given):
         typed_so = [one for one in hydra.overrides.task if one.startswith("~") and key.startswith(one[1:].partition("=")[0])]
         raise InputError(f"{key} was taken away, but is needed; leave out {next(iter(typed_so), f'~{key}')}")
@@ -67,11 +66,10 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _strange(given: Mapping[str, Any], known: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """Keys that are in the one and not in the other mapping, with the known ones nearest to each."""
+def _strange(given: Mapping[str, Any], known: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Keys that are in the one and not in the other mapping, with what that has beside them."""
     for key, value in given.items():
         if key not in known:
-            others = [f"{path}{one}" for one in known if one != "_target_"]
-            yield f"{path}{key}", nearest(f"{path}{key}", others) if others else f"another {path.rstrip('.')}, which has settings"
+            yield f"{path}{key}", list(known)
         elif isinstance(value, dict) and isinstance(known[key], dict):
             yield from _strange(value, known[key], f"{path}{key}.")

@@ -45,6 +45,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names)
 
 
+def no_setting(key: str, siblings: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
+    """What to say of a setting that is not there.
+
+    Args:
+        key: As it was given, with its groups: "budget.sparsty".
+        siblings: What the innermost group has instead.
+        elsewhere: Settings of that name in other groups; they come first.
+    """
+    if key in ELSEWHERE:
+        return f"{key} {ELSEWHERE[key]}"
+    whole, dot, _ = key.rpartition(".")
+    known = [f"{whole}{dot}{one}" for one in siblings if one != "_target_"]
+    if not known:
+        choice = whole.partition(".")[0]
+        return f"there is no setting {key}; did you mean to take another {choice}? this choice of {choice} has none in {whole}"
+    return f"there is no setting {key}; did you mean {', '.join(elsewhere) or nearest(key, known)}?"
+
+
 def explained(error: BaseException) -> str | None:
     """What an exception and its causes come to for the user, on one line; None for one that only a fault of ours can explain.
 
@@ -68,17 +86,9 @@ def _translated(error: BaseException) -> str:
     match error:
         case MissingMandatoryValue(full_key=str(key)):
             return f"{key} is not given; add {key}=VALUE to the command"
-        case ConfigKeyError() | ConfigAttributeError() if error.full_key in ELSEWHERE:
-            return f"{error.full_key} {ELSEWHERE[str(error.full_key)]}"
         case ConfigKeyError() | ConfigAttributeError() if isinstance(error.parent_node, DictConfig):
-            group = str(error.full_key).removesuffix(str(error.key))
-            known = [f"{group}{key!s}" for key in error.parent_node if key != "_target_"]
-            deeper = [] if group else _ending_in(str(error.key), error.parent_node)
-            if not known:
-                choice, whole = group.partition(".")[0], group.rstrip(".")
-                return f"there is no setting {error.full_key}: this choice of {choice} has none in {whole}; take another"
-            near = ", ".join(deeper) or nearest(str(error.full_key), known)
-            return f"there is no setting {error.full_key}; did you mean {near}?"
+            key = str(error.full_key)
+            return no_setting(key, map(str, error.parent_node), () if "." in key else _ending_in(key, error.parent_node))
         case OverrideParseException():
             quotes = """in quotes within quotes: 'key="value"'"""
             return f"'{error.override}' cannot be read; write key=value, and values of other than plain characters {quotes}"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from optuna.storages.journal import JournalFileSymlinkLock
 
+from supernet.atomic import first_free
 from supernet.records import WRONG
 
 BLOCK = 1 << 16
@@ -74,7 +75,4 @@ def is_readable(file: Path) -> bool:
 
 def set_aside(file: Path) -> Path:
     """Rename a journal that cannot be read."""
-    number = 1
-    while (target := file.with_name(f"{file.name}.damaged-{number}")).exists():
-        number += 1
-    return file.rename(target)
+    return file.rename(first_free(file, "damaged"))

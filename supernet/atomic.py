@@ -12,6 +12,7 @@ import secrets
 import time
 from contextlib import suppress
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import xxhash
@@ -41,6 +42,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
     sync_folder(path.parent)
+
+
+def first_free(path: Path, word: str) -> Path:
+    """The first of `<path>.<word>-1`, `<path>.<word>-2`, ... that is not there yet."""
+    return next(one for number in count(1) if not (one := path.with_name(f"{path.name}.{word}-{number}")).exists())
 
 
 def sync_folder(folder: Path) -> None:

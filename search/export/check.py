@@ -128,7 +128,6 @@ def _reload(folder: Path, model: PreTrainedModel, dtype: torch.dtype, sample: Sa
             "result": str(place / "result.json"),
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(model.device),
-            "threads": torch.get_num_threads(),
             "trust": isinstance(model, PrunedMixin),
             "unscored": sample.unscored,
         }
@@ -167,6 +166,7 @@ def _environment(place: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(ways),
         "HF_MODULES_CACHE": str(place / "modules"),  # what transformers copies to run code from the folder goes with the check
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
 
 

@@ -4,7 +4,7 @@ It imports nothing of this project, whose modules would hide that the folder lac
 
     python reload.py REQUEST.json
 
-where the request names the `folder`, the token `ids` (a safetensors file), `dtype`, `device`, `threads`, `trust`,
+where the request names the `folder`, the token `ids` (a safetensors file), `dtype`, `device`, `trust`,
 `unscored` and the `result` (a JSON file) to write.
 """
 
@@ -55,7 +55,6 @@ def load(request: dict[str, Any]) -> Any:
 def main(path: str) -> None:
     """Load, measure, write."""
     request = json.loads(Path(path).read_text())
-    torch.set_num_threads(request["threads"])
     model, ids = load(request), load_file(request["ids"])["ids"]
     try:
         losses = sequence_losses(model.to(request["device"]), ids, request["unscored"])
