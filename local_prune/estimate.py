@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.devices import moved, on_device
-from local_prune.members import member_layers
+from local_prune.methods.member_scores import TaylorPruner
+from local_prune.methods.members import member_layers
+from local_prune.methods.sparsegpt import WORKING
+from local_prune.methods.weight_scores import GblmPruner
 from local_prune.pruner import Calibration, Pruner
-from local_prune.scores import TaylorPruner
-from local_prune.sparsegpt import WORKING
 from local_prune.statistics import LeastSquares
-from local_prune.streams import stream_bytes
-from local_prune.unstructured import GblmPruner
+from local_prune.text.devices import moved, on_device
+from local_prune.text.streams import stream_bytes
 from local_prune.walk import Mixture, Walk
-from supernet.architecture import SubBlock, blocks, entry, sub_blocks
-from supernet.placement import Place, places
-from supernet.prunables import BITS, WEIGHTS
+from supernet.models.architecture import SubBlock, blocks, entry, sub_blocks
+from supernet.models.placement import Place, places
+from supernet.models.prunables import BITS, WEIGHTS
 from supernet.space import Space, Unit
 from supernet.store import Supernet
 

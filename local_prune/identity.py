@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from local_prune.pruner import Calibration, Pruner
 from local_prune.walk import VERSION, Mixture, fit_of
-from supernet.architecture import sub_blocks
+from supernet.models.architecture import sub_blocks
 from supernet.space import Space
 
 OF_THE_SPACE = ("multiple", "query_heads")  # settings that decide which levels there are, and nothing else of candidates

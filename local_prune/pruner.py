@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.members import Projected
+from local_prune.methods.members import Projected
 from local_prune.statistics import LeastSquares, Moments
-from supernet.architecture import SubBlock
-from supernet.encoding import Candidate
+from supernet.encodings.encoding import Candidate
 from supernet.errors import InputError
-from supernet.prunables import Prunable
+from supernet.models.architecture import SubBlock
+from supernet.models.prunables import Prunable
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]  # draws progress over a sequence with a title
 Statistics = LeastSquares | Moments | Projected
@@ -91,7 +91,7 @@ class Pruner(Protocol):
     Attributes:
         name: What the method is called on disk, whatever its class is called and wherever that lies; it never changes.
         version: Raised by one whenever the same settings would give other candidates, so that supernets that were built before
-            are not taken for new ones. `tests/local_prune/test_golden.py` fails where that was forgotten.
+            are not taken for new ones. `tests/local_prune/methods/test_golden.py` fails where that was forgotten.
     """
 
     name: ClassVar[str]

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.devices import on_device
 from local_prune.pruner import Calibration, Pruner, Statistics, Task, Track
 from local_prune.statistics import LeastSquares
-from local_prune.streams import OWN_OUTPUT, Streams
-from supernet.architecture import MIXER, SubBlock, blocks
-from supernet.encoding import Candidate, Members, Quantised, member_columns
+from local_prune.text.devices import on_device
+from local_prune.text.streams import OWN_OUTPUT, Streams
+from supernet.encodings.encoding import Candidate, Members, Quantised, member_columns
 from supernet.errors import InputError
-from supernet.placement import Place, full_weight, is_absent, places
-from supernet.prunables import BITS, BLOCK, WEIGHTS
+from supernet.models.architecture import MIXER, SubBlock, blocks
+from supernet.models.placement import Place, full_weight, is_absent, places
+from supernet.models.prunables import BITS, BLOCK, WEIGHTS
 from supernet.space import Space, Unit
 from supernet.store import Supernet
 

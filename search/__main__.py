@@ -5,13 +5,13 @@ Exit status 0; 1 with one line that says what was wrong; 130 and 143 where it wa
 
 from __future__ import annotations
 
-from supernet.stops import told_when_stopped
+from supernet.system.stops import told_when_stopped
 
 
 def main() -> None:
     """Run the command line in `sys.argv`."""
     with told_when_stopped("the same command continues from the last completed step"):
-        from search.command import command  # takes seconds, in which one may want to stop it, too
+        from search.cli.command import command  # takes seconds, in which one may want to stop it, too
 
         command()
 

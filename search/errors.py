@@ -141,7 +141,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
         return True
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
-    from supernet.memory import is_out_of_memory  # which imports torch
+    from supernet.system.memory import is_out_of_memory  # which imports torch
 
     return is_out_of_memory(error)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from search.budget import check_sparsity
+from search.budgets.budget import check_sparsity
 from supernet.errors import InputError
 
 # Whole numbers: the least that makes sense, and the most that can end: more would hang, or take all memory, before anything else

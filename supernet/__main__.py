@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from supernet.errors import InputError
-from supernet.stops import told_when_stopped
+from supernet.system.stops import told_when_stopped
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,7 +31,7 @@ def _main(arguments: Sequence[str] | None) -> None:
         if not given.command(given):
             sys.exit(1)
     except (InputError, OSError) as error:
-        from supernet.folders import plain
+        from supernet.admin.folders import plain
 
         print(f"error: {plain(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ls(given: argparse.Namespace) -> bool:
-    from supernet.listing import listing
+    from supernet.admin.listing import listing
 
     lines, well = listing(given.path.resolve())
     print(lines)
@@ -67,19 +67,19 @@ def _ls(given: argparse.Namespace) -> bool:
 
 
 def _verify(given: argparse.Namespace) -> bool:
-    from supernet.inspection import verify
+    from supernet.admin.inspection import verify
 
     return _told(verify(given.path.resolve()))
 
 
 def _size(given: argparse.Namespace) -> bool:
-    from supernet.inspection import sizes
+    from supernet.admin.inspection import sizes
 
     return _told(sizes(given.path.resolve()), between="\n")
 
 
 def _gc(given: argparse.Namespace) -> bool:
-    from supernet.removal import collect
+    from supernet.admin.removal import collect
 
     return _told(collect(given.path.resolve(), given.dry_run))
 

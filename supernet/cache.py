@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from torch import Tensor
 
-from supernet.encoding import Candidate
+from supernet.encodings.encoding import Candidate
 
 Key = tuple[int, int]  # unit, level
 

@@ -17,8 +17,8 @@ from typing import Any
 import xxhash
 
 from supernet.errors import InputError
-from supernet.records import WRONG, UnreadableError, read_json, verified, write_record
 from supernet.space import Space, Unit
+from supernet.system.records import WRONG, UnreadableError, read_json, verified, write_record
 
 FORMAT = 4
 MANIFEST, LOCK, UNITS = "manifest.json", ".lock", "units"  # in a supernet's folder

@@ -23,12 +23,12 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from supernet.atomic import make_folder, write_atomic
-from supernet.encoding import Candidate, count, decode, encode
+from supernet.encodings.encoding import Candidate, count, decode, encode
 from supernet.errors import InputError
 from supernet.manifest import LOCK, MANIFEST, damaged, new_manifest, read_manifest, unit_path, write_manifest
-from supernet.records import WRONG
 from supernet.space import Space
+from supernet.system.atomic import make_folder, write_atomic
+from supernet.system.records import WRONG
 from supernet.unit_file import UnitFile, serialised
 from supernet.uses import note_use
 

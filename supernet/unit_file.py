@@ -18,7 +18,7 @@ from torch import Tensor
 
 from supernet.errors import InputError
 from supernet.manifest import check_size, damaged
-from supernet.records import WRONG
+from supernet.system.records import WRONG
 
 CHECKSUMS = "checksums"  # the one key of the metadata: a JSON object, because the order of several keys would be random
 LENGTH = 8  # bytes at the start of a safetensors file that say how long the JSON behind them is

@@ -15,7 +15,7 @@ from pathlib import Path
 import xxhash
 
 from supernet.errors import InputError
-from supernet.records import CHECKSUM, WRONG, UnreadableError, read_json, read_regular, verified, write_record
+from supernet.system.records import CHECKSUM, WRONG, UnreadableError, read_json, read_regular, verified, write_record
 
 USES = "uses"  # in a supernet's folder
 MOST_OF_A_RECORD, MOST = 1 << 16, 1 << 26  # bytes of a record, and of a file that it may refer to

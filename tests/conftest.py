@@ -42,11 +42,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from search.config import CACHE_VARIABLE, conf_dir
-from search.models import LoadedModel, random_llama
-from supernet.architecture import ATTENTION, MLP, SubBlock, sub_blocks
-from supernet.encoding import Members, member_columns
-from supernet.prunables import member_prunables
+from search.inputs.models import LoadedModel, random_llama
+from search.paths import CACHE_VARIABLE, conf_dir
+from supernet.encodings.encoding import Members, member_columns
+from supernet.models.architecture import ATTENTION, MLP, SubBlock, sub_blocks
+from supernet.models.prunables import member_prunables
 from supernet.space import Level, Space, Unit
 from supernet.store import Supernet
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from search.models import LoadedModel
+from search.inputs.models import LoadedModel
 
 DEMO = "+experiment=demo"
 REDUCED = (

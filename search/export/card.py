@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from search.export.check import Checked
-from search.report import metrics_table
-from supernet.architecture import ATTENTION, MLP
-from supernet.prunables import BITS, BLOCK, HEADS, WEIGHTS
+from search.report.table import metrics_table
+from supernet.models.architecture import ATTENTION, MLP
+from supernet.models.prunables import BITS, BLOCK, HEADS, WEIGHTS
 
 REMOVED = {
     ATTENTION: "attention heads",

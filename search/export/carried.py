@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from supernet.assemble import FOREIGN
+from supernet.models.assemble import FOREIGN
 
 CARRIED = (  # in small letters
     *("license*", "licence*", "notice*", "copying*", "copyright*", "use_policy*", "use-policy*", "acceptable_use*"),
@@ -37,7 +37,7 @@ def _files(source: Path) -> Iterator[Path]:
 
 
 def drop_foreign_code(folder: Path) -> None:
-    """Take the names of strangers' code out of all settings but config.json's, which `supernet.assemble` makes anew."""
+    """Take the names of strangers' code out of all settings but config.json's, which `supernet.models.assemble` makes anew."""
     for file in sorted(folder.glob("*_config.json")):
         settings = json.loads(file.read_text())
         if isinstance(settings, dict) and settings.keys() & set(FOREIGN):

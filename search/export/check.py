@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 
 import supernet
 from search.export import reload
-from supernet.architecture import parameter_count
 from supernet.errors import InputError
-from supernet.modeling_pruned import PrunedMixin
+from supernet.models.architecture import parameter_count
+from supernet.models.modeling_pruned import PrunedMixin
 
 log = logging.getLogger(__name__)
 

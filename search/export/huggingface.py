@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from search.export.carried import carry, drop_foreign_code
 from search.export.check import Checked, Sample, check_assembled, check_folder
-from supernet import modeling_pruned
 from supernet.errors import InputError
+from supernet.models import modeling_pruned
 
 Card = Callable[[Checked | None], str]  # README.md, from what the check found
 
@@ -67,7 +67,7 @@ def export(
     """Write the model, its tokenizer and a model card; the folder appears whole or not at all, in place of an older one.
 
     Args:
-        model: From `supernet.assemble`, and `rounded` to the dtype that is wanted, which it is cast to here: its last use.
+        model: From `supernet.models.assemble`, and `rounded` to the dtype that is wanted, which it is cast to here: its last use.
         tokenizer: The dense model's.
         folder: Where to.
         card: README.md of the folder.

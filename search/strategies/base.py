@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from search.budget import Budget
-from search.evaluator import Evaluator
+from search.budgets.budget import Budget
+from search.evaluation.generation import Evaluator
 from supernet.space import Allocation, Space
 
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from search.knapsack import knapsack
+from search.budgets.knapsack import knapsack
 from search.strategies.base import Problem, Row, State, first_state, rng_state
 from search.strategies.checks import check_choice, check_tokens, check_whole
-from search.strategies.evolution import draw
+from search.strategies.evolution.base import draw
 from search.strategies.measuring import Measured
 from supernet.errors import InputError
 from supernet.space import Allocation

@@ -15,7 +15,7 @@ import numpy as np
 
 from search.strategies.base import Problem, Row, State, first_state, rng_state
 from search.strategies.checks import check_tokens, check_whole
-from search.strategies.evolution import ATTEMPTS, affordable, draw, exchange
+from search.strategies.evolution.base import ATTEMPTS, affordable, draw, exchange
 from search.strategies.measuring import Measured
 from supernet.space import Allocation
 

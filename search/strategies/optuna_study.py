@@ -24,12 +24,12 @@ from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, TPESampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search.knapsack import knapsack, relaxed
+from search.budgets.knapsack import knapsack, relaxed
 from search.strategies.base import Problem, Row, State, first_state, rng_state
 from search.strategies.checks import check_whole
 from search.strategies.measuring import Measured, sequences_for
 from supernet.errors import InputError
-from supernet.prunables import BITS, WEIGHTS
+from supernet.models.prunables import BITS, WEIGHTS
 from supernet.space import Allocation, Unit
 
 SAMPLERS = ("tpe", "cmaes", "nsga2")

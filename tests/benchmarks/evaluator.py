@@ -26,22 +26,22 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
+from local_prune.methods.obs import ObsPruner
+from local_prune.methods.sparsegpt import SparseGptPruner
+from local_prune.methods.weight_scores import WandaPruner
 from local_prune.pruner import Calibration, Pruner
-from local_prune.sparsegpt import SparseGptPruner
-from local_prune.structured import ObsPruner
-from local_prune.unstructured import WandaPruner
 from local_prune.walk import build
-from search.budget import Budget
-from search.config import cache_dir
-from search.evaluator import GenerationEvaluator
-from search.fitness import KlDivergence
-from search.knapsack import uniform
-from search.levels import Grid, mixture
-from supernet.architecture import SubBlock, sub_blocks
-from supernet.memory import keep_freed_memory
-from supernet.placement import full_weight, places
+from search.budgets.budget import Budget
+from search.budgets.knapsack import uniform
+from search.evaluation.fitness import KlDivergence
+from search.evaluation.generation import GenerationEvaluator
+from search.paths import cache_dir
+from search.run.levels import Grid, mixture
+from supernet.models.architecture import SubBlock, sub_blocks
+from supernet.models.placement import full_weight, places
 from supernet.space import Allocation
 from supernet.store import Supernet
+from supernet.system.memory import keep_freed_memory
 from tests.benchmarks.pruners import LENGTH, smollm2, tokens, untracked
 
 CALIBRATION = 32  # sequences

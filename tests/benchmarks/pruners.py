@@ -25,19 +25,19 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
+from local_prune.methods.sparsegpt import SparseGptPruner
 from local_prune.pruner import Calibration, Pruner, Task
-from local_prune.sparsegpt import SparseGptPruner
 from local_prune.statistics import LeastSquares
-from local_prune.streams import Streams
+from local_prune.text.streams import Streams
 from local_prune.walk import build
-from search.budget import Budget
-from search.config import conf_dir
-from search.fitness import negative_log_likelihood
-from search.knapsack import uniform
-from search.levels import Grid, exact, mixture
-from search.models import LoadedModel, dtype_of, from_wheel, random_llama
-from supernet.architecture import entry, final_norm_and_head, sub_blocks
-from supernet.placement import places
+from search.budgets.budget import Budget
+from search.budgets.knapsack import uniform
+from search.evaluation.fitness import negative_log_likelihood
+from search.inputs.models import LoadedModel, dtype_of, from_wheel, random_llama
+from search.paths import conf_dir
+from search.run.levels import Grid, exact, mixture
+from supernet.models.architecture import entry, final_norm_and_head, sub_blocks
+from supernet.models.placement import places
 from supernet.space import Space
 from supernet.store import Supernet
 

@@ -29,36 +29,36 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 
+from local_prune.methods.obs import ObsPruner
+from local_prune.methods.sparsegpt import SparseGptPruner
 from local_prune.pruner import Calibration, Pruner
-from local_prune.sparsegpt import SparseGptPruner
-from local_prune.structured import ObsPruner
 from local_prune.walk import build
-from search.budget import Budget
-from search.config import cache_dir
-from search.evaluator import GenerationEvaluator, Resources
-from search.fitness import CrossEntropy, Fitness, KlDivergence
-from search.knapsack import uniform
-from search.levels import Grid, mixture
-from search.models import LoadedModel
-from search.strategies.adapt_pruner import AdaptPruner
-from search.strategies.alpha_pruning import AlphaPruning
+from search.budgets.budget import Budget
+from search.budgets.knapsack import uniform
+from search.evaluation.fitness import CrossEntropy, Fitness, KlDivergence
+from search.evaluation.generation import GenerationEvaluator, Resources
+from search.inputs.models import LoadedModel
+from search.paths import cache_dir
+from search.run.levels import Grid, mixture
 from search.strategies.base import Dense, Problem, Strategy, rng_state
-from search.strategies.bonsai import Bonsai
 from search.strategies.dynamic_programming import DynamicProgramming
-from search.strategies.evopress import EvoPress
-from search.strategies.flap import Flap
+from search.strategies.evolution.evopress import EvoPress
+from search.strategies.evolution.random import Random
+from search.strategies.evolution.tyr import Tyr
 from search.strategies.greedy import Greedy
-from search.strategies.guided import Guided
+from search.strategies.guided.search import Guided
 from search.strategies.optuna_study import OptunaStudy
-from search.strategies.owl import Owl
-from search.strategies.random import Random
-from search.strategies.tyr import Tyr
-from search.strategies.uniform import Uniform
-from supernet.architecture import sub_blocks
-from supernet.atomic import write_atomic
-from supernet.memory import keep_freed_memory
+from search.strategies.rules.adapt_pruner import AdaptPruner
+from search.strategies.rules.alpha_pruning import AlphaPruning
+from search.strategies.rules.bonsai import Bonsai
+from search.strategies.rules.flap import Flap
+from search.strategies.rules.owl import Owl
+from search.strategies.rules.uniform import Uniform
+from supernet.models.architecture import sub_blocks
 from supernet.space import Allocation
 from supernet.store import Supernet
+from supernet.system.atomic import write_atomic
+from supernet.system.memory import keep_freed_memory
 from tests.benchmarks.pruners import smollm2, tokens, untracked
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "search_quality"

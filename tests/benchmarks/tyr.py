@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from local_prune.methods.obs import ObsPruner
 from local_prune.pruner import Task
 from local_prune.statistics import LeastSquares
-from local_prune.structured import ObsPruner
-from supernet.architecture import MLP, by_query_heads, entry, sub_blocks
-from supernet.encoding import Members, member_columns
+from supernet.encodings.encoding import Members, member_columns
+from supernet.models.architecture import MLP, by_query_heads, entry, sub_blocks
 from supernet.space import Level, Space, Unit
 from supernet.store import Supernet
 
@@ -154,7 +154,7 @@ def interleaved_medians(functions: Sequence[Callable[[], object]], runs: int) ->
 
 def smollm2_ids(tokenizer: Any, tokens: int) -> Tensor:
     """(sequences, 512) token ids of CPython's documentation."""
-    from search.data import PARTS, PydocTopics, prepare
+    from search.inputs.data import PARTS, PydocTopics, prepare
 
     wanted = dict.fromkeys(PARTS, 1) | {"calibration": tokens // 512}
     return prepare(PydocTopics(), tokenizer, wanted, 512, 0)["calibration"].ids
@@ -162,7 +162,7 @@ def smollm2_ids(tokenizer: Any, tokens: int) -> Tensor:
 
 def main() -> None:
     """Print the figures."""
-    from search.models import from_wheel
+    from search.inputs.models import from_wheel
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 15, 29])

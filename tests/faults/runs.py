@@ -27,7 +27,7 @@ ARGUMENTS = (
 # child counts the calls that make a change last, and dies before or behind one of them, or finds the disk full from one on.
 SERVER = """
 import errno, json, os, shutil, signal, sys
-import search.command, search.pipeline, search.export.huggingface
+import search.cli.command, search.run.pipeline, search.export.huggingface
 from search.__main__ import main
 
 LASTING = [(os, "replace"), (os, "fsync"), (os, "rename"), (shutil, "rmtree")]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from search.run_directory import RunDirectory
-from search.strategies.front import read_front
+from search.run.directory import RunDirectory
+from search.strategies.rules.front import read_front
 from supernet.errors import InputError
 from supernet.manifest import read_manifest
 from supernet.store import Supernet

@@ -15,19 +15,19 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from local_prune import streams
-from local_prune.apt import AptPruner
-from local_prune.bonsai import BonsaiPruner
+from local_prune.methods.apt import AptPruner
+from local_prune.methods.bonsai import BonsaiPruner
+from local_prune.methods.member_scores import AmpPruner, FlapPruner, MagnitudeMembersPruner, TaylorPruner, WandaSpPruner
+from local_prune.methods.obs import ObsPruner
+from local_prune.methods.quantize import GptqPruner, RtnPruner
+from local_prune.methods.sparsegpt import SparseGptPruner
+from local_prune.methods.weight_scores import GblmPruner, MagnitudePruner, WandaPruner
 from local_prune.pruner import FITS, Calibration, Pruner, Task
-from local_prune.quantize import GptqPruner, RtnPruner
-from local_prune.scores import AmpPruner, FlapPruner, MagnitudeMembersPruner, TaylorPruner, WandaSpPruner
-from local_prune.sparsegpt import SparseGptPruner
-from local_prune.structured import ObsPruner
-from local_prune.unstructured import GblmPruner, MagnitudePruner, WandaPruner
-from search.models import LoadedModel
-from supernet.architecture import sub_blocks
-from supernet.encoding import Candidate
+from local_prune.text import streams
+from search.inputs.models import LoadedModel
+from supernet.encodings.encoding import Candidate
 from supernet.errors import InputError
+from supernet.models.architecture import sub_blocks
 from supernet.space import Unit
 from supernet.store import Supernet
 

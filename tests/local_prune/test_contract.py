@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.apt import AptPruner
-from local_prune.bonsai import BonsaiPruner
-from local_prune.depth import DepthPruner
+from local_prune.methods.apt import AptPruner
+from local_prune.methods.bonsai import BonsaiPruner
+from local_prune.methods.depth import DepthPruner
+from local_prune.methods.member_scores import AmpPruner, FlapPruner, MagnitudeMembersPruner, TaylorPruner, WandaSpPruner
+from local_prune.methods.obs import ObsPruner
+from local_prune.methods.quantize import GptqPruner, RtnPruner
+from local_prune.methods.sparsegpt import SparseGptPruner
+from local_prune.methods.weight_scores import GblmPruner, MagnitudePruner, WandaPruner
 from local_prune.pruner import Calibration, Pruner
-from local_prune.quantize import GptqPruner, RtnPruner
-from local_prune.scores import AmpPruner, FlapPruner, MagnitudeMembersPruner, TaylorPruner, WandaSpPruner
-from local_prune.sparsegpt import SparseGptPruner
 from local_prune.statistics import LeastSquares
-from local_prune.structured import ObsPruner
-from local_prune.unstructured import GblmPruner, MagnitudePruner, WandaPruner
-from supernet.architecture import entry, final_norm_and_head, sub_blocks
-from supernet.assemble import assemble
-from supernet.encoding import Members, Weights, count, member_columns
-from supernet.placement import Place, full_weight, places
+from supernet.encodings.encoding import Members, Weights, count, member_columns
+from supernet.models.architecture import entry, final_norm_and_head, sub_blocks
+from supernet.models.assemble import assemble
+from supernet.models.placement import Place, full_weight, places
 from supernet.space import Space, Unit
 from supernet.store import Supernet
 

@@ -14,20 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from local_prune.apt import AptPruner
-from local_prune.bonsai import BonsaiPruner
-from local_prune.depth import DepthPruner
 from local_prune.estimate import Estimate, estimate, working_bytes
+from local_prune.methods.apt import AptPruner
+from local_prune.methods.bonsai import BonsaiPruner
+from local_prune.methods.depth import DepthPruner
+from local_prune.methods.member_scores import AmpPruner, FlapPruner, TaylorPruner
+from local_prune.methods.obs import ObsPruner
+from local_prune.methods.quantize import GptqPruner, RtnPruner
+from local_prune.methods.sparsegpt import SparseGptPruner
+from local_prune.methods.weight_scores import GblmPruner, MagnitudePruner, WandaPruner
 from local_prune.pruner import FITS, Calibration, Pruner
-from local_prune.quantize import GptqPruner, RtnPruner
-from local_prune.scores import AmpPruner, FlapPruner, TaylorPruner
-from local_prune.sparsegpt import SparseGptPruner
-from local_prune.structured import ObsPruner
-from local_prune.unstructured import GblmPruner, MagnitudePruner, WandaPruner
 from local_prune.walk import build
-from search.models import random_llama
+from search.inputs.models import random_llama
 from supernet.errors import InputError
-from supernet.placement import places
+from supernet.models.placement import places
 from supernet.space import Space, Unit
 from supernet.store import Supernet
 

@@ -11,14 +11,14 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.depth import DepthPruner
 from local_prune.identity import build_record, identity_of, reads_text
+from local_prune.methods.depth import DepthPruner
+from local_prune.methods.member_scores import MagnitudeMembersPruner, TaylorPruner, WandaSpPruner
+from local_prune.methods.obs import ObsPruner
+from local_prune.methods.quantize import GptqPruner, RtnPruner
+from local_prune.methods.sparsegpt import SparseGptPruner
+from local_prune.methods.weight_scores import GblmPruner, MagnitudePruner, WandaPruner
 from local_prune.pruner import Calibration, Pruner
-from local_prune.quantize import GptqPruner, RtnPruner
-from local_prune.scores import MagnitudeMembersPruner, TaylorPruner, WandaSpPruner
-from local_prune.sparsegpt import SparseGptPruner
-from local_prune.structured import ObsPruner
-from local_prune.unstructured import GblmPruner, MagnitudePruner, WandaPruner
 from supernet.space import Space
 
 SpaceOf = Callable[..., Space]

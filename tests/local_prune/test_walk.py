@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from local_prune.depth import DepthPruner
+from local_prune.methods.depth import DepthPruner
+from local_prune.methods.member_scores import FlapPruner, TaylorPruner
+from local_prune.methods.obs import ObsPruner
+from local_prune.methods.quantize import GptqPruner
+from local_prune.methods.sparsegpt import SparseGptPruner
+from local_prune.methods.weight_scores import GblmPruner, WandaPruner
 from local_prune.pruner import FITS, Calibration, Pruner, Task
-from local_prune.quantize import GptqPruner
-from local_prune.scores import FlapPruner, TaylorPruner
-from local_prune.sparsegpt import SparseGptPruner
 from local_prune.statistics import LeastSquares, Moments
-from local_prune.streams import Streams, stream_bytes
-from local_prune.structured import ObsPruner
-from local_prune.unstructured import GblmPruner, WandaPruner
-from search.models import LoadedModel
-from supernet.architecture import entry, sub_blocks
-from supernet.assemble import assemble
-from supernet.encoding import member_columns
+from local_prune.text.streams import Streams, stream_bytes
+from search.inputs.models import LoadedModel
+from supernet.encodings.encoding import member_columns
+from supernet.models.architecture import entry, sub_blocks
+from supernet.models.assemble import assemble
 from supernet.space import Unit
 from supernet.store import Supernet
 

@@ -13,8 +13,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from search.__main__ import main
-from search.config import CACHE_VARIABLE
 from search.export.check import Checked
+from search.paths import CACHE_VARIABLE
 from supernet.space import Level, Space, Unit
 
 

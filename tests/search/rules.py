@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from local_prune.statistics import Moments
-from search.budget import Budget
-from search.knapsack import uniform
-from search.levels import Grid
+from search.budgets.budget import Budget
+from search.budgets.knapsack import uniform
+from search.run.levels import Grid
 from search.strategies.base import Dense, Problem, Row, State, Strategy
-from supernet.architecture import sub_blocks
-from supernet.prunables import Pattern, bit_prunables, member_prunables, presence_prunables, weight_prunables
+from supernet.models.architecture import sub_blocks
+from supernet.models.prunables import Pattern, bit_prunables, member_prunables, presence_prunables, weight_prunables
 from supernet.space import Allocation, Space
 
 ModelOf = Callable[..., PreTrainedModel]

@@ -17,13 +17,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, open_dict
 
-from search import declared
-from search.arguments import check_choices, prepared
-from search.config import conf_dir
-from search.declared import check_declared
+from search.cli import declared
+from search.cli.arguments import check_choices, prepared
+from search.cli.declared import check_declared
 from search.errors import explained
-from search.models import random_llama
-from search.pipeline import run
+from search.inputs.models import random_llama
+from search.paths import conf_dir
+from search.run.pipeline import run
 
 GROUPS = frozenset(path.name for path in conf_dir().iterdir() if path.is_dir())
 
@@ -33,7 +33,7 @@ def at_work() -> Iterator[None]:
     """Hydra, as it is while a job runs. The model and what each choice of groups declares are made once."""
     with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(conf_dir()), version_base="1.3"):
         patch.setattr(declared, "_declared", lambda choices: _declared(tuple(choices.items())))
-        patch.setattr("search.models.random_llama", _random_llama)
+        patch.setattr("search.inputs.models.random_llama", _random_llama)
         yield
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from search.budget import Budget, Limit, costs_of
-from search.knapsack import uniform
+from search.budgets.budget import Budget, Limit, costs_of
+from search.budgets.knapsack import uniform
 from search.strategies.base import Problem, Row, State, Strategy
 from search.strategies.measuring import GRADIENT_COST
-from supernet.prunables import BITS
+from supernet.models.prunables import BITS
 from supernet.space import Allocation, Level, Space, Unit
 
 SpaceOf = Callable[..., Space]

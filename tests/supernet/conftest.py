@@ -11,9 +11,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from supernet.architecture import SubBlock, by_query_heads, sub_blocks
-from supernet.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
-from supernet.prunables import HEADS, Pattern, Prunable, bit_prunables, member_prunables, presence_prunables, weight_prunables
+from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
+from supernet.models.architecture import SubBlock, by_query_heads, sub_blocks
+from supernet.models.prunables import (
+    HEADS,
+    Pattern,
+    Prunable,
+    bit_prunables,
+    member_prunables,
+    presence_prunables,
+    weight_prunables,
+)
 from supernet.space import Level, Space, Unit
 from supernet.store import Supernet
 

@@ -17,16 +17,16 @@ import filelock
 import pytest
 
 from supernet.__main__ import main
-from supernet.atomic import ABANDONED, _place, left_behind, write_atomic
 from supernet.errors import InputError
 from supernet.store import Supernet
+from supernet.system.atomic import ABANDONED, _place, left_behind, write_atomic
 
 # A supernet of six units of 100 kB, whose candidates are known without being kept.
 COMMON = """
 import itertools, os, signal, sys, time
 from pathlib import Path
 import torch
-from supernet.encoding import Members
+from supernet.encodings.encoding import Members
 from supernet.errors import InputError
 from supernet.space import Level, Space, Unit
 from supernet.store import Supernet

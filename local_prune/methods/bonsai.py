@@ -1,0 +1,281 @@
+"""Bonsai (Dery et al. 2024, "Everybody Prune Now"): the worth of each member from forward passes of sub-models alone.
+
+Sub-models without some of the members of every sub-block at once are run in pairs that drop opposite ones, and their losses are
+regressed on what was dropped. A prior from the activations says which members are beyond doubt, which are dropped together, and
+what the coefficients shrink to.
+
+Different from the paper: it removes 5 % of the parameters a round, sorted globally, and surveys what is left again; here one
+survey of the dense model gives an order of the members for every unit, and the search decides how much of each unit stays. Only
+the differences within pairs are regressed, so that each pair may have text of its own and no intercept is needed, by ridge
+regression in closed form instead of L1 and Adam.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from local_prune.methods.member_scores import SurveyedPruner, wanda_sp
+from local_prune.methods.members import finite
+from local_prune.pruner import Calibration, Track
+from local_prune.statistics import Moments
+from local_prune.text.passes import begin, lent_parts, next_token_loss
+from supernet.encodings.encoding import member_columns
+from supernet.errors import InputError
+from supernet.models.architecture import SubBlock
+
+# Of the ridge, by the mean squared row; infinite is the prior alone.
+STRENGTHS = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+FOLDS = 5
+MOST_SAMPLES = 1_000_000  # their losses and what each lacks are in memory at once
+
+Loss = Callable[[Tensor, Mapping[str, Tensor]], float]  # of sequences (n, tokens), without members (k,) of sub-blocks
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The members of a sub-block that sub-models may lack.
+
+    Attributes:
+        members: (2 * drop,) int64, those with the lowest prior.
+        drop: How many of them each of a pair lacks.
+        chance: That a pair touches the sub-block at all: with few members, dropping one is more than the fraction asked for.
+    """
+
+    members: Tensor
+    drop: int
+    chance: float
+
+
+def pool_of(prior: Tensor, fraction: float) -> Pool:
+    """The pool of a sub-block of which sub-models lack `fraction` on average. prior: (members,)."""
+    expected = fraction * len(prior)
+    drop = min(max(1, round(expected)), len(prior) // 2)
+    return Pool(prior.argsort(stable=True)[: 2 * drop], drop, min(1.0, expected / drop) if drop else 0.0)
+
+
+def sample(pool: Pool, prior: Tensor, generator: torch.Generator) -> Tensor:
+    """Which of a pool's members the first of a pair lacks, the second one lacking the others.
+
+    A draw without replacement with weights max(prior) - prior, so that members of low worth go together.
+
+    Args:
+        pool: Of the sub-block.
+        prior: (members,) of the sub-block.
+        generator: On the CPU.
+
+    Returns:
+        (2 * drop,) float64: -1 where the first lacks the member, 1 where the second does; 0 if the pair lacks none.
+    """
+    signs = torch.zeros(len(pool.members), dtype=torch.float64)
+    if float(torch.rand((), generator=generator)) >= pool.chance:
+        return signs
+    weights = (prior.max() - prior[pool.members]).double()
+    weights += 1e-6 * weights.mean() + torch.finfo(torch.float64).tiny  # equal ones may go, too
+    first = torch.multinomial(weights, pool.drop, generator=generator)
+    return signs.add_(1.0).index_fill_(0, first, -1.0)
+
+
+def kendall_tau(a: Tensor, b: Tensor) -> float:
+    """Concordant less discordant pairs, by the number of pairs (tau-a). a, b: (n,)."""
+    n = len(a)
+    concordance = torch.sign(a.unsqueeze(0) - a.unsqueeze(1)) * torch.sign(b.unsqueeze(0) - b.unsqueeze(1))
+    return float(concordance.sum()) / max(1, n * (n - 1))
+
+
+def ridge(signs: Tensor, differences: Tensor, prior: Tensor, strength: float) -> Tensor:
+    """Coefficients that explain the differences, shrunk towards the prior, itself scaled to fit best.
+
+    With b = r a: min_a ||S b - y||^2 + strength s ||a - c||^2, where c >= 0 is the least-squares scale of the prior r, and s the
+    mean squared norm of the rows of S diag(r). So a coefficient may leave the prior in proportion to the prior: a head weighs as
+    much as hundreds of neurons. Solved in the dual form, as there are many more members than pairs.
+
+    Args:
+        signs: S, (pairs, members).
+        differences: y, (pairs,).
+        prior: r, (members,).
+        strength: Of the ridge; infinite for the prior alone.
+
+    Returns:
+        b, (members,) float64.
+    """
+    weighted = signs * prior
+    expected = weighted.sum(1)
+    scale = (expected @ differences / (expected @ expected).clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0.0)
+    gram = weighted @ weighted.T
+    mean = float(gram.diagonal().mean())
+    if math.isinf(strength) or not mean:
+        return scale * prior
+    gram.diagonal().add_(strength * mean)
+    rest = (differences - scale * expected).unsqueeze(1)
+    correction = weighted.T @ torch.cholesky_solve(rest, torch.linalg.cholesky(gram))
+    return prior * (scale + correction.squeeze(1))
+
+
+def strength_of(signs: Tensor, differences: Tensor, prior: Tensor) -> float:
+    """The ridge whose predictions rank pairs that it has not seen best, by Kendall's tau; of equal ones the strongest.
+
+    The two of a pair stay in one fold, as either gives the other away: ranked are the differences together with their negatives.
+    Arguments as for `ridge`.
+    """
+    folds = torch.arange(len(signs)) % min(FOLDS, len(signs))
+    truth = torch.cat([differences, -differences])
+    taus = []
+    for strength in STRENGTHS:
+        predicted = torch.zeros_like(differences)
+        for fold in folds.unique():
+            seen = folds != fold
+            predicted[~seen] = signs[~seen] @ ridge(signs[seen], differences[seen], prior, strength)
+        taus.append(kendall_tau(torch.cat([predicted, -predicted]), truth))
+    return STRENGTHS[taus.index(max(taus))]
+
+
+def order_scores(prior: Tensor, pool: Pool, coefficients: Tensor) -> Tensor:
+    """The pool by its coefficients, of equal ones by the prior, and above it the others by the prior.
+
+    Args:
+        prior: (members,).
+        pool: Of the sub-block.
+        coefficients: (2 * drop,) of the pool's members.
+
+    Returns:
+        (members,) float32: 0 for the first to go, and so on.
+    """
+    ranking = prior.argsort(stable=True)  # begins with the pool
+    ranking[: len(pool.members)] = pool.members[coefficients.argsort(stable=True)]
+    scores = torch.empty(len(prior))
+    scores[ranking] = torch.arange(len(prior), dtype=torch.float32)
+    return scores
+
+
+@torch.no_grad()
+def priors(
+    model: PreTrainedModel, parts: Sequence[SubBlock], calibration: Calibration, device: torch.device, track: Track
+) -> dict[str, Tensor]:
+    """`wanda_sp` of the dense model: of each of the sub-blocks with members their shares, (members,) float64 on the CPU."""
+    moments: dict[str, Moments] = {}
+    for ids in track(calibration.ids.split(calibration.batch), "activations"):
+        hidden, contexts = begin(model, ids, device)
+        for part in lent_parts(model, device):
+            context = contexts[part.block]
+            if part.groups is not None:
+                X = part.inputs(part.column, hidden, context)
+                moments.setdefault(part.name, Moments.zeros(X.shape[1], device)).add(X)
+            hidden = part(hidden, context)
+    found = {}
+    for part in parts:
+        if part.groups is not None:
+            dense = part.weight(part.column)
+            scores = wanda_sp(dense, moments[part.name].norms.to(dense.device), part.groups.width)
+            scores = finite(scores, part.name).double().cpu()
+            found[part.name] = scores / scores.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return found
+
+
+@torch.no_grad()
+def loss_without(
+    model: PreTrainedModel, ids: Tensor, columns: Mapping[str, Tensor], device: torch.device, unscored: int = 0
+) -> float:
+    """Mean next-token loss of a sub-model.
+
+    Args:
+        model: The dense model.
+        ids: (batch, tokens).
+        columns: Sub-block -> input columns of its last layer that are zero, (k,).
+        device: Where the block at work lies.
+        unscored: First positions of each sequence that the loss leaves out; see `Calibration`.
+    """
+    hidden, contexts = begin(model, ids, device)
+    for part in lent_parts(model, device):
+        weights = None
+        if part.name in columns:
+            weight = part.weight(part.column).index_fill(1, columns[part.name].to(device), 0.0)
+            weights = part.replaced(part.column, weight)
+        hidden = part(hidden, contexts[part.block], weights)
+    return next_token_loss(model, hidden, ids, unscored)
+
+
+@dataclass(frozen=True)
+class BonsaiPruner(SurveyedPruner):
+    """Members that sub-models miss least go first.
+
+    Attributes:
+        samples: Sub-models, two a pair.
+        sequences: Of the calibration text that a pair is run on.
+        drop: Fraction of the members that a sub-model lacks on average; the pool is the 2 * drop of lowest prior.
+        seed: Of all draws.
+    """
+
+    name: ClassVar[str] = "bonsai"
+    version: ClassVar[int] = 1
+
+    samples: int = 64
+    sequences: int = 4
+    drop: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 4 <= self.samples <= MOST_SAMPLES or self.samples % 2:
+            raise InputError(
+                f"prune.pruner.samples={self.samples} must be an even number of sub-models from 4 to {MOST_SAMPLES:,}; "
+                "64 is a fair start"
+            )
+        if self.sequences < 1:
+            raise InputError(
+                f"prune.pruner.sequences={self.sequences} must be at least 1 calibration sequence; 4 is a fair start"
+            )
+        if not 0 < self.drop <= 0.5:
+            raise InputError(f"prune.pruner.drop={self.drop} must be above 0 and at most 0.5 of the members; 0.1 is a fair start")
+
+    def survey(
+        self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
+    ) -> Mapping[str, Tensor]:
+        """The rank of each member in its sub-block: prior, sub-models, regression."""
+        parts = self.parts(model)
+        prior = priors(model, parts, calibration, device, track)
+        pools = {name: pool_of(shares, self.drop) for name, shares in prior.items()}
+        if not pools:
+            return {}
+        widths = {part.name: part.groups.width for part in parts if part.groups is not None}
+
+        def loss(ids: Tensor, lacking: Mapping[str, Tensor]) -> float:
+            columns = {name: member_columns(members, widths[name]) for name, members in lacking.items()}
+            batches = ids.split(calibration.batch)
+            return sum(loss_without(model, b, columns, device, calibration.unscored) * len(b) for b in batches) / len(ids)
+
+        signs, differences = self._pairs(calibration, prior, pools, loss, track)
+        expected = torch.cat([prior[name][pool.members] for name, pool in pools.items()])
+        coefficients = ridge(signs, differences, expected, strength_of(signs, differences, expected))
+        split = coefficients.split([len(pool.members) for pool in pools.values()])
+        return {name: order_scores(prior[name], pools[name], part) for name, part in zip(pools, split, strict=True)}
+
+    def survey_tokens(self, calibration: Calibration) -> int:
+        """See `Pruner`. The prior takes two passes, one of them for the inputs alone."""
+        sequences, tokens = calibration.ids.shape
+        return (2 * sequences + self.samples * min(self.sequences, sequences)) * tokens
+
+    def _pairs(
+        self, calibration: Calibration, prior: Mapping[str, Tensor], pools: Mapping[str, Pool], loss: Loss, track: Track
+    ) -> tuple[Tensor, Tensor]:
+        """What the two of each pair lack, (pairs, members in pools), and by how much the first one's loss is lower, (pairs,)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        rows: list[Tensor] = []
+        differences: list[float] = []
+        for _ in track(range(self.samples // 2), "sub-models"):
+            ids = calibration.ids[torch.randperm(len(calibration.ids), generator=generator)[: self.sequences]]
+            signs = {name: sample(pool, prior[name], generator) for name, pool in pools.items()}
+            first, second = (
+                loss(ids, {name: pools[name].members[sign == lacking] for name, sign in signs.items() if bool(sign.any())})
+                for lacking in (-1.0, 1.0)
+            )
+            if not math.isfinite(second - first):
+                raise InputError("the loss of a sub-model is not finite; check the model's weights, or use dtype=float32")
+            rows.append(torch.cat(list(signs.values())))
+            differences.append(second - first)
+        return torch.stack(rows), torch.tensor(differences, dtype=torch.float64)

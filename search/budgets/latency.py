@@ -1,0 +1,390 @@
+"""How long a model takes, measured on the user's device: what each unit takes at each level, and the speed-up in the end.
+
+A model's latency is taken for a rest and a sum over its units. Whole models are measured, as only these have real caches and real
+overhead: all units of a class (of one kind and size) keep the same number of members, and the difference from the dense model,
+timed in turns with it, is shared out among them. What the model takes without any unit is measured, too, and the units' times are
+scaled to add up to the rest of the dense model's. Measurements are kept in the cache for later runs and rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import numpy as np
+import torch
+import xxhash
+from filelock import FileLock
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from search.budgets.costs import CostTable
+from search.inputs.data import longest_sequence
+from search.paths import cache_dir
+from supernet.encodings.encoding import Candidate, Dropped, Members
+from supernet.errors import InputError
+from supernet.models.architecture import ATTENTION, MIXER, MLP, SubBlock
+from supernet.models.assemble import assemble
+from supernet.models.placement import places
+from supernet.models.prunables import BLOCK
+from supernet.space import Level, Space, Unit
+from supernet.store import Supernet
+from supernet.system.atomic import make_folder, write_atomic
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+FEWEST, MOST, ENOUGH = 5, 30, 1.0  # repetitions, and the seconds of them after which the fewest will do
+BUSY = 1.5  # times as long as before the dense model may take until the user is told
+STEPS = 8  # decoded tokens that are timed in a repetition
+
+Track = Callable[[Sequence["Point"], str], Iterable["Point"]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is timed: `batch` sequences of `prompt` tokens at once, and then `generated` more tokens of each, one by one."""
+
+    batch: int = 1
+    prompt: int = 512
+    generated: int = 0
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of the prompt, and of each generated token."""
+
+    prefill: float
+    decode: float
+
+    def total(self, request: Request) -> float:
+        """Of the whole request."""
+        return self.prefill + request.generated * self.decode
+
+
+Timer = Callable[[PreTrainedModel, Tensor, int], Seconds]
+
+
+@torch.no_grad()
+def time_once(model: PreTrainedModel, ids: Tensor, generated: int) -> Seconds:
+    """One forward pass over the prompt and, where tokens are to be generated, a few steps behind it with its cache."""
+    start = _now(ids)
+    output: Any = model(input_ids=ids, use_cache=generated > 0, logits_to_keep=1)
+    middle = _now(ids)
+    steps = min(generated, STEPS)
+    if not steps:
+        return Seconds(middle - start, 0.0)
+    name = "cache_params" if "cache_params" in output else "past_key_values"
+    for _ in range(steps):
+        output = model(input_ids=ids[:, -1:], use_cache=True, **{name: output[name]})
+    return Seconds(middle - start, (_now(ids) - middle) / steps)
+
+
+def _now(ids: Tensor) -> float:
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    return time.perf_counter()
+
+
+def compare(
+    dense: PreTrainedModel, other: PreTrainedModel, request: Request, timer: Timer = time_once
+) -> tuple[Seconds, Seconds]:
+    """What the dense model takes, and the other one's share of that: medians over repetitions in turns.
+
+    The two passes of a repetition lie side by side, so that work of others on the machine slows both.
+    """
+    ids = torch.zeros(request.batch, request.prompt, dtype=torch.int64, device=dense.device)
+    for model in (dense, other):  # buffers, kernels and caches: a first pass is always slower
+        timer(model, ids, request.generated)
+    taken: list[Seconds] = []
+    shares: list[Seconds] = []
+    spent = 0.0
+    while len(taken) < MOST and (len(taken) < FEWEST or spent < ENOUGH):
+        pair = (dense, other) if len(taken) % 2 == 0 else (other, dense)
+        first, second = (timer(model, ids, request.generated) for model in pair)
+        ours, its = (first, second) if pair[0] is dense else (second, first)
+        taken.append(ours)
+        decode = its.decode / ours.decode if ours.decode else 1.0
+        shares.append(Seconds(its.prefill / ours.prefill, decode))
+        spent += sum(one.prefill + min(request.generated, STEPS) * one.decode for one in (first, second))
+    return _median(taken), _median(shares)
+
+
+def _median(found: Sequence[Seconds]) -> Seconds:
+    return Seconds(median(one.prefill for one in found), median(one.decode for one in found))
+
+
+def speedup(dense: PreTrainedModel, pruned: PreTrainedModel, request: Request, timer: Timer = time_once) -> dict[str, Any]:
+    """How much faster a pruned model is than the dense one, as `metrics.json` has it."""
+    taken, share = compare(dense, pruned, request, timer)
+    pruned_seconds = Seconds(taken.prefill * share.prefill, taken.decode * share.decode).total(request)
+    of_dense = taken.total(request)
+    return machine(dense.device) | {
+        **asdict(request),
+        "dense_seconds": round(of_dense, 6),
+        "searched_seconds": round(pruned_seconds, 6),
+        "speedup": round(of_dense / pruned_seconds, 4),
+    }
+
+
+def warn_if_busy(seen: Sequence[float], remedy: str = "") -> None:
+    """Tell the user where the dense model took very different times."""
+    if seen and max(seen) > BUSY * min(seen):
+        found = f"the dense model took between {min(seen):.3g} and {max(seen):.3g} s"
+        log.warning("latency: %s: other work on this machine may have spoilt the measurements%s", found, remedy)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What timings depend on besides the model."""
+    if device.type == "cuda":
+        return {"machine": platform.node(), "device": torch.cuda.get_device_name(device)}
+    return {"machine": platform.node(), "device": _processor(), "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+# The table
+
+
+@dataclass(frozen=True)
+class Point:
+    """Something to measure: all units of a class keeping so many members; all units there are where none is named."""
+
+    of: str
+    kept: int
+
+
+@dataclass
+class Class:
+    """Units that take the same time, and what has been measured of them.
+
+    Attributes:
+        units: Their number.
+        measured: Seconds that each unit saves, by the members that it keeps, as they came out.
+        settled: The same made monotone, once and for all: later points must not move what an allocation costs.
+    """
+
+    units: int
+    measured: dict[int, Seconds] = field(default_factory=dict)
+    settled: dict[int, Seconds] = field(default_factory=dict)
+
+
+class LatencyTable:
+    """What the units of a model take on this machine at each level; what is not in the cache yet is measured on demand."""
+
+    def __init__(
+        self, model: PreTrainedModel, request: Request, device: torch.device, dtype: torch.dtype, timer: Timer = time_once
+    ) -> None:
+        """Open the table in the cache, if there is one. Nothing is measured yet.
+
+        Args:
+            model: The dense model; measured where it is at that time.
+            request: What is timed.
+            device: Where the model will be then.
+            dtype: Of the model.
+            timer: Times a model.
+        """
+        longest = longest_sequence(model.config)
+        if longest is not None and request.prompt + request.generated > longest:
+            raise InputError(
+                f"budget.prompt={request.prompt} and budget.generated={request.generated} are more than the {longest} tokens "
+                "that the model knows positions for; take fewer"
+            )
+        self.model, self.request, self.timer = model, request, timer
+        shapes = [[name, *parameter.shape] for name, parameter in model.named_parameters()]
+        attention = getattr(model.config, "_attn_implementation", None)
+        hashed = xxhash.xxh3_64_hexdigest(json.dumps([str(model.config.model_type), attention, shapes]).encode())
+        self.key = {"model": hashed, "dtype": str(dtype), "torch": torch.__version__, **machine(device), **asdict(request)}
+        name = f"{model.config.model_type}-{xxhash.xxh3_64_hexdigest(json.dumps(self.key).encode())}.json"
+        self.path = cache_dir() / "latency" / name
+        self.dense: Seconds | None = None
+        self.rest: Seconds | None = None  # without any unit
+        self.classes: dict[str, Class] = {}
+        if self.path.exists():
+            self._load()
+
+    def missing(self, space: Space) -> list[Point]:
+        """What is not measured yet of the levels of a space; of each class also how long it takes without its units."""
+        asked: dict[Point, None] = {}
+        nothing = [Point("", 0)] if self.rest is None else []
+        for name, unit in zip(self._names(space), space.units, strict=True):
+            for kept in (0, *(level.kept for level in unit.levels[1:])):
+                asked[Point(name, kept)] = None
+        return nothing + [
+            point for point in asked if point.of not in self.classes or point.kept not in self.classes[point.of].measured
+        ]
+
+    def measure(self, space: Space, track: Track) -> None:
+        """Measure what is missing, keeping each result at once, so that a killed run need not do it again."""
+        names = self._names(space)
+        for name in dict.fromkeys(names):
+            self.classes.setdefault(name, Class(names.count(name)))
+        seen: list[float] = []
+        for point in track(self.missing(space), "latency"):
+            units = [unit if point.of in ("", name) else None for name, unit in zip(names, space.units, strict=True)]
+            pruned = assemble(self.model, *sliced(space, units, point.kept))
+            taken, share = compare(self.model, pruned, self.request, self.timer)
+            del pruned
+            self.dense = self.dense or taken
+            if point.of:
+                each = self.classes[point.of]
+                prefill, decode = self.dense.prefill * (1 - share.prefill), self.dense.decode * (1 - share.decode)
+                each.measured[point.kept] = Seconds(prefill / each.units, decode / each.units)
+            else:
+                self.rest = Seconds(self.dense.prefill * share.prefill, self.dense.decode * share.decode)
+            seen.append(taken.total(self.request))
+            self._save()
+        warn_if_busy(seen, f"; to measure again, delete {self.path}")
+        self._save(settled=True)
+
+    def costs(self, space: Space) -> CostTable:
+        """Nanoseconds of each level of each unit; all must have been measured."""
+        assert self.dense is not None and self.rest is not None
+        names = self._names(space)
+        whole, rest = self.dense.total(self.request), self.rest.total(self.request)
+        added = sum(self.classes[name].settled[0].total(self.request) for name in names)
+        scale = 1e9 * max(0.0, whole - rest) / added if added > 0 else 0.0
+        costs = []
+        for name, unit in zip(names, space.units, strict=True):
+            settled = self.classes[name].settled
+            saved = [settled[level.kept].total(self.request) if level.kept < unit.total else 0.0 for level in unit.levels]
+            costs.append(tuple(round(scale * (settled[0].total(self.request) - seconds)) for seconds in saved))
+        return CostTable(tuple(costs), round(1e9 * whole) - sum(row[0] for row in costs))
+
+    def _names(self, space: Space) -> list[str]:
+        """The class of each unit."""
+        words: list[list[str]] = [[f"{unit.kind} of {unit.total}"] for unit in space.units]
+        for place in places(self.model, space):
+            for index, _ in place.units:
+                words[index].append(_shape(place.part, self.model))
+        return [", ".join(of_unit) for of_unit in words]
+
+    def _load(self) -> None:
+        """Take over what the file has. Where another process measured the same, the file's counts: it may be in use already."""
+        try:
+            content = json.loads(self.path.read_text())
+            if content["format"] != FORMAT or content["key"] != self.key:
+                raise ValueError
+            self.dense = Seconds(**content["dense"])
+            self.rest = Seconds(**content["rest"]) if content["rest"] else self.rest
+            for name, found in content["classes"].items():
+                points = ({int(kept): Seconds(**one) for kept, one in found[which].items()} for which in ("measured", "settled"))
+                own = self.classes.setdefault(name, Class(int(found["units"])))
+                own.measured, own.settled = (
+                    {**ours, **its} for ours, its in zip((own.measured, own.settled), points, strict=True)
+                )
+            numbers = [one for each in self.classes.values() for one in (*each.measured.values(), *each.settled.values())]
+            numbers += [self.dense] if self.rest is None else [self.dense, self.rest]
+            if not all(np.isfinite([one.prefill, one.decode]).all() for one in numbers):
+                raise ValueError
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"the measured latencies in {self.path} are damaged; delete that file to measure again") from error
+
+    def _save(self, settled: bool = False) -> None:
+        """Write what is known, with what other processes have added to the file meanwhile.
+
+        Args:
+            settled: Whether to settle what is new first.
+        """
+        if self.dense is None:
+            return
+        make_folder(self.path.parent)
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        try:
+            with FileLock(lock):
+                if self.path.exists():
+                    self._load()
+                if settled:
+                    for each in self.classes.values():
+                        settle(each)
+                self._write()
+        except OSError as error:  # of a folder that is read-only
+            raise InputError(f"cannot write {lock}: {error.strerror}; choose another folder for the cache") from error
+
+    def _write(self) -> None:
+        assert self.dense is not None
+        content = {"format": FORMAT, "date": date.today().isoformat(), "key": self.key, "dense": asdict(self.dense)}
+        content["rest"] = asdict(self.rest) if self.rest else None
+        content["classes"] = {name: asdict(each) for name, each in self.classes.items()}
+        write_atomic(self.path, json.dumps(content, indent=1).encode())
+
+
+def settle(each: Class) -> None:
+    """Make what is new of a class monotone, between what was settled before: the fewer members stay, the more is saved."""
+    for bound in sorted({0, *each.settled}):  # members down to `bound`, up to the next settled number above it
+        above = [kept for kept in each.settled if kept > bound]
+        top = min(above, default=None)
+        new = [kept for kept in each.measured if kept not in each.settled and kept >= bound and (top is None or kept < top)]
+        new.sort(reverse=True)
+        low = Seconds(0.0, 0.0) if top is None else each.settled[top]
+        high = each.settled.get(bound, Seconds(float("inf"), float("inf")))
+        prefill = np.clip(rising([each.measured[kept].prefill for kept in new]), low.prefill, high.prefill)
+        decode = np.clip(rising([each.measured[kept].decode for kept in new]), low.decode, high.decode)
+        each.settled |= {kept: Seconds(float(p), float(d)) for kept, p, d in zip(new, prefill, decode, strict=True)}
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """The sequence nearest in least squares that never falls (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []  # mean and number
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (b, n), (a, m) = pools.pop(), pools.pop()
+            pools.append(((a * m + b * n) / (m + n), m + n))
+    return [mean for mean, number in pools for _ in range(number)]
+
+
+def _shape(part: SubBlock, model: PreTrainedModel) -> str:
+    """Of a sub-block: all that its latency depends on."""
+    layers = dict.fromkeys(layer for stage in part.stages for layer in stage)
+    words = [f"{layer} {'x'.join(map(str, part.weight(layer).shape))}" for layer in layers]
+    types = getattr(model.config, "layer_types", None)
+    if types and part.kind == ATTENTION:
+        words.append(str(types[part.block]))
+    return " ".join(words)
+
+
+@dataclass(frozen=True)
+class _Sliced:
+    """A supernet to assemble from that needs no candidates: the first members stay as they are in the dense model."""
+
+    space: Space
+
+    def candidate(self, unit: int, level: int, device: torch.device) -> Candidate:
+        kept = self.space.units[unit].levels[level].kept
+        return Members(torch.arange(kept, device=device), None) if kept else Dropped()
+
+
+def sliced(space: Space, units: Sequence[Unit | None], kept: int) -> tuple[Supernet, tuple[int, ...]]:
+    """A supernet and an allocation of it in which these units keep so many members, and all others are dense."""
+    levels = [
+        (Level(unit.total, unit.total), *([Level(kept, kept)] if chosen else []))
+        for unit, chosen in zip(space.units, units, strict=True)
+    ]
+    named = zip(space.units, levels, strict=True)
+    small = Space(tuple(Unit(unit.name, unit.kind, unit.total, of_unit) for unit, of_unit in named))
+    return cast(Supernet, _Sliced(small)), tuple(len(of_unit) - 1 for of_unit in levels)
+
+
+def check_faster(space: Space, given: str) -> None:
+    """InputError where pruned layers take as long as dense ones."""
+    if not {unit.kind for unit in space.units} <= {ATTENTION, MLP, MIXER, BLOCK}:
+        raise InputError(
+            f"{given} is for pruning that makes layers smaller; single weights, query heads and bit widths are as slow: "
+            "use prune=obs, another structured method, or prune=depth"
+        )

@@ -1,0 +1,162 @@
+"""Perplexity and KL divergence on held-out text: of the dense, the uniform and the searched model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from search.evaluation.fitness import CrossEntropy, KlDivergence, kl_divergence, negative_log_likelihood, targets
+from search.evaluation.generation import GenerationEvaluator, Resources
+from search.evaluation.teacher import TeacherTargets
+from supernet.models.architecture import head_of, nonzero_count, parameter_count
+from supernet.space import Allocation
+from supernet.store import Supernet
+
+Track = Callable[[Sequence[Tensor], str], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """A model on held-out text.
+
+    Attributes:
+        parameters: Of the whole model, tied ones once.
+        nonzero: Those of them that are not zero.
+        losses: (sequences,) float64, mean -log p of a token of each sequence, without the leading special tokens and, where there
+            are none, without the first token (sequences do not overlap).
+        divergences: (sequences,) float64, mean KL divergence to the dense model at a token, without the positions that predict a
+            leading special token. A mean may be a little below 0, by rounding.
+    """
+
+    parameters: int
+    nonzero: int
+    losses: np.ndarray
+    divergences: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.losses.mean()))
+
+    @property
+    def kl_divergence(self) -> float:
+        """Mean KL divergence to the dense model."""
+        return float(self.divergences.mean())
+
+    def to_json(self) -> dict[str, Any]:
+        """As `metrics.json` has it: `*_error` are standard errors over sequences.
+
+        They are null for a single sequence, and where a loss is not finite. That of the perplexity is to first order: the
+        perplexity times that of the mean loss.
+        """
+        of_loss = error_of_mean(self.losses)
+        return {
+            "parameters": self.parameters,
+            "nonzero_parameters": self.nonzero,
+            "perplexity": self.perplexity,
+            "perplexity_error": None if of_loss is None else self.perplexity * of_loss,
+            "kl_divergence": self.kl_divergence,
+            "kl_divergence_error": error_of_mean(self.divergences),
+        }
+
+
+def difference(a: Metrics, b: Metrics) -> dict[str, Any]:
+    """By how much a model is worse than another one on the same sequences, with the standard errors of paired differences."""
+    found: dict[str, Any] = {}
+    for name, one, other in (("kl_divergence", a.divergences, b.divergences), ("log_perplexity", a.losses, b.losses)):
+        with np.errstate(invalid="ignore"):  # of two that are not finite
+            found |= {name: float((one - other).mean()), f"{name}_error": error_of_mean(one - other)}
+    return found
+
+
+def error_of_mean(values: np.ndarray) -> float | None:
+    """Standard error of a mean over sequences, (sequences,); None for a single one, or where one is not finite."""
+    if len(values) < 2 or not np.isfinite(values).all():
+        return None
+    return float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+class HeldOut:
+    """Held-out text with the dense model's targets on it, which models are measured against."""
+
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        ids: Tensor,
+        batch: int,
+        track: Track,
+        unscored: int = 0,
+        targets: TeacherTargets | None = None,
+    ) -> None:
+        """Run the dense model once.
+
+        Args:
+            dense: The dense model.
+            ids: (sequences, tokens) int64.
+            batch: Sequences in one forward pass.
+            track: Draws progress.
+            unscored: First positions of each sequence that are left out, as they predict tokens that always begin a sequence.
+            targets: Room for the dense model's side, of each batch.
+        """
+        self.batches, self.unscored = ids.split(batch), unscored
+        self.track = track
+        self.targets = Resources().teacher_targets() if targets is None else targets
+        self.dense = self.measure(dense, "dense")
+
+    @torch.no_grad()
+    def measure(self, model: PreTrainedModel, title: str) -> Metrics:
+        """Metrics of a model. The first one measured is the dense one, which the others are compared with."""
+        head = head_of(model)
+        losses, divergences = list[Tensor](), list[Tensor]()
+        for index, ids in enumerate(self.track(self.batches, f"{title} model on held-out text")):
+            hidden, ids = _hidden(model, ids)[:, self.unscored :], ids[:, self.unscored :]
+            flat = hidden.flatten(0, 1)
+            if index not in self.targets:
+                self.targets.add(index, targets(flat, head))
+            losses.append(negative_log_likelihood(hidden, head, ids.to(hidden.device)).double().mean(1))
+            divergence = kl_divergence(flat.unsqueeze(0), head, self.targets[index].to(hidden.device))
+            divergences.append(divergence.view(len(ids), -1).double().mean(1))
+        of_sequences = [torch.cat(of_all).cpu().numpy() for of_all in (losses, divergences)]
+        return Metrics(parameter_count(model), nonzero_count(model), *of_sequences)
+
+
+def streamed(
+    model: PreTrainedModel,
+    supernet: Supernet,
+    allocation: Allocation,
+    ids: Tensor,
+    resources: Resources,
+    counted: PreTrainedModel,
+    unscored: int = 0,
+) -> Metrics:
+    """Metrics of an allocation whose model need not fit on the device: measured as the search does, block by block.
+
+    Args:
+        model: The dense model.
+        supernet: Candidates of its units.
+        allocation: One of them for each unit.
+        ids: (sequences, tokens) int64.
+        resources: Where things lie.
+        counted: The allocation's model, whose parameters are counted.
+        unscored: As of `HeldOut`.
+    """
+    every = np.arange(len(ids))
+    with closing(GenerationEvaluator(model, supernet, ids, KlDivergence(), resources, unscored)) as evaluate:
+        divergences = evaluate([allocation], every)[0]
+        evaluate.fitness = CrossEntropy()  # with the same targets
+        return Metrics(parameter_count(counted), nonzero_count(counted), evaluate([allocation], every)[0], divergences)
+
+
+def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Final hidden states (batch, tokens, hidden), behind the last norm."""
+    output = model.base_model(input_ids=ids.to(model.device), use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden

@@ -1,0 +1,67 @@
+"""What a run tells its user: the table at its end, and what it writes of its allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from search.budgets.budget import Budget
+from supernet.space import Allocation, Space
+
+ROWS = ("dense", "uniform", "searched")
+SPARSE = 0.99  # share of parameters that are not zero, below which it is told
+
+
+def allocation_json(space: Space, allocation: Allocation, budget: Budget, model: Mapping[str, str]) -> dict[str, Any]:
+    """The content of `allocation.json`; a limit's `rest` is what the whole dense model takes besides its units."""
+    units = []
+    for unit, level in zip(space.units, allocation, strict=True):
+        chosen = unit.levels[level]
+        sparsity = round(unit.sparsity(level), 6)
+        units.append(
+            {"name": unit.name, "kind": unit.kind, "level": level, "sparsity": sparsity, "kept": chosen.kept, "total": unit.total}
+            | {"cost": chosen.cost}
+        )
+    limits = [
+        {"kind": limit.kind, "target": limit.target, "dense": limit.dense, "achieved": limit.cost(allocation)}
+        | ({} if limit.rest is None else {"rest": limit.rest})  # of the whole model, besides
+        for limit in budget.limits
+    ]
+    amounts = limits[0] | ({"besides": limits[1:]} if len(limits) > 1 else {})
+    return {"format": 1, "model": dict(model), "space": space.fingerprint, "budget": amounts, "units": units}
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> str:
+    """Dense, uniform and searched model side by side; `kept` is the share of the prunable parameters, or bits, that is left.
+
+    Behind each number that has one stands its standard error over sequences. Where many parameters are zero, those that are not
+    are told, too.
+    """
+    sparse = any(metrics[name]["nonzero_parameters"] < SPARSE * metrics[name]["parameters"] for name in ROWS)
+    not_zero = f"{'not zero':>14}" if sparse else ""
+    lines = [f"{'':10}{'parameters':>14}{not_zero}{'kept':>9}{'perplexity':>18}{'KL to dense':>20}"]
+    for name in ROWS:
+        row = metrics[name]
+        not_zero = f"{row['nonzero_parameters']:>14,}" if sparse else ""
+        perplexity = _with_error(row["perplexity"], row["perplexity_error"], 2)
+        divergence = _with_error(row["kl_divergence"], row["kl_divergence_error"], 4)
+        lines.append(f"{name:10}{row['parameters']:>14,}{not_zero}{row['kept']:>9.1%}{perplexity:>18}{divergence:>20}")
+    gap = metrics["searched_minus_uniform"]
+    apart = _with_error(gap["kl_divergence"], gap["kl_divergence_error"], 4, sign="+")
+    lines.append(f"searched - uniform, on the same sequences: KL {apart}")
+    if "latency" in metrics:
+        lines.append(_latency_line(metrics["latency"]))
+    return "\n".join(lines)
+
+
+def _with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
+    """A number with its standard error, where there is one: 14.05 ± 0.31. What rounds to 0 has no sign of its own (`z`)."""
+    return f"{value:{sign}z.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _latency_line(latency: Mapping[str, Any]) -> str:
+    tokens = f"{latency['batch']} x {latency['prompt']}" + (f" + {latency['generated']}" if latency["generated"] else "")
+    taken = f"{latency['searched_seconds']:.3g} instead of {latency['dense_seconds']:.3g} s for {tokens} tokens"
+    asked = f"{latency['asked']:.2f} asked for, " if "asked" in latency else ""  # a run of an earlier version did not say
+    expected = f"{asked}{latency['promised']:.2f} expected"
+    return f"{latency['speedup']:.2f} times as fast as dense ({expected}): {taken} on {latency['device']}"

@@ -1,0 +1,4 @@
+"""One run: its stages in order, what they share, its folder on disk, and its dry run.
+
+May import all of `search` but `search.cli`.
+"""

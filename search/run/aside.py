@@ -1,0 +1,79 @@
+"""`fresh=true`: the run in a directory is moved aside, all of it or nothing, whenever the process that does so is killed.
+
+Its files are gathered in one folder within the directory, the checkpoint first: from then on there is no run here, and whoever
+locks the directory next finishes what was begun before anything else. Then the folder is renamed. Hydra's own files of the job
+that is at work stay: they are being written.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from supernet.errors import InputError
+from supernet.system.atomic import first_free
+from supernet.system.records import UnreadableError, read_record
+from supernet.uses import note_use
+
+CHECKPOINT = "checkpoint"  # the folder that makes a run
+RESULTS = ("history.parquet", "allocation.json", "front.json", "metrics.json", "export")
+GATHERED = ".aside"
+
+
+def move_aside(path: Path) -> None:
+    """Move a run's files to the first free `<path>.old-<n>`, from where they refer to their supernets again."""
+    gathered = path / GATHERED
+    try:
+        gathered.mkdir(exist_ok=True)
+        if (path / CHECKPOINT).exists():
+            (path / CHECKPOINT).rename(gathered / CHECKPOINT)
+        else:  # somebody deleted it: what is left is no run, and goes the same way
+            (gathered / CHECKPOINT).mkdir()
+    except OSError as error:
+        with suppress(OSError):
+            gathered.rmdir()
+        raise _cannot(path, path / CHECKPOINT, error) from error
+    finish_moving(path)
+
+
+def finish_moving(path: Path) -> None:
+    """Do the rest of a move that was begun; where that cannot be done, everything goes back to where it was."""
+    gathered = path / GATHERED
+    if not gathered.is_dir():
+        return
+    if not (gathered / CHECKPOINT).exists():  # nothing was moved yet
+        with suppress(OSError):
+            gathered.rmdir()
+        return
+    file = gathered
+    try:
+        for file in (path / name for name in RESULTS):
+            if file.exists():
+                file.rename(gathered / file.name)
+        file, target = gathered, first_free(path, "old")
+        _refer_from(target, gathered)
+        gathered.rename(target)
+    except OSError as error:
+        for name in (*RESULTS, CHECKPOINT):  # the checkpoint last: a kill in between must find it where it says so
+            with suppress(OSError):
+                (gathered / name).rename(path / name)
+        with suppress(OSError):
+            gathered.rmdir()
+        raise _cannot(path, file, error) from error
+
+
+def _refer_from(target: Path, gathered: Path) -> None:
+    """Note that the run uses its supernets from where it will be; before it is there, so that none is ever without a user."""
+    listed = Path(CHECKPOINT) / "supernets.json"
+    try:
+        supernets = read_record(gathered / listed) or {}
+    except (UnreadableError, InputError):  # then they will be built again, should they be needed
+        return
+    for fingerprint, supernet in supernets.items():
+        if Path(str(supernet)).is_dir():
+            note_use(Path(str(supernet)), fingerprint, target / listed)
+
+
+def _cannot(path: Path, file: Path, error: OSError) -> InputError:
+    why = f"cannot move {file} aside: {error.strerror}"
+    return InputError(f"{why}; {path} is left as it was: make it movable, or choose another hydra.run.dir")

@@ -1,0 +1,26 @@
+"""EvoPress (Sieberling, Kuznedelev, Kurtic and Alistarh 2024, arXiv:2410.14649): evolution by switches between any units.
+
+As in their code, an offspring makes min(a, b) switches, a and b uniform in 1..3. There, all levels of all layers lie as many
+weights apart; here levels may differ in cost, and random units pay or spend the difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from search.strategies.base import Problem
+from search.strategies.evolution.base import Exchanges, exchange, few
+from supernet.space import Allocation
+
+
+@dataclass(frozen=True)
+class EvoPress(Exchanges):
+    """Settings of EvoPress."""
+
+    max_exchanges: int = 3
+
+    def propose(self, problem: Problem, parent: Allocation, rng: np.random.Generator) -> Allocation | None:
+        """See `Evolution`."""
+        return exchange(problem, parent, few(self.max_exchanges, rng), rng)

@@ -1,0 +1,209 @@
+"""A front of loss against cost in one run, from which any budget is taken later without a search (ours).
+
+The points of the front are budgets, evenly from the run's own to the dense model. A generation of guided search
+(`search.strategies.guided.search`) works at one of them, from the densest to the sparsest and again. What it predicts there for every
+level of every unit holds for any budget near by, so offspring are made for the point and for its neighbours; they race against
+what the point of their budget has, on the same sequences. What a point has is tried at its neighbours, too, repaired to their
+budgets. In the end all points are measured on the same sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from search.budgets.budget import Budget
+from search.budgets.knapsack import closest, uniform
+from search.strategies.base import Problem, Row, State, first_state, rng_state
+from search.strategies.checks import check_whole
+from search.strategies.guided.proposals import PROPOSALS
+from search.strategies.guided.race import Outcome, race
+from search.strategies.guided.search import LEADER, Guided, next_damping
+from search.strategies.measuring import Measured, sequences_for
+from supernet.space import Allocation
+
+
+@dataclass(frozen=True)
+class Point:
+    """A budget of the front, and the search for its allocation.
+
+    Attributes:
+        target: Of the first limit.
+        start: The uniform allocation; where none comes within a step of the budget, one that comes as near will do.
+        allocation: The best so far.
+        damping: See `search.strategies.guided.search`.
+        fitness: Its fitness where it was last measured; None before that.
+        tokens: How many it was measured on there.
+        visits: Generations that worked here.
+        remembered: What the proposal remembers.
+        known: Losses of the allocation, by sequence (text, as JSON has it).
+    """
+
+    target: int
+    start: Allocation
+    allocation: Allocation
+    damping: float
+    fitness: float | None = None
+    tokens: int = 0
+    visits: int = 0
+    remembered: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> Point:
+        """The inverse of `to_json`."""
+        return Point(**{**content, "start": tuple(content["start"]), "allocation": tuple(content["allocation"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """As a state remembers it."""
+        return asdict(self) | {"start": list(self.start), "allocation": list(self.allocation)}
+
+    def measured_on(self, measured: Measured, allocation: Allocation, sequences: Sequence[int]) -> Point:
+        """The point with an allocation, and what is known of that."""
+        return replace(
+            self,
+            allocation=allocation,
+            fitness=float(measured.losses([allocation], sequences).mean()),
+            tokens=len(sequences) * measured.problem.evaluate.sequence_length,
+            known={str(sequence): loss for sequence, loss in measured.known(allocation).items()},
+        )
+
+
+@dataclass(frozen=True)
+class Pareto(Guided):
+    """Settings of the search: those of `Guided`, whose generations are those of all points together.
+
+    Attributes:
+        points: Budgets, evenly from the run's own to the dense model, which is no point of its own.
+    """
+
+    points: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("points", self.points, 1)
+
+    @property
+    def tokens_per_generation(self) -> int:
+        """See `Guided`. There is a race at each neighbour, too, and the last generation measures all points."""
+        more = 0 if self.points == 1 else 2 * (LEADER + 2 * self.growth)
+        last = self.points * self.growth * self.tokens // max(1, self.generations)
+        return super().tokens_per_generation + self.tokens * more + last
+
+    def begin(self, problem: Problem, seed: int) -> State:
+        """See `Strategy`."""
+        front = []
+        for index, budget in enumerate(budgets_of(problem.budget, self.points)):
+            start = problem.start if index == 0 else uniform(problem.space, budget)
+            front.append(Point(budget.first.target, start, start, PROPOSALS[self.proposal].damping))
+        return first_state(problem, seed, {"front": [point.to_json() for point in front]})
+
+    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
+        """See `Strategy`."""
+        rng = state.generator()
+        order = [int(sequence) for sequence in rng.permutation(problem.evaluate.sequences)]
+        front = [Point.from_json(content) for content in state.memory["front"]]
+        known: dict[Allocation, dict[int, float]] = {}
+        for point in front:  # two points may have the same allocation
+            known.setdefault(point.allocation, {}).update({int(sequence): loss for sequence, loss in point.known.items()})
+        work = _Generation(self, problem, front, Measured(problem, state.generation, known), order, rng)
+        first = self._point_of(state.generation)
+        exhausted = not any(work.visit((first - step) % self.points) for step in range(self.points))
+        if exhausted or state.generation + 1 >= self.generations:
+            work.settle()
+        fitness = math.nan if front[0].fitness is None else front[0].fitness
+        memory = {"front": [point.to_json() for point in front]}
+        tokens = state.tokens + work.measured.tokens
+        after = State(front[0].allocation, fitness, state.generation + 1, tokens, rng_state(rng), exhausted, memory)
+        return after, work.measured.rows
+
+    def _point_of(self, generation: int) -> int:
+        """Where a generation works: from the densest point to the sparsest, and again; too few for that are spread evenly."""
+        if self.generations < self.points:
+            return (self.generations - 1 - generation) * self.points // self.generations
+        return self.points - 1 - generation % self.points
+
+
+@dataclass
+class _Generation:
+    """One generation's work on the front, which is changed in place."""
+
+    settings: Pareto
+    problem: Problem
+    front: list[Point]
+    measured: Measured
+    order: list[int]
+    rng: np.random.Generator
+
+    def __post_init__(self) -> None:
+        budgets = budgets_of(self.problem.budget, self.settings.points)
+        self.problems = [
+            replace(self.problem, budget=budget, start=point.start) for budget, point in zip(budgets, self.front, strict=True)
+        ]
+
+    def visit(self, at: int) -> bool:
+        """Predict at a point, then race for it and for its neighbours; whether there was anything to race."""
+        seen = sequences_for(self.settings.predicted_on, self.problem)
+        unseen = self.order[seen:] + self.order[:seen]  # what the prediction was not made on comes first
+        beside = [index for index in (at - 1, at + 1) if 0 <= index < len(self.front)]
+        here = self.front[at]
+        memory = {**here.remembered, "damping": here.damping}
+        source = State(here.allocation, math.nan, here.visits, 0, rng_state(self.rng), memory=memory)
+        proposal, problem = PROPOSALS[self.settings.proposal], self.problems[at]
+        predictions, remembered = proposal.predict(problem, self.measured, source, self.order[:seen], self.rng)
+        self.front[at] = replace(here, remembered=remembered, visits=here.visits + 1)
+        offspring = self.settings.propose(problem, source, predictions, self.rng)
+        offspring = self._with_repaired(at, offspring, beside)
+        outcome = self._race(at, offspring, unseen)
+        if outcome is not None:
+            damping = next_damping(here.damping, outcome, offspring[outcome.leader])
+            remembered = proposal.learn(remembered, self.measured, here.allocation, list(offspring))
+            self.front[at] = replace(self.front[at], damping=damping, remembered=remembered)
+        raced = [outcome]
+        few = replace(self.settings, offspring=max(1, self.settings.offspring // 2))
+        for index in beside:
+            offspring = few.propose(self.problems[index], source, predictions, self.rng)
+            raced.append(self._race(index, self._with_repaired(index, offspring, [at]), unseen))
+        return any(one is not None for one in raced)
+
+    def _with_repaired(self, at: int, offspring: Mapping[Allocation, float], others: Sequence[int]) -> dict[Allocation, float]:
+        """What may be raced at a point: its offspring, and what other points have, repaired to its budget."""
+        repaired = [closest(self.front[index].allocation, self.problems[at].budget) for index in others]
+        found = dict(offspring) | {child: self.front[at].damping for child in repaired if child not in offspring}
+        own = self.front[at].allocation
+        return {child: damping for child, damping in found.items() if child != own and self.problems[at].allows(child)}
+
+    def _race(self, at: int, offspring: Mapping[Allocation, float], order: Sequence[int]) -> Outcome | None:
+        """Race for a point; None where nothing challenges what it has."""
+        if not offspring:
+            return None
+        point, tokens = self.front[at], self.settings.tokens
+        enough, most = (sequences_for(count, self.problem) for count in (tokens, tokens * self.settings.growth))
+        outcome = race(self.measured, point.allocation, list(offspring), order, enough, most, self.settings.errors)
+        best = outcome.leader if outcome.clear else point.allocation
+        self.front[at] = point.measured_on(self.measured, best, outcome.sequences)
+        return outcome
+
+    def settle(self) -> None:
+        """Measure all points on the same sequences; one that a cheaper one beats takes that one's allocation."""
+        sequences = self.order[: sequences_for(self.settings.tokens * self.settings.growth, self.problem)]
+        allocations = list(dict.fromkeys(point.allocation for point in self.front))
+        self.measured.step(allocations, sequences, len(allocations))
+        best = self.front[0].allocation, math.inf
+        for index, point in enumerate(self.front):
+            fitness = float(self.measured.losses([point.allocation], sequences).mean())
+            if fitness <= best[1]:
+                best = point.allocation, fitness
+            self.front[index] = point.measured_on(self.measured, best[0], sequences)
+
+
+def budgets_of(budget: Budget, points: int) -> list[Budget]:
+    """Evenly from this budget, which comes first, to the dense model, which is left out; each limit as much as the others."""
+    return [
+        Budget(tuple(replace(one, target=one.target + (one.dense - one.target) * index // points) for one in budget.limits))
+        for index in range(points)
+    ]

@@ -1,0 +1,254 @@
+"""Predictions of what each level of each unit would change, for `search.strategies.guided.search`.
+
+`Gradient` takes one gradient of the fitness at the parent. `Forward` runs forward passes only, as Bonsai does (Dery et al. 2024):
+complementary pairs of allocations, which move many units at once, and a regression of fitness on what moved, over all that has
+been measured so far. What a unit's levels cost is taken from the errors that its candidates had when they were built; how much
+a unit's error weighs is what is learned (SPDY, Frantar and Alistarh 2022, searches such weights at random).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from local_prune.methods.bonsai import kendall_tau
+from search.budgets.budget import costs_of
+from search.budgets.knapsack import relaxed
+from search.strategies.base import Problem, State
+from search.strategies.measuring import GRADIENT_COST, Measured
+from supernet.space import Allocation
+
+log = logging.getLogger(__name__)
+
+STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # of the ridge, by the mean of the kernel's diagonal
+CAUTION = (1.0, 3.0, 10.0)  # times the strength that ranks best: offspring of predictions that believe the data less
+MISFIT = 0.25  # variance of what the model misses of a pair, in that of a sequence
+FOLDS = 8
+SHARES = {"unit": 0.35, "kind": 0.35, "depth": 0.15, "both": 0.15}  # of the prior variance: who is alike
+WIDTH = 0.05  # of the depth that is alike, as a share of all blocks
+SPREAD = 0.7  # of a pair's weights, in standard deviations of the prior
+NOISE = 0.3  # of those offspring whose weights are drawn around what was learned
+DRAWN = 5  # of them
+
+Changes = Sequence[np.ndarray]  # (levels,) of each unit: predicted change of the fitness
+
+
+class Proposal(Protocol):
+    """Predicts from the parent of a state."""
+
+    @property
+    def cost(self) -> int:
+        """Forward tokens for each token of text."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Of text, that a prediction is made on unless the user says otherwise."""
+        ...
+
+    @property
+    def damping(self) -> float:
+        """Of the first generation's offspring: how little a prediction is believed far from the parent."""
+        ...
+
+    def predict(
+        self, problem: Problem, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
+    ) -> tuple[list[Changes], dict[str, Any]]:
+        """Predicted changes of the fitness, one prediction or several, and what is to be remembered for the next generation."""
+        ...
+
+    def learn(
+        self, remembered: dict[str, Any], measured: Measured, parent: Allocation, offspring: Sequence[Allocation]
+    ) -> dict[str, Any]:
+        """What is to be remembered of offspring that have been measured beside their parent."""
+        ...
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """`<dL/dW, W_level - W_now>` from one gradient at the parent (`search.evaluation.gradient`)."""
+
+    cost: int = GRADIENT_COST
+    tokens: int = 2048
+    damping: float = 8.0
+
+    def predict(
+        self, problem: Problem, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
+    ) -> tuple[list[Changes], dict[str, Any]]:
+        """See `Proposal`; where the gradient overflows, what the candidates' errors say takes its place."""
+        changes = measured.changes(state.parent, sequences)
+        if not all(np.isfinite(one).all() for one in changes):
+            log.warning("the gradient is not finite; this generation goes by the errors that candidates had when they were built")
+            changes = [curve - curve[level] for curve, level in zip(curves_of(problem), state.parent, strict=True)]
+        return [changes], {}
+
+    def learn(
+        self, remembered: dict[str, Any], measured: Measured, parent: Allocation, offspring: Sequence[Allocation]
+    ) -> dict[str, Any]:
+        """See `Proposal`; the next gradient says more."""
+        return remembered
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Ridge regression of the difference within complementary pairs on what differs.
+
+    The loss is taken for a weighted sum over units of the errors of their candidates (`curves_of`). The logarithms of the weights
+    have a prior under which units of a kind, and units of like depth, are alike. A pair is what the knapsack takes under weights
+    drawn from it around what is known so far, and under the opposite ones; it is run on a sequence of its own. What both sides
+    share drops out of their difference. How far to believe in the data is chosen by the rank correlation of predictions with
+    pairs that were left out.
+    """
+
+    cost: int = 2
+    tokens: int = 8192
+    damping: float = 0.25
+
+    def predict(
+        self, problem: Problem, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
+    ) -> tuple[list[Changes], dict[str, Any]]:
+        """See `Proposal`: predictions that believe the data less and less, then others drawn around the first."""
+        curves, root = curves_of(problem), np.linalg.cholesky(prior_of(problem))
+        pairs = list(state.memory.get("pairs", []))
+        known = learned(pairs, curves, root)[0]
+        for sequence in sequences:
+            drawn = SPREAD * root @ rng.standard_normal(len(curves))
+            sides = [relaxed(_weighted(curves, known + sign * drawn), problem.budget) for sign in (1, -1)]
+            if sides[0] == sides[1]:
+                continue
+            begun = time.perf_counter()
+            losses = measured.losses(sides, [sequence])[:, 0]
+            measured.note(sides, losses, 1, set(), time.perf_counter() - begun)
+            if np.isfinite(losses).all():
+                pairs.append([*map(list, sides), float(losses[0] - losses[1]), 1])
+        logarithms = learned(pairs, curves, root)
+        logarithms += [logarithms[0] + NOISE * root @ rng.standard_normal(len(curves)) for _ in range(DRAWN)]
+        weighted = [_weighted(curves, one) for one in logarithms]
+        changes = [[row - row[level] for row, level in zip(rows, state.parent, strict=True)] for rows in weighted]
+        return list(changes), {"pairs": pairs}
+
+    def learn(
+        self, remembered: dict[str, Any], measured: Measured, parent: Allocation, offspring: Sequence[Allocation]
+    ) -> dict[str, Any]:
+        """See `Proposal`: an offspring and its parent are a pair, too, on all sequences that both were measured on."""
+        pairs, before = list(remembered["pairs"]), measured.known(parent)
+        for child in offspring:
+            after = measured.known(child)
+            both = [one for one in sorted(before.keys() & after.keys()) if np.isfinite([before[one], after[one]]).all()]
+            if both:
+                pairs.append([list(child), list(parent), float(np.mean([after[one] - before[one] for one in both])), len(both)])
+        return {"pairs": pairs}
+
+
+PROPOSALS: dict[str, Proposal] = {"gradient": Gradient(), "forward": Forward()}
+
+
+def curves_of(problem: Problem) -> list[np.ndarray]:
+    """(levels,) of each unit: what its candidates lose, their recorded errors by the unit's size; together 1 at the start.
+
+    A candidate that makes up for errors in front of its unit misses a part of its target at every level: what the first step
+    loses is at most what the second one shows. Units without recorded errors lose the square of the share that is removed.
+    """
+    curves = []
+    errors = problem.errors or [None] * len(problem.space.units)
+    for row, costs in zip(errors, costs_of(problem.space), strict=True):
+        cost = np.array(costs, dtype=float)
+        if row is None or not np.isfinite(row).all():
+            loss = (1.0 - cost / max(1.0, cost[0])) ** 2
+        else:
+            loss = np.maximum.accumulate(np.array(row, dtype=float))
+            if len(loss) > 2 and cost[1] > cost[2]:
+                first = min(loss[1], (loss[2] - loss[1]) * (cost[0] - cost[1]) / (cost[1] - cost[2]))
+                loss[1:] -= loss[1] - first
+        curves.append(loss * max(1.0, cost[0]))
+    total = sum(curve[level] for curve, level in zip(curves, problem.start, strict=True))
+    return [curve / total for curve in curves] if total > 0 else curves
+
+
+def prior_of(problem: Problem) -> np.ndarray:
+    """Covariance of the logarithms of the units' weights, (units, units): a unit's own, its kind's, its depth's, that of both."""
+    units = problem.space.units
+    kinds = [(unit.kind, "".join(letter for letter in unit.name if not letter.isdigit())) for unit in units]
+    depth = np.array([_block(unit.name) for unit in units], dtype=float)
+    depth = (depth - depth.min()) / max(1.0, np.ptp(depth))
+    same = np.array([[a == b for b in kinds] for a in kinds], dtype=float)
+    near = np.exp(-0.5 * ((depth[:, None] - depth) / WIDTH) ** 2)
+    shared = SHARES["kind"] * same + SHARES["depth"] * near + SHARES["both"] * same * near
+    return np.asarray(SHARES["unit"] * np.eye(len(units)) + shared)
+
+
+def _block(name: str) -> int:
+    """The number in a unit's name."""
+    return next((int(word) for word in name.split(".") if word.isdigit()), 0)
+
+
+def _weighted(curves: Changes, logarithms: np.ndarray) -> list[np.ndarray]:
+    return [curve * weight for curve, weight in zip(curves, np.exp(logarithms), strict=True)]
+
+
+def learned(pairs: Sequence[Sequence[Any]], curves: Changes, root: np.ndarray) -> list[np.ndarray]:
+    """Logarithms of the units' weights from pairs, (units,) for each of `CAUTION`.
+
+    A pair is plus, minus, the mean difference of their losses, and the sequences that it was measured on.
+
+    The loss is linear in the weights; their logarithms are taken for how far they are from 1, which keeps them positive.
+    """
+    if not pairs:
+        return [np.zeros(len(curves)) for _ in CAUTION]
+    lost = np.array([[[curve[level] for curve, level in zip(curves, one, strict=True)] for one in pair[:2]] for pair in pairs])
+    moved, differences = lost[:, 0] - lost[:, 1], np.array([pair[2] for pair in pairs])
+    squares = (moved.sum(1) ** 2 + ((moved @ root) ** 2).sum(1)).mean()  # of the differences, by the prior, at a scale of 1
+    scale = float((differences**2).mean() / squares) ** 0.5 if squares > 0 else 0.0
+    if scale == 0.0:
+        return [np.zeros(len(curves)) for _ in CAUTION]
+    besides: dict[tuple[int, ...], int] = {}  # offspring of one parent share its noise: they are left out together
+    groups = np.array([besides.setdefault(tuple(pair[1]), len(besides)) for pair in pairs])
+    sequences = np.array([(*pair, 1)[3] for pair in pairs])  # which an earlier version did not keep
+    noise = (1.0 / sequences + MISFIT) / (1.0 + MISFIT)
+    return regressed(moved * scale, differences, noise, groups, root)
+
+
+def regressed(
+    moved: np.ndarray, differences: np.ndarray, noise: np.ndarray, groups: np.ndarray, root: np.ndarray
+) -> list[np.ndarray]:
+    """The z of `differences = moved @ (1 + z)`: ridge regression under a prior, in its dual form.
+
+    Args:
+        moved: (pairs, units).
+        differences: (pairs,).
+        noise: (pairs,) variance of a difference, relative to that of a pair on one sequence.
+        groups: (pairs,) int: pairs of a group are left out together.
+        root: (units, units): the prior's covariance is `root @ root.T`.
+
+    Returns:
+        (units,) float64 for each of `CAUTION`: at the strength that ranks left-out pairs best, and at stronger ones.
+    """
+    half = moved @ root
+    gram, cross = half @ half.T, root @ half.T
+    mean = float(gram.diagonal().mean()) or 1.0
+    solve = partial(_dual, gram, differences - moved.sum(1), mean * noise)
+    folds = groups % FOLDS
+    truth = torch.from_numpy(np.concatenate([differences, -differences]))
+    best, strength = -2.0, 1.0
+    for one in STRENGTHS if groups.max() + 1 >= FOLDS else ():
+        predicted = moved.sum(1)
+        for fold in range(FOLDS):
+            seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+            predicted[unseen] += gram[np.ix_(unseen, seen)] @ solve(one, seen)
+        tau = kendall_tau(torch.from_numpy(np.concatenate([predicted, -predicted])), truth)
+        if tau > best:
+            best, strength = tau, one
+    return [cross @ solve(strength * more, np.arange(len(differences))) for more in CAUTION]
+
+
+def _dual(gram: np.ndarray, rest: np.ndarray, noise: np.ndarray, strength: float, seen: np.ndarray) -> np.ndarray:
+    """Weights of the pairs that are seen, (seen,)."""
+    system = gram[np.ix_(seen, seen)] + strength * np.diag(noise[seen])
+    return np.asarray(np.linalg.solve(system, rest[seen]))

@@ -1,0 +1,149 @@
+"""Adapt-Pruner (Pan et al. 2025): many small steps, each of which prunes blocks more that change the residual stream less.
+
+In each step the sparsity of a block grows by (budget's sparsity) / steps - amplitude * importance, where importance is
+-cos(x_in, x_out), centred and divided by its largest magnitude. As in the authors' code (research4pan/AdaptPruner): similarities
+are measured again on the pruned model before each step, sparsities stay between 0 and 0.99, and the steps end where the budget is
+met, or with the last one.
+
+Different from it: the pruned model is that of the supernet's candidates of the nearest levels, instead of one pruned step by step
+by Taylor scores. With `remeasure=false` the dense model's similarities serve all steps, for one pass over the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from search.strategies.base import Problem
+from search.strategies.checks import check_number, check_whole
+from search.strategies.rules.base import (
+    Rule,
+    Weights,
+    by_block,
+    dense_of,
+    sites,
+    target_sparsity,
+    towards,
+    unit_sizes,
+)
+from search.strategies.rules.shortgpt import similarities
+from supernet.errors import InputError
+from supernet.models.architecture import SubBlock
+from supernet.models.placement import places
+from supernet.space import Allocation
+from supernet.store import Supernet
+
+HIGHEST = 0.99  # sparsity of a block before the last adjustment to the budget, as in the authors' code
+
+
+def importances(cosines: np.ndarray) -> np.ndarray:
+    """-cos, centred, and divided by the largest magnitude; zeros where all blocks are alike. cosines: (blocks,)."""
+    centred: np.ndarray = cosines.mean() - cosines
+    largest = np.abs(centred).max()
+    return centred / largest if largest > 1e-12 else np.zeros_like(centred)
+
+
+def stepped(
+    cosines: Callable[[np.ndarray], np.ndarray], sizes: np.ndarray, sparsity: float, steps: int, amplitude: float
+) -> np.ndarray:
+    """The sparsity of each block behind all steps.
+
+    Args:
+        cosines: Of blocks at given sparsities, (blocks,) -> (blocks,).
+        sizes: (blocks,).
+        sparsity: Of the budget.
+        steps: At most so many.
+        amplitude: Of the differences within a step.
+    """
+    found = np.zeros(len(sizes))
+    for _ in range(steps):
+        found = np.clip(found + sparsity / steps - amplitude * importances(cosines(found)), 0.0, HIGHEST)
+        if np.average(found, weights=sizes) >= sparsity - 1e-9:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class AdaptPruner(Rule):
+    """Sparsity by the similarity of the residual stream before and behind a block, for units of any kind.
+
+    Attributes:
+        steps: Of pruning.
+        amplitude: Of the differences between blocks within a step.
+        remeasure: Whether similarities are measured before each step, on the supernet's candidates, or once on the dense model.
+        sequences: Of the calibration text, that they are measured on.
+    """
+
+    looks_at = "strategy.sequences of the calibration text, at most strategy.steps times"
+
+    steps: int = 50
+    amplitude: float = 0.02
+    remeasure: bool = True
+    sequences: int = 10
+
+    def __post_init__(self) -> None:
+        check_whole("steps", self.steps, 1, "50")
+        check_number("amplitude", self.amplitude, 0.0, 1.0, "0.02")
+        check_whole("sequences", self.sequences, 1, "10")
+        if type(self.remeasure) is not bool:
+            raise InputError(f"strategy.remeasure={self.remeasure} must be true or false")
+
+    @property
+    def needs_candidates(self) -> bool:
+        """See `Strategy`."""
+        return self.remeasure
+
+    def allocate(self, problem: Problem) -> tuple[Allocation, int]:
+        """See `Rule`."""
+        dense = dense_of(problem)
+        of_units = sites(dense.model, problem.space)
+        sizes = by_block(of_units, unit_sizes(problem.budget))
+        ids = dense.ids[: self.sequences]
+        supernet = self._supernet(problem)
+        measured: dict[Allocation, np.ndarray] = {}  # steps that change no level need no passes
+
+        def cosines(sparsities: np.ndarray) -> np.ndarray:
+            of_block = dict(zip(sizes, sparsities, strict=True))
+            levels = nearest(problem, [of_block[site.block] for site in of_units]) if supernet else (0,) * len(of_units)
+            if levels not in measured:
+                weights = _candidates(problem, supernet, levels) if supernet else None
+                found = similarities(dense, ids, weights)
+                measured[levels] = np.array([found.blocks[block] for block in sizes])
+            return measured[levels]
+
+        of_blocks = np.array(list(sizes.values()))
+        wished = stepped(cosines, of_blocks, target_sparsity(problem.budget), self.steps, self.amplitude)
+        of_block = dict(zip(sizes, wished, strict=True))
+        return towards(problem, [of_block[site.block] for site in of_units]), len(measured) * ids.numel()
+
+    def _supernet(self, problem: Problem) -> Supernet | None:
+        if not self.remeasure:
+            return None
+        supernet = getattr(problem.evaluate, "supernet", None)
+        if not isinstance(supernet, Supernet):
+            raise InputError("strategy.remeasure=true needs a supernet's candidates; use strategy.remeasure=false without one")
+        return supernet
+
+
+def nearest(problem: Problem, sparsities: Sequence[float]) -> Allocation:
+    """The level of each unit that is nearest to a sparsity, whatever that costs; the denser of two as near."""
+    found = []
+    for costs, wish in zip(problem.budget.leading.costs, sparsities, strict=True):
+        kept = np.array(costs) / max(1, costs[0])
+        found.append(int(np.abs(kept - (1.0 - wish)).round(9).argmin()))
+    return tuple(found)
+
+
+def _candidates(problem: Problem, supernet: Supernet, levels: Allocation) -> Callable[[SubBlock], Weights]:
+    """The weights of each sub-block at these levels."""
+    dense = dense_of(problem)
+    by_name = {place.part.name: place for place in places(dense.model, problem.space)}
+
+    def weights(part: SubBlock) -> Weights:
+        place = by_name[part.name]
+        chosen = [supernet.candidate(unit, levels[unit], dense.device) if levels[unit] else None for unit, _ in place.units]
+        return place.weights(chosen)
+
+    return weights

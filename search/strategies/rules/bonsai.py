@@ -1,0 +1,151 @@
+"""Bonsai's perturb and regress (Dery et al. 2024, "Everybody Prune Now") as an allocator: what units are worth, measured.
+
+Sub-models around the start are measured in pairs, one of which is sparser where the other is denser, in many units at once. The
+differences within pairs are regressed on the differences in cost by ridge regression, towards a prior that all parameters are
+worth the same and with a strength chosen by Kendall's tau over pairs left out (`local_prune.methods.bonsai`). The allocation is the
+knapsack's optimum of the losses so predicted. Pairs are measured in portions, between which a killed run can be resumed.
+
+Different from the paper: it takes 5 % of all members a round; here the units are what the space has, and a linear prediction is
+trusted no further than sub-models were measured, `reach` levels from the start.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from local_prune.methods.bonsai import ridge, strength_of
+from search.budgets.budget import Costs
+from search.strategies.base import Problem, Row, State, rng_state
+from search.strategies.checks import check_whole
+from search.strategies.measuring import Measured, sequences_for
+from search.strategies.rules.base import Rule, allowed, only_allocation
+from supernet.errors import InputError
+from supernet.space import Allocation
+
+PORTION = 10  # pairs of a generation
+FEWEST = 2  # pairs that a regression needs
+
+Pair = tuple[Allocation, Allocation, float]  # by how much the loss of the first is higher; NaN where either is not finite
+
+
+def pair_around(start: Sequence[int], most: np.ndarray, reach: int, rng: np.random.Generator) -> tuple[Allocation, Allocation]:
+    """Two allocations that mirror each other about the start, up to `reach` levels away in every unit.
+
+    Args:
+        start: Level of each unit.
+        most: (units,) the last level of each.
+        reach: Levels.
+        rng: Draws the first of them.
+    """
+    steps = rng.integers(-reach, reach + 1, size=len(most))
+    first, second = (np.clip(np.array(start) + sign * steps, 0, most) for sign in (1, -1))
+    return tuple(map(int, first)), tuple(map(int, second))
+
+
+def worths(removed: np.ndarray, differences: np.ndarray) -> np.ndarray:
+    """What the loss grows by for what is removed of each unit, (units,) float64.
+
+    Args:
+        removed: (pairs, units), how much more of each unit the first of a pair lacks.
+        differences: (pairs,), by how much its loss is higher.
+    """
+    signs, losses = torch.from_numpy(removed), torch.from_numpy(differences)
+    prior = torch.ones(removed.shape[1], dtype=torch.float64)
+    found: np.ndarray = ridge(signs, losses, prior, strength_of(signs, losses, prior)).numpy()
+    return found
+
+
+def predicted(worth: np.ndarray, costs: Costs, dense: int, start: Sequence[int], reach: int) -> list[np.ndarray]:
+    """The predicted loss of each level of each unit, and more than all together for each level out of reach.
+
+    Args:
+        worth: (units,) of what is removed of a unit, as a fraction of `dense`.
+        costs: Of each level of each unit.
+        dense: Of all units together.
+        start: Level of each unit.
+        reach: Levels.
+    """
+    losses = [w * (row[0] - np.array(row)) / dense for w, row in zip(worth, costs, strict=True)]
+    penalty = 1.0 + 10.0 * sum(float(np.abs(loss).max()) for loss in losses)
+    away = [np.abs(np.arange(len(row)) - level) for row, level in zip(costs, start, strict=True)]
+    return [loss + penalty * np.maximum(0, levels - reach) for loss, levels in zip(losses, away, strict=True)]
+
+
+@dataclass(frozen=True)
+class Bonsai(Rule):
+    """Perturb, measure in pairs, regress, solve.
+
+    Attributes:
+        samples: Sub-models, two a pair.
+        tokens: Of the search's text, that each pair is measured on, drawn anew for each.
+        reach: Levels that a unit may go from the start, while measuring and in the end.
+    """
+
+    samples: int = 200
+    tokens: int = 2048
+    reach: int = 2
+
+    def __post_init__(self) -> None:
+        check_whole("samples", self.samples, 4, "200")
+        check_whole("tokens", self.tokens, 1, "2048")
+        check_whole("reach", self.reach, 1, "2")
+        if self.samples % 2:
+            raise InputError(f"strategy.samples={self.samples} must be even: sub-models come in pairs; 200 is the usual choice")
+
+    @property
+    def needs_candidates(self) -> bool:
+        """See `Strategy`."""
+        return True
+
+    @property
+    def tokens_per_generation(self) -> int:
+        """See `Strategy`."""
+        return self.samples * self.tokens // self.generations
+
+    @property
+    def generations(self) -> int:
+        """Portions of pairs."""
+        return -(-self.samples // (2 * PORTION))
+
+    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
+        """See `Strategy`."""
+        if only_allocation(problem) is not None:
+            return super().advance(problem, state)
+        if state.generation and not state.memory:  # found by an earlier version, in one generation
+            return replace(state, exhausted=True), []
+        rng, measured = state.generator(), Measured(problem, state.generation)
+        pairs = list(state.memory.get("pairs", []))
+        for _ in range(min(PORTION, self.samples // 2 - len(pairs))):
+            pairs.append(self._pair(problem, state.parent, measured, rng))
+        over = len(pairs) == self.samples // 2
+        parent, memory = (self._best(problem, state.parent, pairs), {}) if over else (state.parent, {"pairs": pairs})
+        state = replace(state, parent=parent, generation=state.generation + 1, tokens=state.tokens + measured.tokens)
+        return replace(state, rng=rng_state(rng), memory=memory), measured.rows
+
+    def _pair(self, problem: Problem, start: Allocation, measured: Measured, rng: np.random.Generator) -> Pair:
+        """Two sub-models, measured."""
+        begun, count = time.perf_counter(), sequences_for(self.tokens, problem)
+        most = np.array([len(unit.levels) - 1 for unit in problem.space.units])
+        pair = pair_around(start, most, self.reach, rng)
+        chosen = rng.permutation(problem.evaluate.sequences)[:count]
+        fitness = measured.losses(pair, chosen).mean(1)
+        measured.note(pair, fitness, count, set(), time.perf_counter() - begun)
+        return *pair, float(fitness[0] - fitness[1]) if np.isfinite(fitness).all() else math.nan
+
+    def _best(self, problem: Problem, start: Allocation, pairs: Sequence[Pair]) -> Allocation:
+        """The optimum of what the pairs say."""
+        limit, pairs = problem.budget.leading, [pair for pair in pairs if math.isfinite(pair[2])]
+        if len(pairs) < FEWEST:
+            raise InputError(
+                "the losses of nearly all sub-models are not finite; check the model's weights, or use dtype=float32"
+            )
+        costs = np.array([[limit.table[range(len(one)), one] for one in pair[:2]] for pair in pairs])  # (pairs, 2, units)
+        removed, differences = (costs[:, 1] - costs[:, 0]) / limit.dense, np.array([pair[2] for pair in pairs])
+        losses = predicted(worths(removed, differences), limit.costs, limit.dense, start, self.reach)
+        return allowed(losses, problem)

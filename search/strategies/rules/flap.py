@@ -1,0 +1,175 @@
+"""FLAP (An et al. 2024): one global order of all heads and neurons by standardised fluctuation; the lowest go.
+
+The metric of an input column j is Var(x_j) ||W_:,j||^2 (WIFV) or the mean over outputs of |W_ij| ||X_j||_2 (WIFN), squared for
+attention as in the authors' code (CASIA-IVA-Lab/FLAP, AL-AM), and standardised within its layer; a head's is the mean over its
+columns.
+
+Different from it: the code counts a head as 512 / 3 neurons, here each member counts what the budget counts of it, whatever the
+model's sizes (KV groups with their query heads as one). And the same is done with single weights, by |W_ij| ||X_j||_2 (WIFN) or
+Var(x_j) W_ij^2 (WIFV), standardised within their layer, which FLAP leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from local_prune.methods.members import finite
+from local_prune.statistics import Moments
+from local_prune.text.devices import on_device
+from search.strategies.base import Dense, Problem
+from search.strategies.checks import check_choice
+from search.strategies.rules.base import (
+    Rule,
+    Site,
+    dense_of,
+    input_moments,
+    sites,
+    towards,
+    unit_sizes,
+    wrong_kind,
+)
+from supernet.models.architecture import ATTENTION, blocks
+from supernet.models.prunables import BITS, WEIGHTS
+from supernet.space import Allocation, Space, Unit
+
+METRICS = ("WIFV", "WIFN")
+NEEDS = "heads, neurons and single weights"
+ROWS = 1024  # of a weight that are scored at a time
+SHIFT = 12  # bits of a float32 left out where scores are counted: what stays tells apart what differs by 1 / 2048
+BINS = 1 << (31 - SHIFT)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Standardised scores of a unit's members, (n,) rising, and how many members have each."""
+
+    scores: np.ndarray
+    counts: np.ndarray
+
+
+def column_metric(W: Tensor, moments: Moments, metric: str) -> Tensor:
+    """FLAP's metric of each input column, (d_in,) float64. W: (d_out, d_in)."""
+    if metric == "WIFV":
+        return W.detach().double().square().sum(0) * moments.variance.double()
+    return W.detach().double().abs().mean(0) * moments.norms.double()
+
+
+def standardised(values: Tensor) -> Tensor:
+    """Less the mean, by the standard deviation; zeros where all are alike. values: (n,) float64."""
+    deviation = values.std() if len(values) > 1 else values.new_zeros(())
+    return (values - values.mean()) / deviation if deviation > 0 else torch.zeros_like(values)
+
+
+def rank_members(metric: Tensor, width: int, squared: bool) -> Ranked:
+    """Members by the mean of their columns' standardised metric.
+
+    Args:
+        metric: (members * width,).
+        width: Columns of a member.
+        squared: Whether to square it first, as FLAP does for attention.
+    """
+    scores = standardised(metric.square() if squared else metric).view(-1, width).mean(1).sort().values.cpu().numpy()
+    return Ranked(scores, np.ones(len(scores)))
+
+
+def weight_scores(W: Tensor, moments: Moments, metric: str) -> Iterator[Tensor]:
+    """The metric of single weights, some rows (rows, d_in) float32 at a time. W: (d_out, d_in)."""
+    factor = moments.variance if metric == "WIFV" else moments.norms
+    for rows in W.detach().split(ROWS):
+        yield (rows.float().square() if metric == "WIFV" else rows.float().abs()) * factor
+
+
+def rank_weights(pieces: Callable[[], Iterator[Tensor]]) -> Ranked:
+    """Single weights by their standardised metric, in a histogram that is as fine as it is small.
+
+    Positive floats are in the order of their bits, so the upper bits count scores in bins of equal relative width.
+
+    Args:
+        pieces: Gives the scores, float32 and not negative, in pieces; asked twice.
+    """
+    number, total = 0, 0.0
+    counts = np.zeros(BINS, dtype=np.int64)
+    for piece in pieces():
+        number, total = number + piece.numel(), total + float(piece.double().sum())
+        counts += torch.bincount(piece.flatten().view(torch.int32) >> SHIFT, minlength=BINS).cpu().numpy()
+    mean = total / number
+    squares = sum(float((piece.double() - mean).square().sum()) for piece in pieces())
+    deviation = (squares / max(1, number - 1)) ** 0.5
+    filled = np.flatnonzero(counts)
+    # A bin's middle stands for its members.
+    middles = ((filled << SHIFT) + (1 << (SHIFT - 1)) * (filled > 0)).astype(np.int32).view(np.float32).astype(np.float64)
+    return Ranked((middles - mean) / deviation if deviation else np.zeros(len(filled)), counts[filled].astype(np.float64))
+
+
+def sparsities_of(ranked: Sequence[Ranked], sizes: np.ndarray, target: float) -> np.ndarray:
+    """The fraction of each unit that goes when all members of all units are sorted at once, the lowest first, down to `target`.
+
+    Args:
+        ranked: Of each unit.
+        sizes: (units,) what all members of each unit cost.
+        target: What may be left of the sum of sizes.
+    """
+    unit = np.concatenate([np.full(len(one.scores), index) for index, one in enumerate(ranked)])
+    shares = np.concatenate([one.counts / one.counts.sum() for one in ranked])
+    order = np.argsort(np.concatenate([one.scores for one in ranked]), kind="stable")
+    gone = np.cumsum(sizes[unit[order]] * shares[order])
+    last = min(int(np.searchsorted(gone, (sizes.sum() - target) * (1.0 - 1e-12))), len(order) - 1)
+    return np.bincount(unit[order[: last + 1]], weights=shares[order[: last + 1]], minlength=len(ranked))
+
+
+@dataclass(frozen=True)
+class Flap(Rule):
+    """A global order of heads and neurons, or of single weights.
+
+    Attributes:
+        metric: WIFV or WIFN; None for WIFV of heads and neurons and WIFN of single weights.
+    """
+
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.metric is not None:
+            check_choice("metric", self.metric, METRICS)
+
+    def check(self, model: PreTrainedModel, space: Space) -> None:
+        """See `Rule`."""
+        for site, unit in zip(sites(model, space), space.units, strict=True):
+            _check_kind(site, unit)
+
+    def allocate(self, problem: Problem) -> tuple[Allocation, int]:
+        """See `Rule`."""
+        dense = dense_of(problem)
+        of_units = sites(dense.model, problem.space)
+        moments, tokens = input_moments(dense)
+        ranked = [self._ranked(dense, site, moments) for site in of_units]
+        limit = problem.budget.leading
+        return towards(problem, sparsities_of(ranked, unit_sizes(problem.budget), limit.target)), tokens
+
+    @torch.no_grad()
+    def _ranked(self, dense: Dense, site: Site, moments: dict[str, Moments]) -> Ranked:
+        (part,) = site.parts
+        with on_device(blocks(dense.model)[site.block], dense.device):
+            if site.layer is None:
+                assert part.groups is not None
+                name = f"{part.name}.{part.column}"
+                metric = finite(column_metric(part.weight(part.column), moments[name], self.metric or "WIFV"), name)
+                return rank_members(metric, part.groups.width, part.kind == ATTENTION)
+            name = f"{part.name}.{site.layer}"
+            W, of_inputs = finite(part.weight(site.layer), name), moments[name]
+            return rank_weights(lambda: weight_scores(W, of_inputs, self.metric or "WIFN"))
+
+
+def _check_kind(site: Site, unit: Unit) -> None:
+    """InputError for what has no members to sort."""
+    if unit.kind == WEIGHTS:
+        return
+    if unit.kind == BITS:
+        raise wrong_kind("flap", NEEDS, unit, "use strategy=owl or strategy=alpha_pruning")
+    if len(site.parts) > 1 or site.parts[0].groups is None or site.parts[0].groups.members != unit.total:
+        raise wrong_kind("flap", NEEDS, unit, "use strategy=shortgpt or strategy=adapt_pruner")

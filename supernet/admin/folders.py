@@ -1,0 +1,195 @@
+"""Supernet folders as they lie on disk, for those who look after them: which are ours, in what state, and who uses them.
+
+Nothing here needs torch, changes anything, follows a link or trusts what it finds: a folder may be damaged, of an older format,
+or no supernet.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from supernet.errors import InputError
+from supernet.manifest import FORMAT, LOCK, MANIFEST, UNIT_NAME, UNITS, check_size, read_manifest, unit_path
+from supernet.space import Space
+from supernet.system.atomic import TEMPORARY
+from supernet.uses import USES, Use, uses_of
+
+NAME = re.compile(r"[0-9a-f]{16}")  # of a supernet's folder
+UNIT_FILE = re.compile(rf"{UNIT_NAME.pattern}\.safetensors")
+USE_FILE = re.compile(r"[0-9a-f]{16}\.json")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A supernet's folder.
+
+    Attributes:
+        path: The folder.
+        format: Of its files; this version's where nothing says otherwise.
+        manifest: What it says; None where there is none, or none that this version can read.
+        damage: What is wrong and what to do, where something is.
+    """
+
+    path: Path
+    format: int
+    manifest: dict[str, Any] | None
+    damage: str | None
+
+    @property
+    def name(self) -> str:
+        """Of the folder, as it can be printed."""
+        return plain(self.path.name)
+
+    @cached_property
+    def space(self) -> Space:
+        """Units and levels; empty where they are not known."""
+        return Space.from_json(self.manifest["space"] if self.manifest else ())
+
+    @property
+    def built(self) -> int:
+        """Units that are there."""
+        return len(self.manifest["units"]) if self.manifest else 0
+
+    @property
+    def state(self) -> str:
+        """In a word or two."""
+        if self.damage:
+            return "damaged"
+        if self.format != FORMAT:
+            return f"format {self.format}"
+        if is_locked(self.path):
+            return "being built"
+        return "complete" if self.manifest and self.built == len(self.space.units) else "unfinished"
+
+    def label(self, key: str) -> str:
+        """What the one who made the supernet calls something, as it can be printed; nothing where that is not known."""
+        return plain(str(self.manifest["labels"].get(key, ""))) if self.manifest else ""
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of all files."""
+        return size_of(self.path)
+
+    @cached_property
+    def uses(self) -> Sequence[Use]:
+        """By runs that are still there."""
+        return [use for use in uses_of(self.path) if use.counts]
+
+    @property
+    def last_used(self) -> datetime:
+        """When a run opened it last, or when it was last written."""
+        if noted := uses_of(self.path):
+            return noted[0].last_used
+        for written in (self.path / MANIFEST, self.path):
+            with suppress(OSError):
+                return datetime.fromtimestamp(written.lstat().st_mtime, UTC)
+        return datetime.fromtimestamp(0, UTC)  # it was removed meanwhile
+
+
+def supernet_folders(path: Path) -> list[Path]:
+    """The supernets that `path` is or holds, links to others left out; InputError where there are none."""
+    if not path.is_dir():
+        raise InputError(f"there is no folder {path}; give a supernet, or the folder of all supernets (supernet.root)")
+    found = [path] if _is_ours(path) else [folder for folder in sorted(path.iterdir()) if _is_ours(folder)]
+    if not found:
+        inner = path / "supernets"
+        hint = f"did you mean {inner}?" if inner.is_dir() else "give a supernet, or the folder of all supernets (supernet.root)"
+        raise InputError(f"{path} holds no supernet; {hint}")
+    return found
+
+
+def inspect(path: Path) -> Folder:
+    """A supernet's folder, with the damage that can be seen without reading candidates."""
+    manifest = None
+    try:
+        manifest = read_manifest(path)
+        if manifest is not None and manifest["format"] != FORMAT:
+            return Folder(path, manifest["format"], None, None)
+        for name, entry in manifest["units"].items() if manifest else ():
+            check_size(unit_path(path, name), entry["bytes"])
+    except InputError as error:
+        return Folder(path, FORMAT, manifest, plain(str(error)))
+    return Folder(path, FORMAT, manifest, None)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process builds this supernet."""
+    lock = path / LOCK
+    if lock.is_symlink() or not lock.is_file():  # to open what a link points at would change it
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # it cannot be written, so nobody builds here
+        return False
+
+
+def size_of(path: Path) -> int:
+    """Bytes of all files in a folder, which may change meanwhile."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
+
+
+def foreign(path: Path) -> Path | None:
+    """The first thing in a folder that no supernet has, by its name and its type, at any depth; None where all is ours."""
+    with suppress(FileNotFoundError):  # removed meanwhile
+        return next(_foreign(path), None)
+    return None
+
+
+def _foreign(path: Path) -> Iterator[Path]:
+    for entry in _entries(path):
+        inner = {UNITS: UNIT_FILE, USES: USE_FILE}.get(entry.name)
+        if inner is None:
+            if entry.name not in (MANIFEST, LOCK) and not TEMPORARY.fullmatch(entry.name) or not is_plain_file(entry):
+                yield Path(entry.path)
+        elif not entry.is_dir(follow_symlinks=False):
+            yield Path(entry.path)
+        else:
+            for file in _entries(Path(entry.path)):
+                if not (inner.fullmatch(file.name) or TEMPORARY.fullmatch(file.name)) or not is_plain_file(file):
+                    yield Path(file.path)
+
+
+def _entries(path: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(path) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def is_plain_file(entry: os.DirEntry[str]) -> bool:
+    """No folder, link, pipe or device."""
+    return entry.is_file(follow_symlinks=False)
+
+
+def plain(text: str) -> str:
+    """Text without line breaks, escape sequences and what no terminal shows: names and labels may be anybody's."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is a supernet: by its manifest, or, where none can be read, by its name and all that is in it."""
+    if path.is_symlink() or not path.is_dir() or path.name.startswith("."):
+        return False
+    with suppress(InputError):
+        if read_manifest(path) is not None:
+            return True
+    try:
+        return bool(NAME.fullmatch(path.name)) and any(path.iterdir()) and foreign(path) is None
+    except OSError:  # not for us to look at, which is told: see `inspect`
+        return bool(NAME.fullmatch(path.name))

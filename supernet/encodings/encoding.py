@@ -1,0 +1,323 @@
+"""What a candidate is, one class a kind, and the compact tensors that it is stored as.
+
+Values that are the dense model's own are never stored: a method that only chooses what stays gives candidates without weights,
+and all of a unit's levels share one order of removal where they are nested. Tensors of a level, by name behind its number:
+
+    kept, [weight], [bias]              members: indices and their columns
+    [bias]                              members or weights whose choice is in the shared `order`, with its `shape`
+    mask, shape, [values]               weights: a bit for each, and the values that stay
+    ranks, shape, pattern, [values]     weights of N:M: the set that each group keeps (`supernet.encodings.patterns`)
+    codes, shape, scale, [zero]         quantised groups
+    dropped                             nothing
+
+and `contents`: what the level counts, and how many other tensors it has. Masks, orders, ranks and codes are bit planes; shape,
+pattern, dropped and contents are headers (`supernet.encodings.tensors`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from supernet.encodings.packing import at_least, gathered, keeps, plane_bytes, scattered, unpacked
+from supernet.encodings.patterns import find_pattern, mask_of, rank_bits, ranks_of
+from supernet.encodings.tensors import Stored, header, planes
+
+
+@dataclass(frozen=True)
+class Members:
+    """Structured: the members (KV groups, query heads, neurons) that stay.
+
+    Attributes:
+        kept: (k,) int64, rising.
+        weight: (d_out, k * width), the projection's columns of those members, refitted; None where they are the dense ones.
+        bias: (d_out,), in place of the projection's own bias, which may be none; None where nothing makes up for the removed.
+    """
+
+    kept: Tensor
+    weight: Tensor | None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Unstructured or N:M: the weights of a linear layer that stay.
+
+    Attributes:
+        mask: (d_out, d_in) bool, True where a weight stays.
+        weight: (d_out, d_in), zero where the mask is False; None where kept weights are the dense ones.
+    """
+
+    mask: Tensor
+    weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A linear layer on a grid of `2 ** bits` values for each group of neighbouring inputs: `scale * (code - zero)`.
+
+    Attributes:
+        codes: (d_out, d_in) uint8, below 2 ** bits.
+        scale: (d_out, groups), in the dense weight's dtype.
+        zero: (d_out, groups) uint8, the code of 0.
+        bits: Of a code.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+    @property
+    def weight(self) -> Tensor:
+        """(d_out, d_in), computed in float32 and rounded to the dtype of the scales."""
+        d_out, groups = self.scale.shape
+        steps = self.codes.view(d_out, groups, -1).float() - self.zero.unsqueeze(2).float()
+        return (steps * self.scale.unsqueeze(2).float()).to(self.scale.dtype).view(self.codes.shape)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The whole sub-block, or block, is absent."""
+
+
+Candidate = Members | Weights | Quantised | Dropped
+
+MOST_ORDERED = 255  # levels that share one order of removal: it is kept in bytes while it is made
+INDEX = torch.int32  # of kept members
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def member_columns(kept: Tensor, width: int) -> Tensor:
+    """(k,) members -> (k * width,) the columns (or rows) that belong to them, in order."""
+    return (kept.unsqueeze(1) * width + torch.arange(width, device=kept.device)).flatten()
+
+
+def count(candidate: Candidate) -> int:
+    """What a level counts: members, weights, or bits that are kept."""
+    match candidate:
+        case Members():
+            return len(candidate.kept)
+        case Weights():
+            return int(candidate.mask.count_nonzero())
+        case Quantised():
+            return candidate.bits
+        case Dropped():
+            return 0
+
+
+def encode(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
+    """The candidates of levels 1, 2, ... as named tensors on the CPU for one file; `decode` reads one of them back.
+
+    Level 0 is the dense model's own weight and is never stored. Where all levels are nested and keep dense values, what is stored
+    is the last level that keeps each member or weight, unless the levels take less one by one.
+    """
+    masks = _ordered_masks(candidates)
+    tensors: dict[str, Tensor] = {}
+    if masks is not None:
+        order = masks[0].to(torch.uint8)
+        for mask in masks[1:]:
+            order += mask
+        tensors = planes("order", order, len(masks).bit_length())
+    for level, candidate in enumerate(candidates, start=1):
+        parts = (_choice(candidate) if masks is None else {}) | _values(candidate)
+        parts["contents"] = header(count(candidate), len(parts))
+        tensors |= {f"{level}.{name}": tensor for name, tensor in parts.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def encoded_bytes(candidates: Sequence[Candidate]) -> int:
+    """Of all tensors that `encode` gives, without making them."""
+    values = sum(_value_bytes(candidate) for candidate in candidates)
+    masks = _ordered_masks(candidates)
+    return values + (sum(map(_choice_bytes, candidates)) if masks is None else _order_bytes(masks))
+
+
+def _choice(candidate: Candidate) -> dict[str, Tensor]:
+    """Which members or weights stay."""
+    match candidate:
+        case Members():
+            return {"kept": candidate.kept.to(INDEX)}
+        case Weights():
+            mask = candidate.mask.cpu()
+            pattern = find_pattern(mask)
+            if pattern is None:
+                return planes("mask", mask, 1)
+            return planes("ranks", ranks_of(mask, *pattern), rank_bits(*pattern)) | {"pattern": header(*pattern)}
+        case _:
+            return {}
+
+
+def _choice_bytes(candidate: Candidate) -> int:
+    match candidate:
+        case Members():
+            return len(candidate.kept) * INDEX.itemsize
+        case Weights():
+            weights, pattern = candidate.mask.numel(), find_pattern(candidate.mask.cpu())
+            return plane_bytes(weights, 1) if pattern is None else plane_bytes(weights // pattern[1], rank_bits(*pattern))
+        case _:
+            return 0
+
+
+def _values(candidate: Candidate) -> dict[str, Tensor]:
+    """What the dense model does not have."""
+    match candidate:
+        case Members():
+            both = {"weight": candidate.weight, "bias": candidate.bias}
+            return {name: tensor for name, tensor in both.items() if tensor is not None}
+        case Weights():
+            return {} if candidate.weight is None else {"values": gathered(candidate.weight, candidate.mask)}
+        case Quantised():
+            codes = candidate.codes.reshape(*candidate.scale.shape, -1)
+            named = planes("codes", codes, candidate.bits) | {"scale": candidate.scale}
+            return named if _is_symmetric(candidate) else named | {"zero": candidate.zero}
+        case Dropped():
+            return {"dropped": header()}
+
+
+def _value_bytes(candidate: Candidate) -> int:
+    match candidate:
+        case Members():
+            return sum(tensor.nbytes for tensor in (candidate.weight, candidate.bias) if tensor is not None)
+        case Weights():
+            return 0 if candidate.weight is None else count(candidate) * candidate.weight.element_size()
+        case Quantised():
+            zeros = 0 if _is_symmetric(candidate) else candidate.zero.nbytes
+            return plane_bytes(candidate.codes.numel(), candidate.bits) + candidate.scale.nbytes + zeros
+        case Dropped():
+            return 0
+
+
+def _middle(scale: Tensor, bits: int) -> Tensor:
+    """The zeros of symmetric grids, which need not be stored: (d_out, groups) uint8, of scales of that shape."""
+    return torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
+
+
+def _is_symmetric(candidate: Quantised) -> bool:
+    return torch.equal(candidate.zero, _middle(candidate.scale, candidate.bits))
+
+
+def _ordered_masks(candidates: Sequence[Candidate]) -> list[Tensor] | None:
+    """What each level keeps as masks on the CPU, where one order tells it all and is the smaller form.
+
+    None where levels are not nested, not only chosen, more than `MOST_ORDERED`, or take less one by one.
+    """
+    chosen = [_chosen(candidate) for candidate in candidates]
+    masks = [mask for mask in chosen if mask is not None]
+    if not 0 < len(masks) == len(chosen) <= MOST_ORDERED:
+        return None
+    if masks[0].dtype != torch.bool:
+        size = max(int(kept.max()) + 1 if len(kept) else 0 for kept in masks)
+        masks = [torch.zeros(size, dtype=torch.bool).index_fill_(0, kept, True) for kept in masks]
+    if any(bool((after & ~before).any()) for before, after in pairwise(masks)):
+        return None
+    return masks if _order_bytes(masks) <= sum(map(_choice_bytes, candidates)) else None
+
+
+def _chosen(candidate: Candidate) -> Tensor | None:
+    """What stays, as a mask or as indices, where the values that stay are the dense ones."""
+    if isinstance(candidate, Members | Weights) and candidate.weight is None:
+        return (candidate.kept if isinstance(candidate, Members) else candidate.mask).cpu()
+    return None
+
+
+def _order_bytes(masks: Sequence[Tensor]) -> int:
+    return plane_bytes(masks[0].numel(), len(masks).bit_length())
+
+
+def decode(read: Callable[[str], Tensor], names: Sequence[str], level: int) -> Candidate:
+    """The candidate of a level, on the device of the tensors that `read` gives.
+
+    ValueError where tensors are missing or do not fit together. What only their values show is looked for on the CPU alone: on
+    other devices nothing waits for them.
+
+    Args:
+        read: Gives the tensor of a name.
+        names: Of all tensors there are.
+        level: At least 1.
+    """
+    there = frozenset(names)
+    own = Stored(read, there, f"{level}.")
+    kept, others = own.header("contents", (2,))
+    own.check(len(own) == 1 + others, "contents", f"has {others} others, and there are {len(own) - 1}")
+    if "dropped" in own:
+        own.check(own.header("dropped", (0,)) == () and kept == 0, "contents", f"has {kept} kept of what is dropped")
+        return Dropped()
+    if "codes" in own:
+        return _quantised(own, kept)
+    if "kept" in own:
+        return _members(own, kept)
+    if "mask" in own or "ranks" in own:
+        return _weights(own, kept)
+    return _ordered(own, Stored(read, there, ""), level, kept)
+
+
+def _ordered(own: Stored, shared: Stored, level: int, count: int) -> Candidate:
+    order, shape = shared.planes("order", (1, 2))
+    chosen = unpacked(at_least(order, level), shape)
+    shared.check(count <= chosen.numel() and keeps(chosen, count), "order", f"does not keep {count} at level {level}")
+    mask = chosen.view(torch.bool)
+    return Members(_indices(mask, count), None, _optional(own, "bias", 1)) if mask.dim() == 1 else Weights(mask, None)
+
+
+def _indices(mask: Tensor, count: int) -> Tensor:
+    """(count,) int64, where a mask (n,) is True: `nonzero` would wait for the device to tell how many there are."""
+    places = torch.where(mask, mask.cumsum(0) - 1, count).clamp_(max=count)  # the last one takes what is not kept
+    indices = torch.zeros(count + 1, dtype=torch.int64, device=mask.device)
+    return indices.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:count]
+
+
+def _members(own: Stored, count: int) -> Members:
+    kept = own.tensor("kept", (INDEX,), 1)
+    own.check(len(kept) == count, "kept", f"has {len(kept)} members, not {count}")
+    if _on_cpu(kept) and len(kept):
+        own.check(int(kept[0]) >= 0 and bool((kept[1:] > kept[:-1]).all()), "kept", "does not rise from 0 or more")
+    weight, bias = _optional(own, "weight", 2), _optional(own, "bias", 1)
+    if weight is not None:
+        columns = weight.shape[1]
+        whole = columns >= count and columns % count == 0 if count else columns == 0
+        own.check(whole, "weight", f"has {columns} columns for {count} members")
+    if weight is not None and bias is not None:
+        own.check(len(bias) == len(weight), "bias", f"has {len(bias)} numbers for {len(weight)} outputs")
+    return Members(kept.long(), weight, bias)
+
+
+def _weights(own: Stored, count: int) -> Weights:
+    values = _optional(own, "values", 1)
+    own.check(values is None or len(values) == count, "values", f"is not one for each of {count} weights")
+    if "ranks" in own:
+        ranks, (d_out, groups) = own.planes("ranks", (2,))
+        keep, of = own.header("pattern", (2,))
+        own.check(len(ranks) == rank_bits(keep, of), "ranks", f"has {len(ranks)} bits for {keep}:{of}")
+        own.check(d_out * groups * keep == count, "ranks", f"does not keep {count} weights")
+        mask = mask_of(unpacked(ranks, (d_out, groups)), keep, of)
+    else:
+        bits, shape = own.planes("mask", (2,))
+        own.check(len(bits) == 1, "mask", f"has {len(bits)} bits")
+        mask = unpacked(bits, shape).view(torch.bool)
+        own.check(keeps(mask, count), "mask", f"does not keep {count} weights")
+    return Weights(mask, None if values is None else scattered(values, mask))
+
+
+def _quantised(own: Stored, bits: int) -> Quantised:
+    codes, (d_out, groups, size) = own.planes("codes", (3,))
+    own.check(len(codes) == bits <= 8, "codes", f"has {len(codes)} bits, not {bits}")
+    scale = own.tensor("scale", FLOATS, 2)
+    own.check(scale.shape == (d_out, groups), "scale", f"is of shape {tuple(scale.shape)}, not {(d_out, groups)}")
+    zero = own.tensor("zero", (torch.uint8,), 2) if "zero" in own else _middle(scale, bits)
+    right = zero.shape == scale.shape and (not _on_cpu(zero) or not zero.numel() or int(zero.max()) < 2**bits)
+    own.check(right, "zero", f"is not a code of {bits} bits for each group")
+    return Quantised(unpacked(codes, (d_out, groups * size)), scale, zero, bits)
+
+
+def _optional(own: Stored, name: str, dim: int) -> Tensor | None:
+    return own.tensor(name, FLOATS, dim) if name in own else None
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    """Whether looking at values makes nothing wait."""
+    return tensor.device.type == "cpu"

@@ -1,0 +1,243 @@
+"""An allocation put into a model, in memory: really smaller layers, in the class that the exported checkpoint will use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from supernet.encodings.encoding import Members
+from supernet.errors import InputError
+from supernet.models.architecture import ATTENTION, SubBlock, heads_of
+from supernet.models.families import Family, family_of
+from supernet.models.modeling_pruned import PRUNED_CLASSES
+from supernet.models.placement import Place, cleared, places
+from supernet.models.prunables import HEADS
+from supernet.store import Supernet
+
+# Of the dense model's config, what names code of strangers: nothing of theirs lies in our folder, nor was it run.
+FOREIGN = ("auto_map", "custom_pipelines", "custom_generate")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an allocation makes of a sub-block.
+
+    Attributes:
+        part: The sub-block, of the dense model.
+        members: Which are left, where layers become smaller by some; else None.
+        tensors: The module's parameters that differ from the dense ones, by name; None where the sub-block is absent.
+    """
+
+    part: SubBlock
+    members: tuple[int, ...] | None
+    tensors: dict[str, Tensor] | None
+    heads: bool = False  # the members are single query heads
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the pruned model is built from.
+
+    Attributes:
+        config: Of one of `supernet.models.modeling_pruned`'s classes, with `per_layer_config`, where the family's own class cannot
+            hold the model.
+        blocks: Those of the dense model that it has, in order.
+    """
+
+    config: PreTrainedConfig
+    blocks: tuple[int, ...]
+
+
+def check_family(model: PreTrainedModel, structured: bool) -> None:
+    """InputError if the model's family is not known, or cannot have layers of different sizes though that is asked for.
+
+    Args:
+        model: The dense model.
+        structured: Whether units are members (KV groups, query heads, neurons) or single sub-blocks, not weights, bits or blocks.
+    """
+    family = family_of(model)
+    if structured and not family.mixer:  # a mixer is present or not, and so is its block
+        _pruned_class(str(model.config.model_type))
+
+
+def slices_query_heads(family: Family) -> bool:
+    """Whether single query heads are really taken out of this family's models; else their weights are zero."""
+    return family.free_heads and len(set(family.attention_rows)) == len(family.attention_rows)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head and the embeddings are one tensor in memory; a config may say so of two that differ."""
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    return head is not None and bool(head.weight.data_ptr() == embeddings.weight.data_ptr())
+
+
+def _pruned_class(model_type: str) -> type[PreTrainedModel]:
+    """That can have layers of different sizes."""
+    if model_type not in PRUNED_CLASSES:
+        raise InputError(
+            f"the family '{model_type}' has an entry in supernet/models/families.py but no classes in supernet/models/modeling_pruned.py, "
+            "which layers of different sizes need; add its two, or prune weights (prune=sparsegpt), bits (prune=gptq) "
+            "or whole blocks"
+        )
+    return PRUNED_CLASSES[model_type]
+
+
+@torch.no_grad()
+def assemble(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[int]) -> PreTrainedModel:
+    """The pruned model of an allocation; what is not pruned shares its memory with the dense model.
+
+    Where the family's own class can hold the result (all its layers are alike, whatever their weights), it is of that class, and
+    blocks that are absent as a whole are really left out; else they are layers that skip both of their sub-blocks.
+    """
+    family = family_of(model)
+    changes = [_change(family, place, supernet, allocation) for place in places(model, supernet.space)]
+    shape = pruned_shape(model.config, family, changes)
+    shape.config.tie_word_embeddings = is_tied(model)
+    pruned_class: type[PreTrainedModel] = type(model)
+    if shape.config.is_heterogeneous:
+        pruned_class = _pruned_class(str(model.config.model_type))
+    with torch.device("meta"):
+        pruned = pruned_class(shape.config)
+    pruned.load_state_dict(_numbered(_state(model, changes), family.blocks, shape.blocks), assign=True)
+    pruned.tie_weights()
+    _fill_buffers(pruned, _numbered(dict(model.named_buffers()), family.blocks, shape.blocks))
+    pruned.generation_config = model.generation_config
+    pruned.eval().requires_grad_(False)
+    return pruned
+
+
+def _change(family: Family, place: Place, supernet: Supernet, allocation: Sequence[int]) -> Change:
+    """The change of one sub-block: smaller layers wherever members go and the family's classes can be without them."""
+    part = place.part
+    heads = any(supernet.space.units[unit].kind == HEADS for unit, _ in place.units)
+    if part.groups is not None and (not heads or slices_query_heads(family)):
+        part = replace(part, groups=replace(part.groups, slices=True))
+    device = part.weight(part.column).device
+    levels = [(unit, allocation[unit]) for unit, _ in place.units]
+    candidates = [supernet.candidate(unit, level, device) if level else None for unit, level in levels]
+    members = next((tuple(c.kept.tolist()) for c in candidates if isinstance(c, Members)), None)
+    tensors = replace(place, part=part).weights(candidates)
+    if members and part.groups is not None and not part.groups.slices:
+        tensors, members = tensors and tensors | cleared(part, members), None
+    return Change(part, members or None, tensors, heads)
+
+
+def pruned_shape(config: PreTrainedConfig, family: Family, changes: Sequence[Change]) -> Shape:
+    """What to build: a plain config where all layers that are left are alike, else one with `per_layer_config`.
+
+    Args:
+        config: Of the dense model.
+        family: Its family.
+        changes: Of all its sub-blocks.
+    """
+    layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
+    for change in changes:
+        layer = layers[change.part.block]
+        for key, value in _overrides(config, family, change).items():
+            layer[key] = layer.get(key, []) + value if isinstance(value, list) else value
+    present = {change.part.block for change in changes if change.tensors is not None}
+    blocks = tuple(block for block in range(len(layers)) if block in present)
+    values = {name: value for name, value in config.to_dict().items() if name not in FOREIGN}
+    if family.free_heads and not family.mixer:
+        values["head_dim"] = heads_of(config).dim
+    if _stock_holds(config, family, layers, blocks):
+        values |= layers[blocks[0]] if blocks else {}
+        if isinstance(values.get("layer_types"), list):
+            values["layer_types"] = [values["layer_types"][block] for block in blocks]
+        return Shape(type(config)(**(values | {_key(config, "num_hidden_layers"): len(blocks)})), blocks)
+    for name in ("output_bias", "query_groups"):
+        if any(name in layer for layer in layers):
+            values[name] = []  # of the layers that do not say
+    values |= {"head_dim": heads_of(config).dim, "per_layer_config": dict(enumerate(layers))}
+    del values["model_type"]  # the class has its own
+    config_class: Any = _pruned_class(str(config.model_type)).config_class
+    return Shape(config_class(**values), tuple(range(len(layers))))
+
+
+def _overrides(config: PreTrainedConfig, family: Family, change: Change) -> dict[str, Any]:
+    """How the config of a layer differs by a change: numbers, and lists of kinds of sub-blocks."""
+    part, heads = change.part, _key(config, "num_attention_heads")
+    grouped = hasattr(config, "num_key_value_heads")
+    if change.tensors is None:
+        # One head and one neuron stand for none: so the zeros that count tokens are few (`SkippedAttn`), and numbers that
+        # differ from layer to layer make transformers' own config classes refuse to answer.
+        placeholder = {family.config_neurons: 1}
+        if part.kind == ATTENTION:
+            placeholder = {heads: 1} | ({"num_key_value_heads": 1} if grouped else {})
+        return {"skip": [part.kind]} | placeholder
+    found: dict[str, Any] = {}
+    if change.members is not None and change.heads:
+        queries, groups = heads_of(config).queries, heads_of(config).groups
+        found[heads] = len(change.members)
+        of_heads = [member // queries for member in change.members]
+        if len({of_heads.count(group) for group in range(groups)}) > 1:  # else they still share the KV heads evenly
+            found["query_groups"] = of_heads
+    elif change.members is not None and part.kind == ATTENTION:
+        found[heads] = len(change.members) * heads_of(config).queries
+        if grouped:
+            found["num_key_value_heads"] = len(change.members)
+    elif change.members is not None:
+        found[family.config_neurons] = len(change.members)
+    if f"{part.column}.bias" in change.tensors and part.bias(part.column) is None:
+        found["output_bias"] = [part.kind]
+    return found
+
+
+def _key(config: PreTrainedConfig, name: str) -> str:
+    return str(config.attribute_map.get(name, name))
+
+
+def _stock_holds(config: PreTrainedConfig, family: Family, layers: Sequence[Mapping[str, Any]], blocks: Sequence[int]) -> bool:
+    """Whether the family's own class can hold the blocks that are left."""
+    if not blocks:
+        return bool(family.mixer)  # without attention no layer counts the tokens for the positions
+    left = [layers[block] for block in blocks]
+    if any(layer != left[0] for layer in left) or {"skip", "output_bias", "query_groups"} & left[0].keys():
+        return False
+    if len(blocks) < len(layers) and getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        return False  # layers must keep their numbers
+    heads = left[0].get(_key(config, "num_attention_heads"))
+    rotary = getattr(config, "rope_parameters", None) or {}
+    # Stock configs refuse head counts that do not divide the hidden size, and count LongRoPE's factors by hidden_size / heads.
+    return heads is None or (family.free_heads and config.hidden_size % heads == 0 and "short_factor" not in rotary)
+
+
+def _state(model: PreTrainedModel, changes: Sequence[Change]) -> dict[str, Tensor]:
+    """The dense model's state with the changes."""
+    state = dict(model.state_dict())
+    for change in changes:
+        if change.tensors is None:
+            for name in change.part.own_state:
+                del state[name]
+        else:
+            state |= {change.part.state_name(name): tensor for name, tensor in change.tensors.items()}
+    return state
+
+
+def _numbered(tensors: Mapping[str, Tensor], path: str, blocks: Sequence[int]) -> dict[str, Tensor]:
+    """Named tensors of a model without those of other blocks at `path` than these, which get the numbers 0, 1, ..."""
+    numbers = {str(block): str(index) for index, block in enumerate(blocks)}
+    found = {}
+    for name, tensor in tensors.items():
+        number, dot, rest = name.removeprefix(f"{path}.").partition(".")
+        if not name.startswith(f"{path}."):
+            found[name] = tensor
+        elif number in numbers:
+            found[f"{path}.{numbers[number]}{dot}{rest}"] = tensor
+    return found
+
+
+def _fill_buffers(pruned: PreTrainedModel, dense: Mapping[str, Tensor]) -> None:
+    """Copy what is in no state (rotary frequencies, the scale of embeddings) from the dense model's buffers."""
+    for path, module in pruned.named_modules():
+        for name, buffer in list(module.named_buffers(path, recurse=False)):
+            if buffer.is_meta:
+                # Frequencies that adapt to the length of a text may have done so; as they were at first they are kept beside.
+                first = dense.get(name.replace("inv_freq", "original_inv_freq"), dense[name])
+                module.register_buffer(name.rpartition(".")[2], first.clone(), persistent=False)

@@ -1,0 +1,161 @@
+"""What of a model can be pruned, before levels are chosen: one `Prunable` for every unit-to-be, by kind of pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from supernet.errors import InputError
+from supernet.models.architecture import ATTENTION, SubBlock, by_query_heads
+from supernet.space import Level
+
+HEADS, WEIGHTS, BITS, BLOCK = "heads", "weights", "bits", "block"  # kinds of units, besides those of sub-blocks
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """A unit before its levels are chosen.
+
+    Attributes:
+        name: Of the sub-block, or of the linear layer, or of the block.
+        kind: Of the unit.
+        total: Members: KV groups, query heads, neurons, weights; bits of a weight; or 1, which is present or not.
+        each: Cost of one member.
+        added: Cost that comes with leaving some out but not all: a bias that makes up for them.
+        multiple: Kept numbers of members are multiples of this.
+        choices: All levels there are, dense first, where they are not a free number of members.
+    """
+
+    name: str
+    kind: str
+    total: int
+    each: int
+    multiple: int = 1
+    choices: tuple[Level, ...] | None = None
+    added: int = 0
+
+    def level(self, kept: int) -> Level:
+        """The level that keeps so many members."""
+        for choice in self.choices or ():
+            if choice.kept == kept:
+                return choice
+        return Level(kept, kept * self.each + (self.added if 0 < kept < self.total else 0))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """N:M sparsity: of every `of` neighbouring inputs of an output, `keep` weights stay."""
+
+    keep: int
+    of: int
+
+    @staticmethod
+    def parse(text: str) -> Pattern:
+        """From "2:4"; InputError for anything else."""
+        keep, colon, of = str(text).partition(":")
+        if not (colon and keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of) <= 64):
+            raise InputError(f"prune.pruner.pattern={text} is not N:M with 0 < N < M <= 64; 2:4 keeps two of every four weights")
+        return Pattern(int(keep), int(of))
+
+    def kept(self, weights: int) -> int:
+        """How many of so many weights stay."""
+        return weights // self.of * self.keep
+
+
+def member_prunables(
+    parts: Sequence[SubBlock], multiple: int, query_heads: bool = False, bias: bool = False
+) -> tuple[Prunable, ...]:
+    """Structured: the members of every sub-block that has some; neurons in multiples of `multiple`.
+
+    Args:
+        parts: The model's sub-blocks.
+        multiple: Kept neurons are multiples of this.
+        query_heads: Take single query heads with their part of the output projection (Týr-the-Pruner) instead of KV groups.
+        bias: Candidates bring a bias of their own where the projection has none (FLAP).
+    """
+    found = []
+    for part in by_query_heads(parts) if query_heads else parts:
+        if part.groups is None:
+            continue
+        if part.kind != ATTENTION and not 1 <= multiple <= part.groups.members:
+            raise InputError(
+                f"prune.multiple={multiple} must lie between 1 and the {part.groups.members} neurons of an MLP; "
+                "32 suits most kernels"
+            )
+        step = 1 if part.kind == ATTENTION else multiple
+        kind = HEADS if query_heads and part.kind == ATTENTION else part.kind
+        added = len(part.weight(part.column)) if bias and part.bias(part.column) is None else 0
+        found.append(Prunable(part.name, kind, part.groups.members, part.member_parameters, step, added=added))
+    if not found:
+        raise InputError("the model has neither attention nor MLPs to take heads or neurons from; prune its weights or blocks")
+    return tuple(found)
+
+
+def weight_prunables(parts: Sequence[SubBlock], patterns: Sequence[Pattern]) -> tuple[Prunable, ...]:
+    """Unstructured: every linear layer, the same number of weights in every row on average; or N:M where patterns are given."""
+    found = []
+    for part, layer in _linear_layers(parts):
+        d_out, d_in = part.weight(layer).shape
+        choices = None
+        if patterns:
+            for pattern in patterns:
+                if d_in % pattern.of:
+                    name = f"{pattern.keep}:{pattern.of}"
+                    raise InputError(
+                        f"prune.pruner.pattern={name} does not divide the {d_in} inputs of {part.name}.{layer}; choose another M"
+                    )
+            counts = sorted({pattern.kept(d_out * d_in) for pattern in patterns} | {d_out * d_in}, reverse=True)
+            choices = tuple(Level(count, count) for count in counts)
+        found.append(Prunable(f"{part.name}.{layer}", WEIGHTS, d_out * d_in, 1, d_out, choices))
+    return tuple(found)
+
+
+def group_size(d_in: int, group: int) -> int:
+    """Inputs that share a scale: the largest divisor of `d_in` that is at most `group`."""
+    return next(size for size in range(min(d_in, group), 0, -1) if d_in % size == 0)
+
+
+def bit_prunables(parts: Sequence[SubBlock], bits: Sequence[int], group: int, symmetric: bool = False) -> tuple[Prunable, ...]:
+    """Bit width: every linear layer; the cost is in bits.
+
+    Args:
+        parts: The model's sub-blocks.
+        bits: The widths, 2 to 8.
+        group: Inputs that share a scale, and a zero of 8 bits; see `group_size`.
+        symmetric: The zero is the same in all groups and takes no space.
+    """
+    if not bits or not set(bits) <= set(range(2, 9)):
+        raise InputError(f"prune.pruner.bits={list(bits)} must be a list of widths from 2 to 8, such as [8,6,4,3,2]")
+    if group < 1:
+        raise InputError(f"prune.pruner.group={group} must be at least 1 input; 128 is the usual choice")
+    found = []
+    for part, layer in _linear_layers(parts):
+        weight = part.weight(layer)
+        d_out, d_in = weight.shape
+        dense = weight.element_size() * 8
+        per_group = dense if symmetric else dense + 8
+        size = group_size(d_in, group)
+        groups = d_out * d_in // size
+        levels = [Level(dense, dense * d_out * d_in)]
+        levels += [Level(width, width * d_out * d_in + groups * per_group) for width in sorted(set(bits), reverse=True)]
+        if levels[1].cost >= levels[0].cost:
+            remedy = f"use a larger group that divides {d_in}, or leave out that width" if size < d_in else "leave out that width"
+            raise InputError(
+                f"prune.pruner.group={group}: scales of {part.name}.{layer}, one for {size} of its {d_in} inputs, take as much "
+                f"as {levels[1].kept} bits save; {remedy}"
+            )
+        found.append(Prunable(f"{part.name}.{layer}", BITS, dense, d_out * d_in, 1, tuple(levels)))
+    return tuple(found)
+
+
+def presence_prunables(parts: Sequence[SubBlock], whole_blocks: bool) -> tuple[Prunable, ...]:
+    """Depth: every sub-block, or every whole block, present or dropped."""
+    costs: dict[str, tuple[str, int]] = {}
+    for part in parts:
+        name, kind = (part.block_name, BLOCK) if whole_blocks else (part.name, part.kind)
+        costs[name] = kind, costs.get(name, (kind, 0))[1] + part.parameters
+    return tuple(Prunable(name, kind, 1, cost, 1, (Level(1, cost), Level(0, 0))) for name, (kind, cost) in costs.items())
+
+
+def _linear_layers(parts: Sequence[SubBlock]) -> list[tuple[SubBlock, str]]:
+    return [(part, layer) for part in parts for stage in part.stages for layer in stage]

@@ -1,0 +1,443 @@
+"""What one gradient, walked backwards sub-block by sub-block, says of every level is what the whole model's says, in float64."""
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import search.evaluation.generation
+from search.evaluation.fitness import CrossEntropy, Fitness, KlDivergence, TopKDivergence
+from search.evaluation.generation import GenerationEvaluator, Resources
+from search.evaluation.gradient import Gradient, part_gradient
+from search.run.levels import Grid
+from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
+from supernet.models.architecture import SubBlock, entry, final_norm_and_head, sub_blocks
+from supernet.models.placement import Place, full_weight, is_absent, places
+from supernet.models.prunables import (
+    BITS,
+    Pattern,
+    Prunable,
+    bit_prunables,
+    member_prunables,
+    presence_prunables,
+    weight_prunables,
+)
+from supernet.space import Allocation, Space
+from supernet.store import Supernet
+from tests.conftest import CONFIGS, MIXER_CONFIGS
+
+ModelOf = Callable[..., PreTrainedModel]
+Draw = Callable[..., Sequence[Allocation]]
+Candidates = Mapping[int, Candidate | None]  # of a sub-block's units
+SupernetMaker = Callable[[PreTrainedModel], Supernet]
+
+CHOSEN = np.array([3, 0, 4])
+GROUP = 16  # inputs that share a scale
+KINDS: dict[str, Callable[[Sequence[SubBlock]], Sequence[Prunable]]] = {  # of units, by what prunes them
+    "members": lambda parts: member_prunables(parts, 1),
+    "members with biases": lambda parts: member_prunables(parts, 1, bias=True),
+    "query heads": lambda parts: member_prunables(parts, 1, query_heads=True),
+    "weights": lambda parts: weight_prunables(parts, []),
+    "N:M": lambda parts: weight_prunables(parts, [Pattern(2, 4), Pattern(1, 4)]),
+    "bits": lambda parts: bit_prunables(parts, (4, 3, 2), GROUP),
+    "sub-blocks": lambda parts: presence_prunables(parts, False),
+    "blocks": lambda parts: presence_prunables(parts, True),
+}
+MEMBERS = ("members", "members with biases", "query heads")
+MIXED = (1, 3, 1, 0, 3, 1)  # of a random supernet: some levels dense, some absent
+FITNESSES: list[Fitness] = [
+    *(fitness(hidden_weight=weight) for fitness in (KlDivergence, CrossEntropy) for weight in (0.0, 0.5)),
+    TopKDivergence(k=7),
+    TopKDivergence(k=7, hidden_weight=0.5),
+]
+
+
+class Handmade:
+    """Candidates of every unit of a kind, as a supernet gives them: in turn refitted, far from the dense weights, and not."""
+
+    def __init__(self, model: PreTrainedModel, kind: str) -> None:
+        parts = sub_blocks(model)
+        most = 4 if kind == "weights" else 5  # the fifth would be zeros, and behind zeros nothing has a gradient
+        self.space = Grid(most, 0.25).first(KINDS[kind](parts)).space
+        self.biases = kind == "members with biases"
+        generator = torch.Generator().manual_seed(4)
+        self.candidates: list[list[Candidate]] = [[] for _ in self.space.units]
+        for place in places(model, self.space):
+            for unit, layer in place.units:
+                levels = range(1, len(self.space.units[unit].levels))
+                made = [self._made(place.part, layer, unit, level, generator) for level in levels]
+                self.candidates[unit] = made  # of a whole block twice the same
+
+    def candidate(self, unit: int, level: int, device: Any = "cpu") -> Candidate:
+        return self.candidates[unit][level - 1]
+
+    def _made(self, part: SubBlock, layer: str | None, unit: int, level: int, generator: torch.Generator) -> Candidate:
+        dense, kept, refitted = part.weight(layer or part.column), self.space.units[unit].levels[level].kept, level % 2
+        noise = 0.1 * torch.randn(dense.shape, generator=generator).to(dense)
+        if self.space.units[unit].total == 1:
+            return Dropped()
+        if layer is None:
+            assert part.groups is not None
+            stays = torch.randperm(part.groups.members, generator=generator)[:kept].sort().values
+            weight = (dense + noise)[:, member_columns(stays, part.groups.width)] if refitted else None
+            return Members(stays, weight, noise.sum(1) if self.biases else None)
+        if self.space.units[unit].kind == BITS:
+            scale = dense.view(len(dense), -1, GROUP).abs().amax(2) / (2 ** (kept - 1) - 1)
+            codes = (dense / scale.repeat_interleave(GROUP, 1)).round() + 2 ** (kept - 1)
+            return Quantised(codes.to(torch.uint8), scale, torch.full_like(scale, 2 ** (kept - 1), dtype=torch.uint8), kept)
+        order = torch.rand(len(dense), dense.shape[1] // 4, 4, generator=generator).argsort(2).argsort(2)
+        mask = order.view(dense.shape) < 4 * kept // dense.numel()  # of every four inputs as many stay
+        return Weights(mask, (dense + noise) * mask if refitted else None)
+
+
+def at(part: SubBlock, layer: str, candidate: Candidate | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer at a candidate, at full size."""
+    weight = part.weight(layer)
+    own = part.bias(layer)
+    bias = weight.new_zeros(len(weight)) if own is None else own
+    if isinstance(candidate, Members) and candidate.bias is not None:
+        bias = candidate.bias.to(weight)
+    return weight if candidate is None else full_weight(part, layer, candidate), bias
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """The fitness by its definition, of a model in float64 at full size that is on its way to other levels."""
+
+    model: PreTrainedModel
+    supernet: Any
+    fitness: Fitness
+    ids: Tensor
+
+    def changes(self, allocation: Allocation) -> list[np.ndarray]:
+        """The derivatives by the steps that each unit takes towards each level, where none is taken."""
+        steps = [step.requires_grad_() for step in self.no_steps()]
+        with torch.enable_grad():
+            loss = self.loss(allocation, steps)
+        return [gradient.numpy() for gradient in torch.autograd.grad(loss, steps, materialize_grads=True)]
+
+    def no_steps(self) -> list[Tensor]:
+        return [torch.zeros(len(unit.levels), dtype=torch.float64) for unit in self.supernet.space.units]
+
+    def loss(self, allocation: Allocation, steps: Sequence[Tensor]) -> Tensor:
+        """The mean of a token's; without steps that of the allocation, and with a single one of 1 that of its unit moved."""
+        dense, dense_logits = self._run((0,) * len(allocation), self.no_steps())
+        final, logits = self._run(allocation, steps)
+        scored = slice(None)
+        if isinstance(self.fitness, CrossEntropy):
+            scored = slice(None, -1)
+            losses = nn.functional.cross_entropy(logits[:, :-1].mT, self.ids[:, 1:], reduction="none")
+        else:
+            if isinstance(self.fitness, TopKDivergence):
+                likeliest = dense_logits.topk(self.fitness.k, -1).indices
+                dense_logits, logits = dense_logits.gather(-1, likeliest), logits.gather(-1, likeliest)
+            log_p, log_q = dense_logits.log_softmax(-1), logits.log_softmax(-1)
+            losses = (log_p.exp() * (log_p - log_q)).sum(-1)
+        apart = 1 - torch.cosine_similarity(final, dense, dim=-1)
+        mean: Tensor = (losses + self.fitness.hidden_weight * apart[:, scored]).mean()  # type: ignore[attr-defined]
+        return mean
+
+    def _run(self, allocation: Allocation, steps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Final hidden states (sequences, tokens, hidden) and logits."""
+        hidden, contexts = entry(self.model, self.ids)
+        for place in places(self.model, self.supernet.space):
+            levels = {unit: self._candidates(unit) for unit, _ in place.units}
+            now = {unit: levels[unit][allocation[unit]] for unit in levels}
+            added = here = self._added(place, hidden, contexts, now, levels, steps)
+            for unit, candidates in levels.items():
+                for step, candidate in zip(steps[unit], candidates, strict=True):
+                    if is_absent(candidate) or is_absent(now[unit]):  # it comes or goes as a whole
+                        there = self._added(place, hidden, contexts, now | {unit: candidate}, levels, steps)
+                        added = added + step * (there - here)
+            hidden = hidden + added
+        normed, head = final_norm_and_head(self.model, hidden)
+        logits = head.linear(normed)
+        return normed, logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
+
+    def _added(
+        self,
+        place: Place,
+        hidden: Tensor,
+        contexts: Sequence[Mapping[str, Any]],
+        now: Candidates,
+        levels: Mapping[int, Sequence[Candidate | None]],
+        steps: Sequence[Tensor],
+    ) -> Tensor:
+        """What a sub-block adds, with its layers' steps towards the levels at which it is present."""
+        if any(is_absent(candidate) for candidate in now.values()):
+            return torch.zeros_like(hidden)
+        weights: dict[str, Tensor] = {}
+        for unit, layer in place.units:
+            name = layer or place.part.column
+            weight, bias = here = at(place.part, name, now[unit])
+            for step, candidate in zip(steps[unit], levels[unit], strict=True):
+                if not is_absent(candidate):
+                    there = at(place.part, name, candidate)
+                    weight, bias = weight + step * (there[0] - here[0]), bias + step * (there[1] - here[1])
+            weights |= place.part.replaced(name, weight, bias)
+        return place.part.change(hidden, contexts[place.part.block], weights)
+
+    def _candidates(self, unit: int) -> list[Candidate | None]:
+        return [None, *(self.supernet.candidate(unit, level) for level in range(1, len(self.supernet.space.units[unit].levels)))]
+
+
+def whole(model: PreTrainedModel, supernet: Any, fitness: Fitness, ids: Tensor) -> WholeModel:
+    return WholeModel(copy.deepcopy(model).double(), supernet, fitness, ids[CHOSEN])
+
+
+def close(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: float = 2e-4) -> None:
+    """Each within a share of the largest."""
+    assert [one.shape for one in found] == [one.shape for one in expected]
+    largest = max(float(np.abs(one).max()) for one in expected)
+    assert largest > 1e-3  # far above what rounding does
+    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), rtol=tolerance, atol=tolerance * largest)
+
+
+@pytest.fixture
+def llama(model_of: ModelOf) -> PreTrainedModel:
+    """A small random model of the test's own."""
+    return model_of("llama")
+
+
+# Gemma 2 has norms behind its sub-blocks and caps its logits, GPT-2 keeps its weights transposed.
+CASES = [(name, kind) for name in ("llama_with_biases", "gemma2", "gpt2", "mamba") for kind in KINDS]
+CASES += [(name, kind) for name in CONFIGS | MIXER_CONFIGS for kind in ("members with biases", "weights", "sub-blocks")]
+CASES = [(name, kind) for name, kind in dict.fromkeys(CASES) if name in CONFIGS or kind not in MEMBERS]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_changes_are_those_of_the_whole_model(
+    name: str, kind: str, model_of: ModelOf, ids: Tensor, random_allocations: Draw
+) -> None:
+    model = model_of(name)
+    supernet: Any = Handmade(model, kind)
+    units = supernet.space.units
+    dense, sparsest = (0,) * len(units), tuple(len(unit.levels) - 1 for unit in units)
+    (drawn,) = random_allocations(supernet.space, 1, seed=3)
+    fitness: Fitness = KlDivergence()
+    for allocation in ((*sparsest[:2], *drawn[2:]), sparsest, dense):
+        if allocation == dense:
+            fitness = CrossEntropy()  # the divergence does not change there to first order
+        found = GenerationEvaluator(model, supernet, ids, fitness).changes(allocation, CHOSEN)
+        assert [one.dtype for one in found] == [np.dtype(np.float64)] * len(units)
+        assert [len(one) for one in found] == [len(unit.levels) for unit in units]
+        assert all(one[level] == 0 for one, level in zip(found, allocation, strict=True))
+        close(found, whole(model, supernet, fitness, ids).changes(allocation))
+
+
+@pytest.mark.parametrize("fitness", FITNESSES, ids=lambda fitness: f"{type(fitness).__name__}-{fitness.hidden_weight}")
+def test_changes_are_those_of_every_fitness(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, fitness: Fitness
+) -> None:
+    evaluate = GenerationEvaluator(family_model, family_supernet, ids, fitness)
+    for allocation in (MIXED, (1, 2, 0, 1, 2, 1)):
+        close(evaluate.changes(allocation, CHOSEN), whole(family_model, family_supernet, fitness, ids).changes(allocation))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_of_the_whole_model_are_its_differences(
+    kind: str, model_of: ModelOf, ids: Tensor, random_allocations: Draw
+) -> None:
+    """What the other tests compare with, itself: GPT-2 computes all in float64, where others have norms in float32."""
+    model = model_of("gpt2")
+    supernet: Any = Handmade(model, kind)
+    (allocation,) = random_allocations(supernet.space, 1, seed=3)
+    exact = whole(model, supernet, KlDivergence(hidden_weight=0.5), ids)
+    expected = exact.changes(allocation)
+    for unit in range(0, len(expected), 3):
+        for level in range(len(expected[unit])):
+            ends = []
+            for length in (-1e-5, 1e-5):
+                steps = exact.no_steps()
+                steps[unit][level] = length
+                ends.append(float(exact.loss(allocation, steps)))
+            assert (ends[1] - ends[0]) / 2e-5 == pytest.approx(expected[unit][level], rel=1e-6, abs=1e-8)
+
+
+class Near:
+    """Every member stays, of weights near to the dense ones: to a level's first order nothing else counts."""
+
+    def __init__(self, model: PreTrainedModel, space: Space, distance: float) -> None:
+        self.model, self.space, self.distance = model, space, distance
+
+    def candidate(self, unit: int, level: int, device: Any = "cpu") -> Candidate:
+        part = sub_blocks(self.model)[unit]
+        dense = part.weight(part.column)
+        noise = torch.randn(dense.shape, generator=torch.Generator().manual_seed(10 * unit + level))
+        assert part.groups is not None
+        return Members(torch.arange(part.groups.members), dense + self.distance * noise.to(dense))
+
+
+def test_the_fitness_changes_as_told_where_levels_are_near(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor
+) -> None:
+    supernet: Any = Near(family_model, family_supernet.space, 3e-4)
+    evaluate = GenerationEvaluator(family_model, supernet, ids, CrossEntropy())
+    found = evaluate.changes(MIXED, CHOSEN)
+    moved = [(*MIXED[:unit], level, *MIXED[unit + 1 :]) for unit in range(len(MIXED)) for level in range(4)]
+    expected = evaluate(moved, CHOSEN).mean(1) - evaluate([MIXED], CHOSEN).mean(1)
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_the_change_of_a_mean_is_the_mean_of_changes(llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor) -> None:
+    evaluate = GenerationEvaluator(llama, random_supernet(llama), ids, KlDivergence())
+    both, *each = (evaluate.changes(MIXED, np.array(rows)) for rows in ([0, 1], [0], [1]))
+    close(both, [(a + b) / 2 for a, b in zip(*each, strict=True)], 1e-5)
+    assert max(float(np.abs(a - b).max()) for a, b in zip(*each, strict=True)) > 1e-2
+
+
+def test_first_positions_can_be_left_out(llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor) -> None:
+    """The gradient is that of the loss on the other positions."""
+    supernet: Any = Near(llama, random_supernet(llama).space, 3e-4)
+    for fitness in (CrossEntropy(), KlDivergence()):
+        evaluate = GenerationEvaluator(llama, supernet, ids, fitness, unscored=3)
+        found = np.concatenate(evaluate.changes(MIXED, CHOSEN))
+        assert not np.allclose(found, np.concatenate(GenerationEvaluator(llama, supernet, ids, fitness).changes(MIXED, CHOSEN)))
+    evaluate.fitness = CrossEntropy()
+    found = np.concatenate(evaluate.changes(MIXED, CHOSEN))
+    moved = [(*MIXED[:unit], level, *MIXED[unit + 1 :]) for unit in range(len(MIXED)) for level in range(4)]
+    expected = evaluate(moved, CHOSEN).mean(1) - evaluate([MIXED], CHOSEN).mean(1)
+    np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("fitness", FITNESSES[::2], ids=lambda fitness: type(fitness).__name__)
+def test_a_sequence_may_pass_the_head_in_pieces(
+    llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor, fitness: Fitness
+) -> None:
+    supernet = random_supernet(llama)
+    pieces = copy.copy(fitness)
+    expected = GenerationEvaluator(llama, supernet, ids, fitness).changes(MIXED, CHOSEN)
+    object.__setattr__(pieces, "chunk_bytes", 2 * 5 * 4 * int(llama.config.vocab_size))  # of five tokens, and autograd's
+    close(GenerationEvaluator(llama, supernet, ids, pieces).changes(MIXED, CHOSEN), expected, 1e-4)
+
+
+@pytest.mark.parametrize("states", [1, 5, 20])
+def test_any_memory_gives_the_same(llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor, states: int) -> None:
+    supernet = random_supernet(llama)
+    expected = GenerationEvaluator(llama, supernet, ids, KlDivergence()).changes(MIXED, np.arange(5))
+    memory = states * ids.shape[1] * int(llama.config.hidden_size) * llama.dtype.itemsize
+    small = GenerationEvaluator(llama, supernet, ids, KlDivergence(), Resources(memory=memory, cache=0))
+    close(small.changes(MIXED, np.arange(5)), expected, 1e-5)
+
+
+def test_without_memory_half_as_many_sequences_move_together(
+    llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluate = GenerationEvaluator(llama, random_supernet(llama), ids, KlDivergence())
+    expected = evaluate.changes(MIXED, np.arange(5))
+    final_states, tried = evaluate._final_states, []
+
+    def short(allocations: Sequence[Allocation], rows: Sequence[int], *others: Any) -> Any:
+        tried.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return final_states(allocations, rows, *others)
+
+    evaluate._final_states = short  # type: ignore[method-assign, assignment]
+    close(evaluate.changes(MIXED, np.arange(5)), expected, 1e-5)
+    assert tried == [5, 2, 2, 1]
+    assert "going on with half" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["members with biases", "weights", "blocks"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "mamba"])
+def test_blocks_lent_one_by_one_give_the_same_and_are_put_back(
+    name: str, kind: str, model_of: ModelOf, ids: Tensor, random_allocations: Draw
+) -> None:
+    if name in MIXER_CONFIGS and kind in MEMBERS:
+        pytest.skip("mixers have no members")
+    model = model_of(name)
+    supernet: Any = Handmade(model, kind)
+    (allocation,) = random_allocations(supernet.space, 1, seed=3)
+    expected = GenerationEvaluator(model, supernet, ids, KlDivergence()).changes(allocation, CHOSEN)
+    before = [(tensor.data_ptr(), tensor.clone()) for tensor in model.state_dict().values()]
+    streamed = GenerationEvaluator(model, supernet, ids, KlDivergence(), Resources(resident="blocks"))
+    close(streamed.changes(allocation, CHOSEN), expected, 1e-5)
+    assert streamed.cache.bytes == 0
+    for (pointer, value), tensor in zip(before, model.state_dict().values(), strict=True):
+        assert tensor.data_ptr() == pointer and torch.equal(tensor, value)
+
+
+@pytest.mark.parametrize("kind", ["members with biases", "weights", "sub-blocks"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "mamba2"])
+def test_workers_side_by_side_give_the_same(
+    name: str, kind: str, model_of: ModelOf, ids: Tensor, random_allocations: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name in MIXER_CONFIGS and kind in MEMBERS:
+        pytest.skip("mixers have no members")
+    model = model_of(name)
+    supernet: Any = Handmade(model, kind)
+    (allocation,) = random_allocations(supernet.space, 1, seed=3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    evaluate = GenerationEvaluator(model, supernet, ids, KlDivergence())
+    assert evaluate.workers.count == 2
+    evaluate._batch_tokens = ids.shape[1]  # a batch each
+    found = evaluate.changes(allocation, CHOSEN)
+    close(found, whole(model, supernet, KlDivergence(), ids).changes(allocation))
+    np.testing.assert_array_equal(np.concatenate(evaluate.changes(allocation, CHOSEN)), np.concatenate(found))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+@pytest.mark.parametrize("fitness", [KlDivergence(), CrossEntropy(), TopKDivergence(k=7)], ids=lambda one: type(one).__name__)
+def test_the_model_is_left_as_it_was(
+    name: str, trainable: bool, fitness: Fitness, model_of: ModelOf, random_supernet: SupernetMaker, ids: Tensor
+) -> None:
+    model = model_of(name)
+    supernet = random_supernet(model)
+    expected = GenerationEvaluator(model, supernet, ids, fitness).changes(MIXED, CHOSEN)
+    model.requires_grad_(trainable)
+    close(GenerationEvaluator(model, supernet, ids, fitness).changes(MIXED, CHOSEN), expected, 1e-6)
+    for parameter in model.parameters():
+        assert parameter.requires_grad == trainable and parameter.grad is None
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_bfloat16_finds_the_same_within_its_rounding(name: str, model_of: ModelOf, ids: Tensor) -> None:
+    model = model_of(name).bfloat16()
+    supernet: Any = Handmade(model, "members")
+    found = GenerationEvaluator(model, supernet, ids, KlDivergence()).changes(MIXED, CHOSEN)
+    close(found, whole(model, supernet, KlDivergence(), ids).changes(MIXED), 0.1)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_is_given_as_it_is(llama: PreTrainedModel, ids: Tensor, value: float) -> None:
+    supernet: Any = Handmade(llama, "members")
+    supernet.candidates[3][0] = Members(torch.arange(2), torch.full((int(llama.config.hidden_size), 2), value))
+    found = GenerationEvaluator(llama, supernet, ids, KlDivergence()).changes((1,) * 6, CHOSEN)
+    assert not all(np.isfinite(one).all() for one in found)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["members with biases", "weights"])
+def test_few_gradients_of_weights_exist_at_a_time(
+    threads: int, kind: str, llama: PreTrainedModel, ids: Tensor, random_allocations: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one sub-block: the sum of the batches so far, and one for each worker; no more for more sequences."""
+    supernet: Any = Handmade(llama, kind)
+    (allocation,) = random_allocations(supernet.space, 1, seed=3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    evaluate = GenerationEvaluator(llama, supernet, ids, KlDivergence())
+    evaluate._batch_tokens = ids.shape[1]  # a batch each
+    made: list[tuple[str, weakref.ref[Tensor]]] = []
+    most = 0
+
+    def watched(part: SubBlock, *others: Any) -> Gradient:
+        nonlocal most
+        alive = [name for name, gradient in made if gradient() is not None]
+        assert set(alive) <= {part.name}
+        gradient = part_gradient(part, *others)
+        made.extend((part.name, weakref.ref(weight)) for weight in gradient.weights.values())
+        most = max(most, len(alive) // len(gradient.weights))
+        return gradient
+
+    monkeypatch.setattr(search.evaluation.generation, "part_gradient", watched)
+    evaluate.changes(allocation, np.arange(5))
+    assert made and most <= threads
