@@ -1,4 +1,6 @@
-"""What a build will take, before it starts: the first block is built from one batch of text, and the rest is arithmetic."""
+"""What a build will take, before it starts: the first block is built from one batch of text, and the rest is
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ HESSIANS = 7.5  # float32 copies while a unit is fitted: upper half, whole, damp
 FITTED = 6.0  # of a layer's weight: moment, damped, optimum, and what makes them
 RANKED = 9.0  # of a layer's weight where weights are only scored: scores, their orders and ranks as int64
 SCORED = 3.0  # where members are only scored
-LEVELS = {WEIGHTS: (1.25, 6.0), BITS: (0.8, 2.0)}  # of a level's weight: throughout, and of the inputs in the block at work
+LEVELS = {
+    WEIGHTS: (1.25, 6.0),
+    BITS: (0.8, 2.0),
+}  # of a level's weight: throughout, and of the inputs in the block at work
 ACTIVATIONS = 3  # of the widest layer while a batch passes: gate, up and their product; besides, one of them in float32
 
 
@@ -59,7 +64,8 @@ class Estimate:
         stored, device, streams, model = map(_readable, (self.stored, self.device, self.streams, self.model))
         survey = f"{_readable(self.survey)} for the survey, " if self.survey else ""
         return (
-            f"about {self.seconds:,.0f} s, {stored} on disk; in memory {model} for the model, {streams} for activations, "
+            f"about {self.seconds:,.0f} s, {stored} on disk; in memory {model} for the model, {streams} for "
+            "activations, "
             f"{survey}{device} for a block at work"
         )
 
@@ -70,14 +76,21 @@ def _readable(size: int) -> str:
 
 @torch.no_grad()
 def estimate(
-    model: PreTrainedModel, calibration: Calibration, pruner: Pruner, space: Space, mixture: Mixture, device: torch.device
+    model: PreTrainedModel,
+    calibration: Calibration,
+    pruner: Pruner,
+    space: Space,
+    mixture: Mixture,
+    device: torch.device,
 ) -> Estimate:
     """Probe the first block; the arguments are those of `local_prune.walk.build`."""
     layers = len(blocks(model))
     batches = -(-len(calibration.ids) // calibration.batch)
     short = replace(calibration, ids=calibration.ids[: calibration.batch])
     here = [place for place in places(model, space) if place.part.block == 0]
-    first = Space(tuple(space.units[index] for index in dict.fromkeys(index for place in here for index, _ in place.units)))
+    first = Space(
+        tuple(space.units[index] for index in dict.fromkeys(index for place in here for index, _ in place.units))
+    )
     with tempfile.TemporaryDirectory() as folder:
         supernet = Supernet.open_or_create(Path(folder), first, {})
         walk = Walk(model, short, pruner, supernet, mixture, device)
@@ -100,7 +113,9 @@ def estimate(
 
 
 def _scores(part: SubBlock, layer: str | None) -> Tensor:
-    """What a survey might have found for a unit: the last member is the best, as an order of members ends with the last kept."""
+    """What a survey might have found for a unit: the last member is the best, as an order of members ends with the last
+    kept.
+    """
     if layer is None and part.groups:
         return torch.arange(part.groups.members, dtype=torch.float32)
     return torch.zeros_like(part.weight(layer or part.column))
@@ -124,7 +139,9 @@ def _block_bytes(model: PreTrainedModel) -> int:
 
 
 def working_bytes(place: Place, pruner: Pruner, space: Space, batch: Calibration) -> int:
-    """At the peak of a sub-block, besides its own parameters: its largest unit, or the passing of one batch (its text)."""
+    """At the peak of a sub-block, besides its own parameters: its largest unit, or the passing of one batch
+    (its text).
+    """
     part, most = place.part, 0.0
     shapes = {layer: part.weight(layer).shape for stage in part.stages for layer in stage}
     bytes_each = ACTIVATIONS * part.weight(part.column).element_size() + 4

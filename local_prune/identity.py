@@ -18,7 +18,10 @@ from local_prune.walk import VERSION, Mixture, fit_of
 from supernet.models.architecture import sub_blocks
 from supernet.space import Space
 
-OF_THE_SPACE = ("multiple", "query_heads")  # settings that decide which levels there are, and nothing else of candidates
+OF_THE_SPACE = (
+    "multiple",
+    "query_heads",
+)  # settings that decide which levels there are, and nothing else of candidates
 
 
 def build_record(
@@ -29,11 +32,13 @@ def build_record(
     mixture: Mixture,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What candidates depend on besides the dense model and the text, JSON-able. Arguments as for `local_prune.walk.build`.
+    """What candidates depend on besides the dense model and the text, JSON-able. Arguments as for
+    `local_prune.walk.build`.
 
-    Of libraries the first two parts of the version: kernels, and with them rounding and ties, change from one minor release of
-    torch to the next, patches mend single faults. transformers computes the activations, so its version counts where text is
-    read. The number of sequences in a forward pass (`prune.batch`) and the index of a device change no more than the last bits.
+    Of libraries the first two parts of the version: kernels, and with them rounding and ties, change from one minor
+    release of torch to the next, patches mend single faults. transformers computes the activations, so its version
+    counts where text is read. The number of sequences in a forward pass (`prune.batch`) and the index of a device
+    change no more than the last bits.
     """
     record = {
         "walk": VERSION,
@@ -52,16 +57,20 @@ def build_record(
 def identity_of(pruner: Pruner) -> dict[str, Any]:
     """A pruner's name, its version, and all of its settings as they really are, JSON-able.
 
-    Settings of the type float are floats here, so that 1 and 1.0 are one value, and lists are lists whatever the configuration
-    made of them.
+    Settings of the type float are floats here, so that 1 and 1.0 are one value, and lists are lists whatever the
+    configuration made of them.
     """
-    given: list[Field[Any]] = [one for one in fields(pruner) if one.name not in OF_THE_SPACE] if is_dataclass(pruner) else []
+    given: list[Field[Any]] = (
+        [one for one in fields(pruner) if one.name not in OF_THE_SPACE] if is_dataclass(pruner) else []
+    )
     settings = {one.name: _plain(getattr(pruner, one.name), one.type) for one in given}
     return {"name": pruner.name, "version": pruner.version, "settings": settings}
 
 
 def reads_text(model: PreTrainedModel, calibration: Calibration, pruner: Pruner) -> bool:
-    """Whether candidates depend on the calibration text: by a survey of the dense model, or by what layers get as inputs."""
+    """Whether candidates depend on the calibration text: by a survey of the dense model, or by what layers get as
+    inputs.
+    """
     return pruner.survey_tokens(calibration) > 0 or _sees_inputs(model, pruner)
 
 

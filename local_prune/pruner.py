@@ -31,11 +31,12 @@ class Calibration:
         ids: (sequences, tokens) int64.
         batch: Sequences in one forward pass.
         fit: What the kept weights are fitted to: `pruned`, the dense layer's output on the inputs of the pruned model;
-            `dense`, its output on the inputs of the dense model; `residual`, the dense model's whole residual stream behind
-            the sub-block, so that each fit also makes up for the error that came before it. Layers that do not end a sub-block
-            are fitted as `pruned`, and so are those that do where a norm stands between them and the stream (the Gemmas).
-        unscored: First positions of each sequence that losses leave out, as they predict tokens that always begin a sequence.
-            Statistics of activations take all tokens: that is how the model is used.
+            `dense`, its output on the inputs of the dense model; `residual`, the dense model's whole residual stream
+            behind the sub-block, so that each fit also makes up for the error that came before it. Layers that do not
+            end a sub-block are fitted as `pruned`, and so are those that do where a norm stands between them and the
+            stream (the Gemmas).
+        unscored: First positions of each sequence that losses leave out, as they predict tokens that always begin a
+            sequence. Statistics of activations take all tokens: that is how the model is used.
     """
 
     ids: Tensor
@@ -56,7 +57,8 @@ class Task:
 
     Attributes:
         where: Name of the unit, for messages.
-        dense: (d_out, d_in) weight of the linear layer at work; for structured units the layer that loses input columns.
+        dense: (d_out, d_in) weight of the linear layer at work; for structured units the layer that loses input
+            columns.
         statistics: Sums over the calibration tokens, from the object that `Pruner.statistics` made.
         scores: What `Pruner.survey` found for the unit: (members,) structured, (d_out, d_in) unstructured.
         width: Input columns per member; 1 except for heads.
@@ -90,8 +92,9 @@ class Pruner(Protocol):
 
     Attributes:
         name: What the method is called on disk, whatever its class is called and wherever that lies; it never changes.
-        version: Raised by one whenever the same settings would give other candidates, so that supernets that were built before
-            are not taken for new ones. `tests/local_prune/methods/test_golden.py` fails where that was forgotten.
+        version: Raised by one whenever the same settings would give other candidates, so that supernets that were built
+            before are not taken for new ones. `tests/local_prune/methods/test_golden.py` fails where that was
+            forgotten.
     """
 
     name: ClassVar[str]
@@ -104,7 +107,9 @@ class Pruner(Protocol):
     def survey(
         self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
     ) -> Mapping[str, Tensor]:
-        """Scores by unit that are taken from the dense model as a whole before the walk, on `device`; empty for most methods."""
+        """Scores by unit that are taken from the dense model as a whole before the walk, on `device`; empty for most
+        methods.
+        """
         ...
 
     def survey_tokens(self, calibration: Calibration) -> int:
@@ -112,9 +117,11 @@ class Pruner(Protocol):
         ...
 
     def statistics(self, dense: Tensor, width: int) -> Statistics | None:
-        """A fresh accumulator for the inputs of a layer of weight (d_out, d_in); None where the method looks at no inputs.
+        """A fresh accumulator for the inputs of a layer of weight (d_out, d_in); None where the method looks at no
+        inputs.
 
-        Layers with the same inputs (queries, keys and values; gate and up) share one, with their weights stacked as `dense`.
+        Layers with the same inputs (queries, keys and values; gate and up) share one, with their weights stacked as
+        `dense`.
         """
         ...
 

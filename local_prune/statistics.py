@@ -1,4 +1,6 @@
-"""What is accumulated over the calibration tokens for the projection of one unit. Shapes: X (tokens, d_in), T (tokens, d_out)."""
+"""What is accumulated over the calibration tokens for the projection of one unit. Shapes: X (tokens, d_in), T (tokens,
+d_out).
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def symmetric(gram: Tensor) -> Tensor:
 def zeros_of(dense: Tensor) -> Tensor | None:
     """(d_in, d_out) bool, True where a dense weight (d_out, d_in) is 0 already; None where none is.
 
-    A model may be sparse before it is pruned. Methods that fit weights keep its zeros: they go first, and come back at no level.
+    A model may be sparse before it is pruned. Methods that fit weights keep its zeros: they go first, and come back at
+    no level.
     """
     zero = dense.T == 0
     return zero if bool(zero.any()) else None
@@ -128,7 +131,9 @@ class LeastSquares:
         return cls(torch.zeros(d_in, d_in, device=device), torch.zeros(d_in, d_out, device=device), energies)
 
     def add(self, inputs: Tensor, target: Tensor | None = None) -> None:
-        """Add a batch: X (tokens, d_in) and T (tokens, d_out), of any float dtype; without T see `target_own_output`."""
+        """Add a batch: X (tokens, d_in) and T (tokens, d_out), of any float dtype; without T see
+        `target_own_output`.
+        """
         X = inputs.float()
         add_gram(self.upper, X)
         self.tokens += len(X)
@@ -172,7 +177,8 @@ class LeastSquares:
         return errors
 
     def factor(self, damping: float, where: str, attempt: int = 0) -> Factor:
-        """The damped Hessian's factorisation; `damping` times the mean diagonal, tenfold again with a warning while it fails.
+        """The damped Hessian's factorisation; `damping` times the mean diagonal, tenfold again with a warning while it
+        fails.
 
         Args:
             damping: Fraction of the mean diagonal of H.
@@ -203,8 +209,8 @@ class Factor:
     def upper_of_inverse(self, order: Tensor | None = None) -> Tensor:
         """U, upper triangular, with U^T U = the inverse, its inputs sorted by `order` (d_in,) if that is given.
 
-        U is what SparseGPT and GPTQ need: U[i:, i:]^T U[i:, i:] is the inverse of the Hessian of the inputs from i on. The last
-        one is kept: layers with the same inputs ask for the same.
+        U is what SparseGPT and GPTQ need: U[i:, i:]^T U[i:, i:] is the inverse of the Hessian of the inputs from i on.
+        The last one is kept: layers with the same inputs ask for the same.
         """
         if self._uppers and _same(order, self._uppers[0]):
             known: Tensor = self._uppers[1]
@@ -233,7 +239,9 @@ def _factor(hessian: Tensor, damping: float, where: str, first: int = 0) -> Fact
         lower, info = torch.linalg.cholesky_ex(raised)
         if int(info) == 0:
             if attempt:
-                log.warning("%s: Cholesky failed; damping raised from %g to %g", where, damping, damping * 10.0**attempt)
+                log.warning(
+                    "%s: Cholesky failed; damping raised from %g to %g", where, damping, damping * 10.0**attempt
+                )
             return Factor(raised, ridge, lower, attempt)
     raise InputError(
         f"{where}: the Hessian is not positive definite even with damping {damping * 10.0 ** (ATTEMPTS - 1):g}; "
@@ -290,9 +298,11 @@ def damped(problem: LeastSquares, dense: Tensor, damping: float, where: str, att
 
 
 def solved(problem: LeastSquares, dense: Tensor, damping: float, where: str, solve: Callable[[Damped], R]) -> R:
-    """What `solve` makes of the damped problem, which gets ten times the ridge, with a warning, while its own steps fail.
+    """What `solve` makes of the damped problem, which gets ten times the ridge, with a warning, while its own steps
+    fail.
 
-    A Hessian that is close to singular may pass the first factorisation and not those of its parts, or in another order.
+    A Hessian that is close to singular may pass the first factorisation and not those of its parts, or in another
+    order.
 
     Args:
         problem: As for `damped`, like `dense`, `damping` and `where`.

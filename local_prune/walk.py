@@ -1,9 +1,9 @@
 """Through the model, sub-block by sub-block: statistics, candidates, and what the next sub-block will see.
 
-One block lies on the device at a time; the residual stream of the calibration text waits in main memory or on disk, and what a
-layer gets as inputs is computed batch by batch and never kept. A unit that the supernet holds already is not built again: its
-stored candidates are propagated, which gives the same stream bit for bit, so an interrupted build goes on as if nothing had
-happened.
+One block lies on the device at a time; the residual stream of the calibration text waits in main memory or on disk, and
+what a layer gets as inputs is computed batch by batch and never kept. A unit that the supernet holds already is not
+built again: its stored candidates are propagated, which gives the same stream bit for bit, so an interrupted build goes
+on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from supernet.store import Supernet
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the walk itself: raised by one whenever the same pruner would give other candidates, see `Pruner.version`
+VERSION = (
+    1  # of the walk itself: raised by one whenever the same pruner would give other candidates, see `Pruner.version`
+)
 TOLD = 0.01  # of the weights, from which on it is told that they are zero already: a few are in every model
 Mixture = Mapping[str, Sequence[float]]
 Stage = list[tuple[int, str]]  # units whose layers share their inputs: (index of the unit in the space, its layer)
@@ -56,9 +58,9 @@ def build(
         calibration: Text and how to use it.
         pruner: Makes candidates.
         supernet: Written unit by unit; units that it holds are kept.
-        mixture: Unit -> weight of each of its levels in what the next sub-block sees; they sum to 1. All on the dense level is no
-            error accumulation, all on another one is exact accumulation along an allocation, a spread is the expectation over
-            levels (Týr-the-Pruner, section 3.2).
+        mixture: Unit -> weight of each of its levels in what the next sub-block sees; they sum to 1. All on the dense
+            level is no error accumulation, all on another one is exact accumulation along an allocation, a spread is
+            the expectation over levels (Týr-the-Pruner, section 3.2).
         device: Where the block at work lies.
         track: Draws progress.
         title: What the progress is called.
@@ -82,7 +84,8 @@ class Walk:
 
     Attributes:
         streams: The calibration text in the model pruned so far; None for methods that look at no inputs.
-        behind_norms: The fit was to be to the residual stream, but a norm stands between it and every layer that is pruned.
+        behind_norms: The fit was to be to the residual stream, but a norm stands between it and every layer that is
+            pruned.
         scores: What the survey found, by unit.
         pruning: Seconds spent on candidates rather than on passes over the text.
     """
@@ -115,7 +118,9 @@ class Walk:
                     continue
                 for index, layer in stage:
                     weights = self.mixture[self._unit(index).name]
-                    candidates = {level: self.supernet.candidate(index, level) for level, w in enumerate(weights) if level and w}
+                    candidates = {
+                        level: self.supernet.candidate(index, level) for level, w in enumerate(weights) if level and w
+                    }
                     parameters, share = mean_parameters(part, layer, candidates, weights)
                     replaced |= parameters
                     present *= share
@@ -139,7 +144,9 @@ class Walk:
                 own = statistics.outputs(rows) if isinstance(statistics, LeastSquares) else statistics
                 self._build_unit(part, layer, self._unit(index), own, target, width)
 
-    def _build_unit(self, part: SubBlock, layer: str, unit: Unit, statistics: Statistics | None, target: str, width: int) -> None:
+    def _build_unit(
+        self, part: SubBlock, layer: str, unit: Unit, statistics: Statistics | None, target: str, width: int
+    ) -> None:
         """Write the candidates of one unit; nothing of them stays in memory."""
         task = Task(unit.name, part.weight(layer), statistics, self.scores.get(unit.name), width, part.bias(layer))
         if not bool(torch.isfinite(task.dense).all()):
@@ -147,7 +154,9 @@ class Walk:
         begun = time.perf_counter()
         candidates = self.pruner.candidates(task, [level.kept for level in unit.levels[1:]])
         if not all(_is_finite(candidate) for candidate in candidates):
-            raise InputError(f"{unit.name}: what is left is not finite; check the model's weights, or use dtype=float32")
+            raise InputError(
+                f"{unit.name}: what is left is not finite; check the model's weights, or use dtype=float32"
+            )
         record: dict[str, Any] = {"seconds": round(time.perf_counter() - begun, 3)}
         if isinstance(statistics, LeastSquares):
             errors = statistics.errors(_kept_and_weight(task, part, layer, one) for one in candidates)
@@ -159,7 +168,9 @@ class Walk:
     def _statistics(
         self, part: SubBlock, layers: Sequence[str], width: int, replaced: Mapping[str, Tensor]
     ) -> tuple[Statistics | None, str]:
-        """Sums over the calibration tokens of the inputs that a stage's layers share, and what a fit to them aims at."""
+        """Sums over the calibration tokens of the inputs that a stage's layers share, and what a fit to them
+        aims at.
+        """
         dense = torch.cat([part.weight(layer) for layer in layers])
         statistics = self.pruner.statistics(dense, width)
         if statistics is None or self.streams is None:
@@ -181,8 +192,8 @@ def fit_of(
 ) -> tuple[str | None, bool]:
     """What kept weights are really fitted to, and whether that is `pruned` only because norms follow the sub-blocks.
 
-    None for methods that look at no inputs. `dense` and `residual` differ from `pruned` only where errors accumulate, and only
-    for methods that fit.
+    None for methods that look at no inputs. `dense` and `residual` differ from `pruned` only where errors accumulate,
+    and only for methods that fit.
     """
     parts = [place.part for place in places(model, space) if place.units]
     statistics = pruner.statistics(parts[0].weight(parts[0].column), 1)
@@ -202,10 +213,13 @@ def _tell_of_zeros(model: PreTrainedModel, pruner: Pruner, space: Space) -> None
     if share < TOLD or space.units[0].kind in (BLOCK, MIXER):
         return
     if space.units[0].kind in (WEIGHTS, BITS):
-        log.warning("%.1f%% of the weights to prune are zero already: they go first and stay zero at every level", 100 * share)
+        log.warning(
+            "%.1f%% of the weights to prune are zero already: they go first and stay zero at every level", 100 * share
+        )
     elif isinstance(pruner.statistics(layers[0], 1), LeastSquares):
         log.warning(
-            "%.1f%% of the weights to fit anew are zero already, and will not be: prune=%s fits all weights of what it keeps; "
+            "%.1f%% of the weights to fit anew are zero already, and will not be: prune=%s fits all weights of "
+            "what it keeps; "
             "prune=wanda_sp, taylor and others keep them as they are",
             100 * share,
             pruner.name,
@@ -231,7 +245,9 @@ def _kept_and_weight(task: Task, part: SubBlock, layer: str, candidate: Candidat
 
 def _is_finite(candidate: Candidate) -> bool:
     """Of all values that it stores."""
-    values = [getattr(candidate, name, None) for name in ("bias", "scale" if isinstance(candidate, Quantised) else "weight")]
+    values = [
+        getattr(candidate, name, None) for name in ("bias", "scale" if isinstance(candidate, Quantised) else "weight")
+    ]
     return all(bool(torch.isfinite(value).all()) for value in values if value is not None)
 
 
@@ -240,8 +256,9 @@ def mean_parameters(
 ) -> tuple[dict[str, Tensor], float]:
     """The layer whose output is the mean over a unit's levels, and its share: without levels that drop the sub-block.
 
-    Removed members do not change what the others put in, and the layer is linear, so the mean output is that of the mean weight:
-    one product instead of one a level. Between the layers of a sub-block it is the expectation's first order.
+    Removed members do not change what the others put in, and the layer is linear, so the mean output is that of the
+    mean weight: one product instead of one a level. Between the layers of a sub-block it is the expectation's first
+    order.
 
     Args:
         part: The sub-block.

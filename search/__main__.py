@@ -1,6 +1,7 @@
 """The command line: `python -m search +experiment=demo`.
 
-Exit status 0; 1 with one line that says what was wrong; 130 and 143 where it was stopped, with one line that says how to go on.
+Exit status 0; 1 with one line that says what was wrong; 130 and 143 where it was stopped, with one line that says how
+to go on.
 """
 
 from __future__ import annotations

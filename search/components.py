@@ -11,8 +11,8 @@ OWN = ("search", "local_prune", "supernet")  # packages whose files may move
 def recorded(settings: Any) -> Any:
     """The same settings with each `_target_` replaced by what does not change when a file of this project is moved.
 
-    That is the class's own name on disk with its version where it has both, as pruners do, and else the last part of the path.
-    Classes of other packages keep their whole path: two of them may share a name.
+    That is the class's own name on disk with its version where it has both, as pruners do, and else the last part of
+    the path. Classes of other packages keep their whole path: two of them may share a name.
     """
     if isinstance(settings, dict):
         found = {key: recorded(value) for key, value in settings.items()}

@@ -1,4 +1,6 @@
-"""What other libraries and the system report, put so that it fits into our one-line messages: the one place for that."""
+"""What other libraries and the system report, put so that it fits into our one-line messages: the one place for
+that.
+"""
 
 import difflib
 import errno
@@ -18,7 +20,8 @@ ELSEWHERE = {
     "prune.fit": "is only for the methods that fit weights: prune=obs, sparsegpt, apt or gptq",
     "prune.accumulation": "is only for methods that look at activations; this one does not",
     "prune.multiple": "is only for structured methods: prune=obs, magnitude_sp, wanda_sp, flap, taylor, amp or bonsai",
-    "prune.query_heads": "is only for structured methods: prune=obs, magnitude_sp, wanda_sp, flap, taylor, amp or bonsai",
+    "prune.query_heads": "is only for structured methods: "
+    "prune=obs, magnitude_sp, wanda_sp, flap, taylor, amp or bonsai",
     "prune.batch": "is only for methods that look at text; this one does not",
 }
 
@@ -31,7 +34,9 @@ ADVICE = {  # of the system's refusals
     (errno.ENAMETOOLONG,): f"the name is too long; {OTHER_FOLDER}",
     (errno.EMFILE, errno.ENFILE): "allow more open files (ulimit -n)",
 }
-MORE_MEMORY = "lower evaluator.memory or evaluator.cache, use evaluator.resident=blocks, or lower prune.batch with fresh=true"
+MORE_MEMORY = (
+    "lower evaluator.memory or evaluator.cache, use evaluator.resident=blocks, or lower prune.batch with fresh=true"
+)
 
 
 def reason(error: BaseException) -> str:
@@ -59,14 +64,19 @@ def no_setting(key: str, siblings: Iterable[str], elsewhere: Iterable[str] = ())
     known = [f"{whole}{dot}{one}" for one in siblings if one != "_target_"]
     if not known:
         choice = whole.partition(".")[0]
-        return f"there is no setting {key}; did you mean to take another {choice}? this choice of {choice} has none in {whole}"
+        return (
+            f"there is no setting {key}; did you mean to take another {choice}? this choice of {choice} has none "
+            f"in {whole}"
+        )
     return f"there is no setting {key}; did you mean {', '.join(elsewhere) or nearest(key, known)}?"
 
 
 def explained(error: BaseException) -> str | None:
-    """What an exception and its causes come to for the user, on one line; None for one that only a fault of ours can explain.
+    """What an exception and its causes come to for the user, on one line; None for one that only a fault of ours can
+    explain.
 
-    It is the first InputError of the chain, or what can be done about an exception of Hydra, of OmegaConf or of the system.
+    It is the first InputError of the chain, or what can be done about an exception of Hydra, of OmegaConf or of the
+    system.
     """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
@@ -82,16 +92,23 @@ def explained(error: BaseException) -> str | None:
 
 
 def _translated(error: BaseException) -> str:
-    """What a user can do about an exception; nothing where a later link of the chain knows more, or where nothing can be done."""
+    """What a user can do about an exception; nothing where a later link of the chain knows more, or where nothing can
+    be done.
+    """
     match error:
         case MissingMandatoryValue(full_key=str(key)):
             return f"{key} is not given; add {key}=VALUE to the command"
         case ConfigKeyError() | ConfigAttributeError() if isinstance(error.parent_node, DictConfig):
             key = str(error.full_key)
-            return no_setting(key, map(str, error.parent_node), () if "." in key else _ending_in(key, error.parent_node))
+            return no_setting(
+                key, map(str, error.parent_node), () if "." in key else _ending_in(key, error.parent_node)
+            )
         case OverrideParseException():
             quotes = """in quotes within quotes: 'key="value"'"""
-            return f"'{error.override}' cannot be read; write key=value, and values of other than plain characters {quotes}"
+            return (
+                f"'{error.override}' cannot be read; write key=value, and values of other than plain characters "
+                f"{quotes}"
+            )
         case InstantiationException():
             return _of_component(str(error))
         case ConfigCompositionException() if found := re.search(
@@ -121,8 +138,12 @@ def _ending_in(name: str, node: DictConfig, path: str = "") -> list[str]:
 
 
 def _of_component(text: str) -> str:
-    """What Hydra says of a component that could not be made: `Error in call to target 'a.b': TypeError("...") full_key: c`."""
-    found = re.match(r"Error (?:in call to|locating) target '[^']*'[,:]?\s*(.*?)\s*(?:full_key: (\S+))?$", text, re.DOTALL)
+    """What Hydra says of a component that could not be made: `Error in call to target 'a.b': TypeError("...") full_key:
+    c`.
+    """
+    found = re.match(
+        r"Error (?:in call to|locating) target '[^']*'[,:]?\s*(.*?)\s*(?:full_key: (\S+))?$", text, re.DOTALL
+    )
     if found is None:
         return text
     why = re.sub(r"^\w+\((['\"])(.*)\1,?\)$", r"\2", found[1].strip(), flags=re.DOTALL) or "it cannot be made"

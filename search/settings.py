@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from search.budgets.budget import check_sparsity
 from supernet.errors import InputError
 
-# Whole numbers: the least that makes sense, and the most that can end: more would hang, or take all memory, before anything else
-# could object.
+# Whole numbers: the least that makes sense, and the most that can end: more would hang, or take all memory, before
+# anything else could object.
 WHOLE = {
     "rounds": (1, 16),  # each halves the spacing of levels: of 0.125 nothing is left after so many
     "seed": (0, 2**63 - 1),
@@ -46,7 +46,9 @@ REQUEST = {  # of budgets; whole numbers
 }
 TEXTS = {"device": "a device such as auto, cpu or cuda:1", "dtype": "auto, bfloat16, float16 or float32"}
 SWITCHES = ("dry_run", "fresh", "export.check")
-TYPES: dict[str, tuple[tuple[type, ...], str]] = {  # of a dataclass's attributes: what a value may be, and that in words
+TYPES: dict[
+    str, tuple[tuple[type, ...], str]
+] = {  # of a dataclass's attributes: what a value may be, and that in words
     "bool": ((bool,), "true or false"),
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
@@ -59,7 +61,9 @@ def check_settings(config: DictConfig) -> None:
         raise InputError(f"{key} is not given; add {key}=VALUE to the command")
     if not isinstance(config.data.sequences, DictConfig):
         parts = "{calibration: 64, search: 64, evaluation: 32}"
-        raise InputError(f"data.sequences={config.data.sequences} must say how many each part gets: 'data.sequences={parts}'")
+        raise InputError(
+            f"data.sequences={config.data.sequences} must say how many each part gets: 'data.sequences={parts}'"
+        )
     for key, (least, most) in WHOLE.items():
         _check_whole(config, key, least, most)
     if _value(config, "data.sequences.evaluation") != "all":
@@ -77,7 +81,9 @@ def check_settings(config: DictConfig) -> None:
             raise InputError(f"{key}={value} must be true or false")
     study = _value(config, "study")
     if study is not None and (type(study) is not str or not study):
-        raise InputError(f"study={study} must be a file such as trials.log, a database such as sqlite:///trials.db, or null")
+        raise InputError(
+            f"study={study} must be a file such as trials.log, a database such as sqlite:///trials.db, or null"
+        )
 
 
 def _check_budget(config: DictConfig) -> None:
@@ -95,7 +101,9 @@ def _check_budget(config: DictConfig) -> None:
         elif name == "speedup" and not 1.0 < value < float("inf"):
             raise InputError(f"{key}={value} must be above 1; 1.5 makes the model one and a half times as fast")
         elif name in ("parameters", "flops") and not 0 < value < float("inf"):
-            raise InputError(f"{key}={value} must be finite and above 0, such as {LIMITS[name]:g}; it is of the whole model")
+            raise InputError(
+                f"{key}={value} must be finite and above 0, such as {LIMITS[name]:g}; it is of the whole model"
+            )
 
 
 def without_effect(config: DictConfig, typed: Collection[str]) -> Iterator[str]:
@@ -106,7 +114,8 @@ def without_effect(config: DictConfig, typed: Collection[str]) -> Iterator[str]:
         if key in typed and limit.removeprefix("budget.") not in limits:
             yield f"{key} has no effect without {limit}"
     if "evaluate.batch" in typed and config.evaluator.resident == "blocks":
-        yield "evaluate.batch has no effect with evaluator.resident=blocks, where text moves through the model as memory allows"
+        streamed = "evaluator.resident=blocks, where text moves through the model as memory allows"
+        yield f"evaluate.batch has no effect with {streamed}"
 
 
 def given_limits(budget: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +130,9 @@ def budget_record(budget: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_types(config: DictConfig, key: str) -> None:
-    """InputError for a value of the component at `key` that is not what its dataclass says: Python itself would take any."""
+    """InputError for a value of the component at `key` that is not what its dataclass says: Python itself would take
+    any.
+    """
     component = OmegaConf.select(config, key)
     target = locate(str(component.get("_target_")))
     for field in fields(target) if isinstance(target, type) and is_dataclass(target) else ():
@@ -137,7 +148,8 @@ def read_bytes(key: str, value: Any) -> int | None:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT])(i?)B", str(value))
     if not found:
         raise InputError(
-            f"{key}={value} is not a size; use a number of bytes, or one with a unit (kB to TB, KiB to TiB) such as 4GB or 512MiB"
+            f"{key}={value} is not a size; use a number of bytes, or one with a unit (kB to TB, KiB to TiB) such "
+            "as 4GB or 512MiB"
         )
     number, unit, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1))

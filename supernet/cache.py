@@ -1,4 +1,6 @@
-"""Candidates ready for use: the last ones used are kept within a number of bytes, the next ones are read in the background."""
+"""Candidates ready for use: the last ones used are kept within a number of bytes, the next ones are read in the
+background.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class CandidateCache:
         """Start empty.
 
         Args:
-            read: Unit (index in the space) and level -> candidate; called from this thread and from one in the background.
+            read: Unit (index in the space) and level -> candidate; called from this thread and from one in the
+                background.
             limit: Bytes to keep at most. A candidate that was asked for in advance is kept besides until it is used.
         """
         self.limit, self.bytes = limit, 0

@@ -1,9 +1,10 @@
 """A supernet's manifest: what its candidates depend on, and which units it holds. No torch here: `ls` answers at once.
 
-`format`, `description` and `space` are what candidates depend on; their hash, the fingerprint, names the folder. `labels` are for
-people and part of no identity. An entry of `units` has the size of the unit's file, the checksum of its header, which has the
-checksums of all its tensors, and what the build noted of it (errors that searches decide by, seconds). A checksum over the whole
-manifest covers all this: whatever is read of a supernet is verified along this chain.
+`format`, `description` and `space` are what candidates depend on; their hash, the fingerprint, names the folder.
+`labels` are for people and part of no identity. An entry of `units` has the size of the unit's file, the checksum of
+its header, which has the checksums of all its tensors, and what the build noted of it (errors that searches decide by,
+seconds). A checksum over the whole manifest covers all this: whatever is read of a supernet is verified along this
+chain.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a supernet's folder says of itself, in this or another format; None if nothing, InputError if that is damaged."""
+    """What a supernet's folder says of itself, in this or another format; None if nothing, InputError if that is
+    damaged.
+    """
     path = folder / MANIFEST
     try:
         content = read_json(path, MOST)
@@ -87,7 +90,11 @@ def _check(manifest: Mapping[str, Any]) -> None:
 def _is_whole(entry: Mapping[str, Any], unit: Unit) -> bool:
     """Whether an entry says of a unit what it must, and errors are one number for each level but the dense one."""
     sizes, errors = (entry["bytes"], entry["header"]), entry.get("errors")
-    if any(type(size) is not int or size < 1 for size in sizes) or sizes[1] > sizes[0] or type(entry["checksum"]) is not str:
+    if (
+        any(type(size) is not int or size < 1 for size in sizes)
+        or sizes[1] > sizes[0]
+        or type(entry["checksum"]) is not str
+    ):
         return False
     if errors is None:
         return True
@@ -109,5 +116,7 @@ def check_size(path: Path, size: int) -> None:
 
 def damaged(path: Path, why: str) -> InputError:
     """What to do about a file of a supernet, its manifest or a unit's, that is not as it was written."""
-    folder = path.parent if path.name == MANIFEST else path.parent.parent  # the whole supernet: its manifest names the file
+    folder = (
+        path.parent if path.name == MANIFEST else path.parent.parent
+    )  # the whole supernet: its manifest names the file
     return InputError(f"the supernet file {path} is damaged: {why}; delete the folder {folder} and build again")

@@ -37,7 +37,11 @@ class Unit:
         if self.total < 1:
             raise ValueError(f"{self.name}: a unit has at least one member, not {self.total}")
         costs = [level.cost for level in self.levels]
-        if not costs or self.levels[0].kept != self.total or any(a <= b for a, b in zip(costs, costs[1:], strict=False)):
+        if (
+            not costs
+            or self.levels[0].kept != self.total
+            or any(a <= b for a, b in zip(costs, costs[1:], strict=False))
+        ):
             raise ValueError(f"{self.name}: levels must start dense and fall strictly in cost, not {self.levels}")
 
     def sparsity(self, level: int) -> float:
@@ -91,7 +95,8 @@ class Space:
     def to_json(self) -> list[dict[str, object]]:
         """A JSON-able list of the units, which `from_json` reads back."""
         return [
-            {"name": u.name, "kind": u.kind, "total": u.total, "levels": [[v.kept, v.cost] for v in u.levels]} for u in self.units
+            {"name": u.name, "kind": u.kind, "total": u.total, "levels": [[v.kept, v.cost] for v in u.levels]}
+            for u in self.units
         ]
 
     @staticmethod

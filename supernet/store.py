@@ -1,13 +1,15 @@
-"""The supernet on disk: one safetensors file per unit, a manifest with space, checksums and fingerprint, and who uses it.
+"""The supernet on disk: one safetensors file per unit, a manifest with space, checksums and fingerprint, and who uses
+it.
 
     <root>/<fingerprint>/manifest.json                      `supernet.manifest`
     <root>/<fingerprint>/units/<unit name>.safetensors      `supernet.unit_file`
     <root>/<fingerprint>/uses/<hash of a path>.json         `supernet.uses`
 
-The fingerprint covers everything that candidates depend on (model, data, method, settings, space), so the same settings find
-the same supernet. Every write is atomic and a unit counts only once the manifest names it with its checksum: an interrupted
-build continues after its last whole unit, and a damaged file is never taken for a candidate. Files are replaced and never
-changed, so any number of processes may read, without a lock and without being allowed to write, while one builds.
+The fingerprint covers everything that candidates depend on (model, data, method, settings, space), so the same settings
+find the same supernet. Every write is atomic and a unit counts only once the manifest names it with its checksum: an
+interrupted build continues after its last whole unit, and a damaged file is never taken for a candidate. Files are
+replaced and never changed, so any number of processes may read, without a lock and without being allowed to write,
+while one builds.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class Supernet:
             root: Folder of all supernets.
             space: Units and levels.
             description: JSON-able record of all that the candidates depend on besides the space.
-            labels: JSON-able, for people (`python -m supernet ls`): of a new supernet only, and no part of what it is found by.
+            labels: JSON-able, for people (`python -m supernet ls`): of a new supernet only, and no part of what it is
+                found by.
         """
         manifest = new_manifest(space, description, labels or {})
         supernet = cls(root / manifest["fingerprint"][:16], manifest)
@@ -82,7 +85,9 @@ class Supernet:
         note_use(self.path, self.fingerprint, referrer)
 
     def lock(self) -> FileLock:
-        """Held while building, so that two runs with the same settings do not both build. The kernel frees a dead owner's."""
+        """Held while building, so that two runs with the same settings do not both build. The kernel frees a dead
+        owner's.
+        """
         make_folder(self.path)
         return FileLock(self.path / LOCK)
 
@@ -140,15 +145,18 @@ class Supernet:
 
     @property
     def errors(self) -> list[list[float] | None]:
-        """Relative squared output errors of each unit's levels, 0 for the dense one; None for what was built without any."""
+        """Relative squared output errors of each unit's levels, 0 for the dense one; None for what was built without
+        any.
+        """
         records = (self.manifest["units"].get(unit.name, {}).get("errors") for unit in self.space.units)
         return [None if record is None else [0.0, *record] for record in records]
 
     def candidate(self, unit: int, level: int, device: torch.device | str = "cpu") -> Candidate:
-        """The candidate of a unit (index in the space) at a level of at least 1, decoded on `device` from what is stored.
+        """The candidate of a unit (index in the space) at a level of at least 1, decoded on `device` from what is
+        stored.
 
-        What is read is verified when this process reads it first. On the CPU a candidate may share its memory with the file: it
-        is not to be changed.
+        What is read is verified when this process reads it first. On the CPU a candidate may share its memory with the
+        file: it is not to be changed.
         """
         if not 0 < level < len(self.space.units[unit].levels):  # the caller's mistake: it says nothing about the files
             raise ValueError(f"{self.space.units[unit].name} has no level {level}")
@@ -172,7 +180,8 @@ class Supernet:
                     self.refresh()  # another process may have built it meanwhile
                 if not self.has(name):
                     raise InputError(
-                        f"the supernet {self.path} has no candidates of {name}: its build is not finished; add build to stages"
+                        f"the supernet {self.path} has no candidates of {name}: its build is not finished; add "
+                        "build to stages"
                     )
                 self._open[name] = UnitFile(unit_path(self.path, name), self.manifest["units"][name])
             return self._open[name]

@@ -1,6 +1,7 @@
 """The file of one unit's candidates: safetensors with a checksum of every tensor that is not empty in its metadata.
 
-It is memory-mapped, and a tensor is verified when this process reads it first: reading one level costs no more than that level.
+It is memory-mapped, and a tensor is verified when this process reads it first: reading one level costs no more than
+that level.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ DTYPES = {
 
 def serialised(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Any]]:
     """The content of a file, and what its entry in the manifest says of it."""
-    checksums = {name: _checksum(tensor.reshape(-1).view(torch.uint8)) for name, tensor in tensors.items() if tensor.numel()}
+    checksums = {
+        name: _checksum(tensor.reshape(-1).view(torch.uint8)) for name, tensor in tensors.items() if tensor.numel()
+    }
     data = save(dict(tensors), {CHECKSUMS: json.dumps(checksums, sort_keys=True, separators=(",", ":"))})
     header = LENGTH + int.from_bytes(data[:LENGTH], "little")
     return data, {"bytes": len(data), "header": header, "checksum": xxhash.xxh3_128_hexdigest(data[:header])}
@@ -64,7 +67,9 @@ class UnitFile:
         if _checksum(header) != entry["checksum"]:
             raise damaged(path, "its checksum does not match the manifest")
         try:
-            self._tensors, self._checksums = _described(header[LENGTH:].numpy().tobytes(), self.header_bytes, entry["bytes"])
+            self._tensors, self._checksums = _described(
+                header[LENGTH:].numpy().tobytes(), self.header_bytes, entry["bytes"]
+            )
         except WRONG as error:
             raise damaged(path, f"its header is none of ours ({type(error).__name__}: {str(error)[:200]})") from error
         self.names = tuple(self._tensors)
@@ -95,7 +100,8 @@ class UnitFile:
 
 
 def _described(header: bytes, begin: int, end: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors and their checksums that a header describes; one of `WRONG` where it cannot be right, whoever wrote it.
+    """The tensors and their checksums that a header describes; one of `WRONG` where it cannot be right, whoever wrote
+    it.
 
     Args:
         header: JSON.
@@ -108,7 +114,11 @@ def _described(header: bytes, begin: int, end: int) -> tuple[dict[str, Any], dic
         (first, last), itemsize = described["data_offsets"], DTYPES[described["dtype"]].itemsize
         if any(type(number) is not int or number < 0 for number in (first, last, *described["shape"])):
             raise ValueError(f"{name[:200]!r} has shapes or places that are no whole numbers")
-        if last - first != prod(described["shape"]) * itemsize or not first <= last <= end - begin or (begin + first) % itemsize:
+        if (
+            last - first != prod(described["shape"]) * itemsize
+            or not first <= last <= end - begin
+            or (begin + first) % itemsize
+        ):
             raise ValueError(f"{name[:200]!r} does not lie where it could")
         if last > first and type(checksums[name]) is not str:
             raise TypeError(f"the checksum of {name[:200]!r} is none")

@@ -1,7 +1,8 @@
-"""Which runs use a supernet: a small file a run below `<supernet>/uses`, so that `python -m supernet gc` knows what may go.
+"""Which runs use a supernet: a small file a run below `<supernet>/uses`, so that `python -m supernet gc` knows what may
+go.
 
-A record names a file of the run that lists the supernet's fingerprint. It counts while that file is there and still does: a run
-needs not be told when a supernet goes, nor a supernet when a run's directory is deleted.
+A record names a file of the run that lists the supernet's fingerprint. It counts while that file is there and still
+does: a run needs not be told when a supernet goes, nor a supernet when a run's directory is deleted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from supernet.system.records import CHECKSUM, WRONG, UnreadableError, read_json,
 
 USES = "uses"  # in a supernet's folder
 MOST_OF_A_RECORD, MOST = 1 << 16, 1 << 26  # bytes of a record, and of a file that it may refer to
-YEARS = 1970, 9000  # in which a supernet can have been used: others are damage, and cannot be printed in every time zone
+YEARS = (
+    1970,
+    9000,
+)  # in which a supernet can have been used: others are damage, and cannot be printed in every time zone
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ class Use:
 
 
 def note_use(folder: Path, fingerprint: str, referrer: Path) -> None:
-    """Note that a run's file lists a supernet. Where nothing can be written nothing is: a supernet can be used without that."""
+    """Note that a run's file lists a supernet. Where nothing can be written nothing is: a supernet can be used without
+    that.
+    """
     path = str(referrer.resolve())
     use = {"referrer": path, "fingerprint": fingerprint, "last_used": datetime.now(UTC).isoformat()}
     with suppress(InputError):
@@ -75,7 +81,9 @@ def _records(folder: Path) -> list[Path]:
             return []
         with os.scandir(uses) as entries:
             return [
-                Path(entry.path) for entry in entries if entry.name.endswith(".json") and entry.is_file(follow_symlinks=False)
+                Path(entry.path)
+                for entry in entries
+                if entry.name.endswith(".json") and entry.is_file(follow_symlinks=False)
             ]
     except OSError:
         return []

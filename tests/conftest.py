@@ -13,9 +13,10 @@ from typing import Any
 # Before anything imports huggingface_hub, which reads it once: what is not here is refused without a wait.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# One thread for the tiny tensors of most tests: several would wait for each other a hundred times longer than they work, and
-# their number changes the last bits. torch reads the variable once, when it is imported; `torch.set_num_threads` would break
-# batched LU for the rest of the process. Subprocesses, which work on real models, get the variable as it was.
+# One thread for the tiny tensors of most tests: several would wait for each other a hundred times longer than they
+# work, and their number changes the last bits. torch reads the variable once, when it is imported;
+# `torch.set_num_threads` would break batched LU for the rest of the process. Subprocesses, which work on real models,
+# get the variable as it was.
 OUTER_THREADS = os.environ.get("OMP_NUM_THREADS")
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -66,11 +67,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama_with_biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "mistral": MistralConfig(**SIZES, sliding_window=WINDOW),
     # The first layers see everything, the others a window: each block has a mask of its own.
-    "qwen2": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1, tie_word_embeddings=True
+    ),
     "qwen3": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
     "gemma2": Gemma2Config(**SIZES, **GEMMA, attn_logit_softcapping=4.0, final_logit_softcapping=3.0),
     # Windowed and other layers have rotary frequencies of their own.
-    "gemma3": Gemma3TextConfig(**SIZES, **GEMMA, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, **GEMMA, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
     "phi3": Phi3Config(**SIZES, sliding_window=WINDOW, pad_token_id=0, partial_rotary_factor=0.5),
     "opt": OPTConfig(**TINY, ffn_dim=96, num_attention_heads=4, max_position_embeddings=40),
     "gpt2": GPT2Config(**TINY, n_inner=96, n_head=4, n_positions=40),
@@ -195,7 +200,9 @@ def ids() -> torch.Tensor:
 def member_space(parts: Sequence[SubBlock], kept: Mapping[str, Sequence[int]], query_heads: bool = False) -> Space:
     """Units of all sub-blocks with these numbers of members, dense first, by kind."""
     prunables = member_prunables(parts, 1, query_heads)
-    return Space(tuple(Unit(p.name, p.kind, p.total, tuple(Level(k, k * p.each) for k in kept[p.kind])) for p in prunables))
+    return Space(
+        tuple(Unit(p.name, p.kind, p.total, tuple(Level(k, k * p.each) for k in kept[p.kind])) for p in prunables)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -229,7 +236,9 @@ def family_supernet(family_model: PreTrainedModel, random_supernet: Callable[[Pr
 def allocations_of(space: Space, count: int, seed: int = 0) -> list[tuple[int, ...]]:
     """Random allocations of a space."""
     generator = torch.Generator().manual_seed(seed)
-    return [tuple(int(torch.randint(len(u.levels), (), generator=generator)) for u in space.units) for _ in range(count)]
+    return [
+        tuple(int(torch.randint(len(u.levels), (), generator=generator)) for u in space.units) for _ in range(count)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -240,7 +249,9 @@ def random_allocations() -> Callable[..., Sequence[tuple[int, ...]]]:
 
 @pytest.fixture(scope="session")
 def start_search() -> Callable[..., subprocess.Popen[str]]:
-    """Starts the command line of this checkout in a fresh process: (folder, *arguments, python=("-m", "search")) -> process."""
+    """Starts the command line of this checkout in a fresh process: (folder, *arguments, python=("-m", "search")) ->
+    process.
+    """
 
     def start(folder: Path, *arguments: str, python: Sequence[str] = ("-m", "search")) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -276,7 +287,8 @@ import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, trust, ids, result = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust == "True", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust == "True")  # else it asks for the config's code
+# else it asks for the config's code
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust == "True")
 prompt = tokenizer("The for statement", return_tensors="pt").input_ids
 generated = model.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, prompt.shape[1]:]
 with torch.no_grad():
@@ -294,7 +306,9 @@ assert not {"supernet", "local_prune", "search"} & sys.modules.keys()
 
 @pytest.fixture
 def reload(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Loads an exported folder in a fresh process without this project, and says what it is: (folder, ids, trust=True)."""
+    """Loads an exported folder in a fresh process without this project, and says what it is: (folder, ids,
+    trust=True).
+    """
 
     def load(folder: Path, ids: torch.Tensor, trust: bool = True) -> dict[str, Any]:
         torch.save(ids, tmp_path / "ids.pt")

@@ -71,7 +71,9 @@ def test_the_reduced_demo_is_not_worse_than_uniform(reduced: Outcome) -> None:
         assert f"{metrics[name]['parameters']:,}" in reduced.output
 
 
-def test_the_reduced_demo_exports_a_model_that_generates(reduced: Outcome, reload: Callable[..., dict[str, Any]]) -> None:
+def test_the_reduced_demo_exports_a_model_that_generates(
+    reduced: Outcome, reload: Callable[..., dict[str, Any]]
+) -> None:
     found = reload(reduced.folder / "export", torch.arange(32).view(1, 32))
     assert found["parameters"] == reduced.read("metrics.json")["searched"]["parameters"]
     assert found["logits"].isfinite().all()
@@ -80,11 +82,19 @@ def test_the_reduced_demo_exports_a_model_that_generates(reduced: Outcome, reloa
 
 @pytest.mark.slow
 def test_the_demo_beats_uniform(
-    smollm2: LoadedModel, tmp_path: Path, run_search: Callable[..., CompletedProcess[str]], reload: Callable[..., dict[str, Any]]
+    smollm2: LoadedModel,
+    tmp_path: Path,
+    run_search: Callable[..., CompletedProcess[str]],
+    reload: Callable[..., dict[str, Any]],
 ) -> None:
-    outcome = demo(tmp_path, run_search, timeout=3 * 3600)  # three quarters of an hour in float32 on two cores of its own
+    outcome = demo(
+        tmp_path, run_search, timeout=3 * 3600
+    )  # three quarters of an hour in float32 on two cores of its own
     metrics = outcome.read("metrics.json")
     assert metrics["searched"]["kl_divergence"] < metrics["uniform"]["kl_divergence"]
     assert metrics["searched"]["perplexity"] < metrics["uniform"]["perplexity"]
     assert max(cost["peak_memory_bytes"] for cost in metrics["stages"].values()) < 5e9
-    assert reload(outcome.folder / "export", torch.arange(32).view(1, 32))["parameters"] == metrics["searched"]["parameters"]
+    assert (
+        reload(outcome.folder / "export", torch.arange(32).view(1, 32))["parameters"]
+        == metrics["searched"]["parameters"]
+    )

@@ -1,13 +1,15 @@
-"""Joint removal of pruned weights (APT: "Pruning Foundation Models for High Accuracy without Retraining", Zhao et al. 2024).
+"""Joint removal of pruned weights (APT: "Pruning Foundation Models for High Accuracy without Retraining", Zhao et al.
+2024).
 
-SparseGPT removes one weight after the other, and what it takes from a kept weight to the left is never made up for. Here the
-pruned weights P of an output in a block go together, the multiple-removal problem of the paper: with A the inverse Hessian of
-the inputs from the start of the block on, the least error and the change of all those weights that reaches it are
+SparseGPT removes one weight after the other, and what it takes from a kept weight to the left is never made up for.
+Here the pruned weights P of an output in a block go together, the multiple-removal problem of the paper: with A the
+inverse Hessian of the inputs from the start of the block on, the least error and the change of all those weights that
+reaches it are
 
     1/2 w_P [A_PP]^-1 w_P^T     and     -w_P [A_PP]^-1 A_P,:
 
-The shapes, and U, are those of `local_prune.methods.sparsegpt`: A = U^T U for the part of U from the block on, so the change is `-U^T e`
-with the errors `e = U z` of the block, where z solves `A_PP z_P = w_P` and is 0 elsewhere.
+The shapes, and U, are those of `local_prune.methods.sparsegpt`: A = U^T U for the part of U from the block on, so the
+change is `-U^T e` with the errors `e = U z` of the block, where z solves `A_PP z_P = w_P` and is 0 elsewhere.
 """
 
 from __future__ import annotations
@@ -38,10 +40,14 @@ def joint_errors(W: Tensor, U: Tensor, removed: Tensor) -> Tensor:
         (b, systems).
     """
     size = len(W)
-    extended = torch.block_diag(U.T @ U, torch.eye(size, dtype=U.dtype, device=U.device))  # rows of the identity pad small sets
+    extended = torch.block_diag(
+        U.T @ U, torch.eye(size, dtype=U.dtype, device=U.device)
+    )  # rows of the identity pad small sets
     weight = torch.cat([W, torch.zeros_like(W)]).T
     errors = torch.zeros_like(W)
-    counts, ranked = removed.sum(0).sort(descending=True, stable=True)  # systems of like size together, padded to the largest
+    counts, ranked = removed.sum(0).sort(
+        descending=True, stable=True
+    )  # systems of like size together, padded to the largest
     sizes, start = counts.tolist(), 0
     while start < len(sizes) and sizes[start] > 0:
         chosen = ranked[start : start + max(1, SYSTEMS // sizes[start] ** 2)]
@@ -56,7 +62,9 @@ def joint_errors(W: Tensor, U: Tensor, removed: Tensor) -> Tensor:
 
 
 def _padded(removed: Tensor, width: int) -> Tensor:
-    """The positions of the True in each row, then of distinct rows of the identity: (n, width) int64 from (n, b) bool."""
+    """The positions of the True in each row, then of distinct rows of the identity: (n, width) int64 from (n,
+    b) bool.
+    """
     n, size = removed.shape
     index = torch.arange(size, size + width, device=removed.device).repeat(n, 1)
     rows, columns = removed.nonzero(as_tuple=True)
@@ -66,7 +74,8 @@ def _padded(removed: Tensor, width: int) -> Tensor:
 
 
 def keep_least_loss(group: Tensor, A: Tensor, keep: int, zero: Tensor | None = None) -> Tensor:
-    """The choice of `keep` inputs whose complement P has the least joint loss w_P [A_PP]^-1 w_P^T, by trying all of them.
+    """The choice of `keep` inputs whose complement P has the least joint loss w_P [A_PP]^-1 w_P^T, by trying all of
+    them.
 
     Args:
         group: (of, n) weights.
@@ -80,7 +89,9 @@ def keep_least_loss(group: Tensor, A: Tensor, keep: int, zero: Tensor | None = N
     subsets = torch.tensor(list(combinations(range(of), of - keep)), device=A.device)  # (subsets, r)
     matrices = A[subsets.unsqueeze(2), subsets.unsqueeze(1)]
     identity = torch.eye(of - keep, dtype=A.dtype, device=A.device).expand_as(matrices)
-    roots = torch.linalg.solve_triangular(torch.linalg.cholesky(matrices), identity, upper=False)  # the loss is ||L^-1 w_P||^2
+    roots = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(matrices), identity, upper=False
+    )  # the loss is ||L^-1 w_P||^2
     spread = A.new_zeros(*subsets.shape, of).scatter_(2, subsets.unsqueeze(1).expand_as(roots), roots)
     losses = (spread.flatten(0, 1) @ group).view(*subsets.shape, -1).square().sum(1)
     stays = torch.ones(len(subsets), of, dtype=torch.bool, device=A.device).scatter_(1, subsets, False)

@@ -1,13 +1,13 @@
 """Bonsai (Dery et al. 2024, "Everybody Prune Now"): the worth of each member from forward passes of sub-models alone.
 
-Sub-models without some of the members of every sub-block at once are run in pairs that drop opposite ones, and their losses are
-regressed on what was dropped. A prior from the activations says which members are beyond doubt, which are dropped together, and
-what the coefficients shrink to.
+Sub-models without some of the members of every sub-block at once are run in pairs that drop opposite ones, and their
+losses are regressed on what was dropped. A prior from the activations says which members are beyond doubt, which are
+dropped together, and what the coefficients shrink to.
 
-Different from the paper: it removes 5 % of the parameters a round, sorted globally, and surveys what is left again; here one
-survey of the dense model gives an order of the members for every unit, and the search decides how much of each unit stays. Only
-the differences within pairs are regressed, so that each pair may have text of its own and no intercept is needed, by ridge
-regression in closed form instead of L1 and Adam.
+Different from the paper: it removes 5 % of the parameters a round, sorted globally, and surveys what is left again;
+here one survey of the dense model gives an order of the members for every unit, and the search decides how much of each
+unit stays. Only the differences within pairs are regressed, so that each pair may have text of its own and no intercept
+is needed, by ridge regression in closed form instead of L1 and Adam.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Pool:
     Attributes:
         members: (2 * drop,) int64, those with the lowest prior.
         drop: How many of them each of a pair lacks.
-        chance: That a pair touches the sub-block at all: with few members, dropping one is more than the fraction asked for.
+        chance: That a pair touches the sub-block at all: with few members, dropping one is more than the fraction asked
+            for.
     """
 
     members: Tensor
@@ -92,9 +93,10 @@ def kendall_tau(a: Tensor, b: Tensor) -> float:
 def ridge(signs: Tensor, differences: Tensor, prior: Tensor, strength: float) -> Tensor:
     """Coefficients that explain the differences, shrunk towards the prior, itself scaled to fit best.
 
-    With b = r a: min_a ||S b - y||^2 + strength s ||a - c||^2, where c >= 0 is the least-squares scale of the prior r, and s the
-    mean squared norm of the rows of S diag(r). So a coefficient may leave the prior in proportion to the prior: a head weighs as
-    much as hundreds of neurons. Solved in the dual form, as there are many more members than pairs.
+    With b = r a: min_a ||S b - y||^2 + strength s ||a - c||^2, where c >= 0 is the least-squares scale of the prior r,
+    and s the mean squared norm of the rows of S diag(r). So a coefficient may leave the prior in proportion to the
+    prior: a head weighs as much as hundreds of neurons. Solved in the dual form, as there are many more members than
+    pairs.
 
     Args:
         signs: S, (pairs, members).
@@ -121,8 +123,8 @@ def ridge(signs: Tensor, differences: Tensor, prior: Tensor, strength: float) ->
 def strength_of(signs: Tensor, differences: Tensor, prior: Tensor) -> float:
     """The ridge whose predictions rank pairs that it has not seen best, by Kendall's tau; of equal ones the strongest.
 
-    The two of a pair stay in one fold, as either gives the other away: ranked are the differences together with their negatives.
-    Arguments as for `ridge`.
+    The two of a pair stay in one fold, as either gives the other away: ranked are the differences together with their
+    negatives. Arguments as for `ridge`.
     """
     folds = torch.arange(len(signs)) % min(FOLDS, len(signs))
     truth = torch.cat([differences, -differences])
@@ -158,7 +160,9 @@ def order_scores(prior: Tensor, pool: Pool, coefficients: Tensor) -> Tensor:
 def priors(
     model: PreTrainedModel, parts: Sequence[SubBlock], calibration: Calibration, device: torch.device, track: Track
 ) -> dict[str, Tensor]:
-    """`wanda_sp` of the dense model: of each of the sub-blocks with members their shares, (members,) float64 on the CPU."""
+    """`wanda_sp` of the dense model: of each of the sub-blocks with members their shares, (members,) float64 on the
+    CPU.
+    """
     moments: dict[str, Moments] = {}
     for ids in track(calibration.ids.split(calibration.batch), "activations"):
         hidden, contexts = begin(model, ids, device)
@@ -231,7 +235,9 @@ class BonsaiPruner(SurveyedPruner):
                 f"prune.pruner.sequences={self.sequences} must be at least 1 calibration sequence; 4 is a fair start"
             )
         if not 0 < self.drop <= 0.5:
-            raise InputError(f"prune.pruner.drop={self.drop} must be above 0 and at most 0.5 of the members; 0.1 is a fair start")
+            raise InputError(
+                f"prune.pruner.drop={self.drop} must be above 0 and at most 0.5 of the members; 0.1 is a fair start"
+            )
 
     def survey(
         self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
@@ -247,7 +253,9 @@ class BonsaiPruner(SurveyedPruner):
         def loss(ids: Tensor, lacking: Mapping[str, Tensor]) -> float:
             columns = {name: member_columns(members, widths[name]) for name, members in lacking.items()}
             batches = ids.split(calibration.batch)
-            return sum(loss_without(model, b, columns, device, calibration.unscored) * len(b) for b in batches) / len(ids)
+            return sum(loss_without(model, b, columns, device, calibration.unscored) * len(b) for b in batches) / len(
+                ids
+            )
 
         signs, differences = self._pairs(calibration, prior, pools, loss, track)
         expected = torch.cat([prior[name][pool.members] for name, pool in pools.items()])
@@ -263,7 +271,9 @@ class BonsaiPruner(SurveyedPruner):
     def _pairs(
         self, calibration: Calibration, prior: Mapping[str, Tensor], pools: Mapping[str, Pool], loss: Loss, track: Track
     ) -> tuple[Tensor, Tensor]:
-        """What the two of each pair lack, (pairs, members in pools), and by how much the first one's loss is lower, (pairs,)."""
+        """What the two of each pair lack, (pairs, members in pools), and by how much the first one's loss is lower,
+        (pairs,).
+        """
         generator = torch.Generator().manual_seed(self.seed)
         rows: list[Tensor] = []
         differences: list[float] = []
@@ -271,11 +281,16 @@ class BonsaiPruner(SurveyedPruner):
             ids = calibration.ids[torch.randperm(len(calibration.ids), generator=generator)[: self.sequences]]
             signs = {name: sample(pool, prior[name], generator) for name, pool in pools.items()}
             first, second = (
-                loss(ids, {name: pools[name].members[sign == lacking] for name, sign in signs.items() if bool(sign.any())})
+                loss(
+                    ids,
+                    {name: pools[name].members[sign == lacking] for name, sign in signs.items() if bool(sign.any())},
+                )
                 for lacking in (-1.0, 1.0)
             )
             if not math.isfinite(second - first):
-                raise InputError("the loss of a sub-model is not finite; check the model's weights, or use dtype=float32")
+                raise InputError(
+                    "the loss of a sub-model is not finite; check the model's weights, or use dtype=float32"
+                )
             rows.append(torch.cat(list(signs.values())))
             differences.append(second - first)
         return torch.stack(rows), torch.tensor(differences, dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""Depth: a sub-block or a block is present or dropped. Nothing is computed; which ones go is the search's business (EvoPress)."""
+"""Depth: a sub-block or a block is present or dropped. Nothing is computed; which ones go is the search's business
+(EvoPress).
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Structured pruning by scores: members with the lowest ones go first, and the weights of the others stay as they are.
 
-One order serves all levels, so that they are nested. Pure functions over tensors, W (d_out, d_in) and X (tokens, d_in), give a
-score a member, of `width` neighbouring input columns; a thin class a method makes candidates of them.
+One order serves all levels, so that they are nested. Pure functions over tensors, W (d_out, d_in) and X (tokens, d_in),
+give a score a member, of `width` neighbouring input columns; a thin class a method makes candidates of them.
 
-FLAP also standardises its scores, so that those of all layers can be sorted into one global allocation. Here they are compared
-within a unit alone: how much of each unit stays is what the search finds out.
+FLAP also standardises its scores, so that those of all layers can be sorted into one global allocation. Here they are
+compared within a unit alone: how much of each unit stays is what the search finds out.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ from supernet.models.prunables import Prunable, member_prunables
 
 
 def magnitudes(part: SubBlock) -> Tensor:
-    """L2 norm of all parameters that go with a member, its rows with their biases and its columns: (members,) float32."""
+    """L2 norm of all parameters that go with a member, its rows with their biases and its columns: (members,)
+    float32.
+    """
     squares = {layer: part.weight(layer).detach().float().square() for layer in member_layers(part)}
     biases = {layer: bias for layer in member_layers(part) if (bias := part.bias(layer)) is not None}
-    return sum_by_member(part, squares, {layer: bias.detach().float().square() for layer, bias in biases.items()}).sqrt()
+    return sum_by_member(
+        part, squares, {layer: bias.detach().float().square() for layer, bias in biases.items()}
+    ).sqrt()
 
 
 def wanda_sp(dense: Tensor, norms: Tensor, width: int) -> Tensor:
@@ -51,10 +55,11 @@ def wanda_sp(dense: Tensor, norms: Tensor, width: int) -> Tensor:
 
 
 def fluctuation(dense: Tensor, variance: Tensor, width: int) -> Tensor:
-    """FLAP's weighted input feature variance, Var(x_j) ||W_:j||^2 (An et al. 2024, WIFV): what a bias cannot make up for.
+    """FLAP's weighted input feature variance, Var(x_j) ||W_:j||^2 (An et al. 2024, WIFV): what a bias cannot make up
+    for.
 
-    The root mean square over the columns of a member. The authors' code takes the mean of the squares for heads, which is the
-    same order, and the variance itself for neurons, which is the root of its square.
+    The root mean square over the columns of a member. The authors' code takes the mean of the squares for heads, which
+    is the same order, and the variance itself for neurons, which is the root of its square.
 
     Args:
         dense: (d_out, d_in).
@@ -174,7 +179,8 @@ class WandaSpPruner(MembersPruner):
 
 @dataclass(frozen=True)
 class FlapPruner(MembersPruner):
-    """Members whose output varies least go first, and a bias takes the place of its mean: `fluctuation` and `compensation`.
+    """Members whose output varies least go first, and a bias takes the place of its mean: `fluctuation` and
+    `compensation`.
 
     Attributes:
         compensate: Whether candidates have that bias.

@@ -1,4 +1,6 @@
-"""What structured methods share that only rank members: sums over the parameters of a member, and what a ranking keeps."""
+"""What structured methods share that only rank members: sums over the parameters of a member, and what a
+ranking keeps.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def sum_by_member(part: SubBlock, matrices: Mapping[str, Tensor], biases: Mappin
 
 
 def best(scores: Tensor, kept: Sequence[int]) -> list[Tensor]:
-    """The members with the highest scores, rising, for each number in `kept`; of equal ones the first. scores: (members,)."""
+    """The members with the highest scores, rising, for each number in `kept`; of equal ones the first. scores:
+    (members,).
+    """
     ranking = scores.argsort(descending=True, stable=True)
     return [ranking[:count].sort().values for count in kept]
 
@@ -58,8 +62,9 @@ def finite(scores: Tensor, where: str, what: str = "activations") -> Tensor:
 class Projected:
     """Sums over the calibration tokens of what each member puts into the layer's output: AMP's scores.
 
-    Of heads that is ||x_h W_h||_1, with x_h (width,) the head's inputs and W_h its columns of the weight. Of a neuron (width 1)
-    it is |x_j| alone, without the weight, as in the authors' code (c2d-usp/Efficient-LLMs-with-AMP, amp_criterion.py).
+    Of heads that is ||x_h W_h||_1, with x_h (width,) the head's inputs and W_h its columns of the weight. Of a neuron
+    (width 1) it is |x_j| alone, without the weight, as in the authors' code (c2d-usp/Efficient-LLMs-with-AMP,
+    amp_criterion.py).
 
     Attributes:
         weight: (members, width, d_out) float32; nothing of neurons.

@@ -1,16 +1,17 @@
 """Second-order structured pruning of a projection: whole groups of input columns go, the rest is refitted.
 
 The group whose removal costs the output least goes first (Optimal Brain Surgeon with groups: ZipLM, Kurtic et al. 2023,
-section 3.1; Týr-the-Pruner, Li et al. 2025, section 3.1, adds the first-order term). One greedy trajectory to the sparsest level
-visits all levels on its way, so they are nested and cost one run. Pure functions over tensors; W is (d_in, d_out) here, that
-is the transpose of a linear layer's weight, H is (d_in, d_in), G = X^T T is (d_in, d_out).
+section 3.1; Týr-the-Pruner, Li et al. 2025, section 3.1, adds the first-order term). One greedy trajectory to the
+sparsest level visits all levels on its way, so they are nested and cost one run. Pure functions over tensors; W is
+(d_in, d_out) here, that is the transpose of a linear layer's weight, H is (d_in, d_in), G = X^T T is (d_in, d_out).
 
 For weights W = H^-1 G that solve the least-squares problem, removing the rows P of W costs exactly
 
     1/2 tr(W_P^T [(H^-1)_PP]^-1 W_P)            (second order)
 
-and leaves W - (H^-1)_:P [(H^-1)_PP]^-1 W_P as the solution on the kept rows. The first-order term |sum(W_P * G_P)| is what the
-group contributes to the energy of the output, as sum(W * G) = ||X W||^2 at every solution; G does not change along the way.
+and leaves W - (H^-1)_:P [(H^-1)_PP]^-1 W_P as the solution on the kept rows. The first-order term |sum(W_P * G_P)| is
+what the group contributes to the energy of the output, as sum(W * G) = ||X W||^2 at every solution; G does not change
+along the way.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def removal_order(hessian_inverse: Tensor, moment: Tensor, width: int, count: in
 def _order_of_rows(inverse: Tensor, weight: Tensor, moment: Tensor, count: int, first_order: float) -> Tensor:
     """Single rows, exactly one at a time, but the rank-1 updates of H^-1 and W are kept apart for BLOCK steps.
 
-    Within a block the current matrices are `inverse - U U^T` and `weight - U V`; a step reads one column of each instead of
-    writing d_in^2 numbers, and removed rows are dropped from the working set at the end of a block.
+    Within a block the current matrices are `inverse - U U^T` and `weight - U V`; a step reads one column of each
+    instead of writing d_in^2 numbers, and removed rows are dropped from the working set at the end of a block.
     """
     names = torch.arange(len(inverse), device=inverse.device)
     order: list[Tensor] = []
@@ -98,17 +99,22 @@ def _remove_rows(
     return removed, U, V
 
 
-def _order_of_groups(inverse: Tensor, weight: Tensor, moment: Tensor, width: int, count: int, first_order: float) -> Tensor:
+def _order_of_groups(
+    inverse: Tensor, weight: Tensor, moment: Tensor, width: int, count: int, first_order: float
+) -> Tensor:
     """Groups of several rows: few and wide, so H^-1 and W are updated, and shrink, at each removal.
 
-    All systems are positive definite and are solved by Cholesky, (H^-1)_PP = L L^T. Batched LU, which `torch.linalg.solve` uses,
-    gives wrong numbers in a process where anybody has called `torch.set_num_threads` (docs/experiments.md).
+    All systems are positive definite and are solved by Cholesky, (H^-1)_PP = L L^T. Batched LU, which
+    `torch.linalg.solve` uses, gives wrong numbers in a process where anybody has called `torch.set_num_threads`
+    (docs/experiments.md).
     """
     names = torch.arange(len(inverse) // width, device=inverse.device)
     order: list[Tensor] = []
     for _ in range(count):
         left = len(names)
-        blocks = inverse.view(left, width, left, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (left, width, width)
+        blocks = (
+            inverse.view(left, width, left, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        )  # (left, width, width)
         W, G = weight.view(left, width, -1), moment.view(left, width, -1)
         lower = torch.linalg.cholesky(blocks)
         halves = torch.linalg.solve_triangular(lower, W, upper=False)  # ||L^-1 W_P||^2 = tr(W_P^T [(H^-1)_PP]^-1 W_P)
@@ -124,7 +130,9 @@ def _order_of_groups(inverse: Tensor, weight: Tensor, moment: Tensor, width: int
     return torch.stack(order) if order else names[:0]
 
 
-def solve_levels(hessian: Tensor, moment: Tensor, order: Tensor, kept: list[int], width: int) -> list[tuple[Tensor, Tensor]]:
+def solve_levels(
+    hessian: Tensor, moment: Tensor, order: Tensor, kept: list[int], width: int
+) -> list[tuple[Tensor, Tensor]]:
     """The exact least-squares weights of every level of a trajectory, from one factorisation.
 
     With the rows sorted so that the last to go comes first, every level keeps a leading part: H = L L^T and the forward

@@ -1,8 +1,9 @@
 """Bit width: every linear layer on a grid of `2 ** bits` values for each group of neighbouring inputs of an output.
 
 Rounding to nearest (RTN) looks at the weights alone; GPTQ (Frantar et al. 2023, section 4) rounds one input after the
-other and lets the inputs still to come make up for the error, which is optimal brain surgery in a fixed order. Pure functions
-over tensors; W is (d_in, d_out) here, the transpose of a linear layer's weight, so that an input is a contiguous row.
+other and lets the inputs still to come make up for the error, which is optimal brain surgery in a fixed order. Pure
+functions over tensors; W is (d_in, d_out) here, the transpose of a linear layer's weight, so that an input is a
+contiguous row.
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 from supernet.models.prunables import Prunable, bit_prunables, group_size
 
-SHRINKS = torch.linspace(1.0, 0.3, 20).tolist()  # of a group's range that are tried; 40 were no better, 10 up to 2 % worse
-CLIPPED_BITS = 5  # the widest grid for which they are; from 6 bits on clipping changes the output error by less than 1 %
-POWER = 2.4  # of |error| where inputs are not known (as in GPTQ's code): with squares RTN at 2 bits may get worse by clipping
+SHRINKS = torch.linspace(
+    1.0, 0.3, 20
+).tolist()  # of a group's range that are tried; 40 were no better, 10 up to 2 % worse
+CLIPPED_BITS = (
+    5  # the widest grid for which they are; from 6 bits on clipping changes the output error by less than 1 %
+)
+# of |error| where inputs are not known (as in GPTQ's code): with squares RTN at 2 bits may get worse by clipping
+POWER = 2.4
 COLUMNS = 32  # inputs between two updates of the rest of a block
 
 
@@ -60,11 +66,12 @@ class Grids:
 
 
 def grids(W: Tensor, bits: int, layout: Layout, importance: Tensor | None = None) -> Grids:
-    """Grids for W, from the range of each group, which always includes 0; up to `CLIPPED_BITS` the best of the `SHRINKS`.
+    """Grids for W, from the range of each group, which always includes 0; up to `CLIPPED_BITS` the best of the
+    `SHRINKS`.
 
-    Asymmetric grids reach from the least to the greatest weight. Symmetric ones have steps of `2 max|w| / (2^bits - 1)`, of which
-    `2^(bits - 1)` lie below 0 and one less above; steps of `max|w| / (2^(bits - 1) - 1)`, which reach max|w| on both sides, have
-    twice the error at 2 bits, and the same once ranges are shrunk.
+    Asymmetric grids reach from the least to the greatest weight. Symmetric ones have steps of `2 max|w| / (2^bits -
+    1)`, of which `2^(bits - 1)` lie below 0 and one less above; steps of `max|w| / (2^(bits - 1) - 1)`, which reach
+    max|w| on both sides, have twice the error at 2 bits, and the same once ranges are shrunk.
 
     Args:
         W: (d_in, d_out) float32.
@@ -92,7 +99,9 @@ def grids(W: Tensor, bits: int, layout: Layout, importance: Tensor | None = None
 
 
 def _spanning(lowest: Tensor, highest: Tensor, bits: int, layout: Layout) -> Grids:
-    """Grids from `lowest` <= 0 to `highest` >= 0, both (groups, d_out); a scale that rounds to 0 becomes 1, so that all is 0."""
+    """Grids from `lowest` <= 0 to `highest` >= 0, both (groups, d_out); a scale that rounds to 0 becomes 1, so that all
+    is 0.
+    """
     top = 2**bits - 1
     span = 2.0 * torch.maximum(-lowest, highest) if layout.symmetric else highest - lowest
     scale = (span / top).to(layout.dtype).float()
@@ -123,7 +132,9 @@ def round_to_nearest(W: Tensor, bits: int, layout: Layout) -> Quantised:
 
 @dataclass(frozen=True)
 class _Table:
-    """The grids of all levels side by side: (groups, levels * d_out), codes less the code of 0 from `lowest` to `highest`."""
+    """The grids of all levels side by side: (groups, levels * d_out), codes less the code of 0 from `lowest` to
+    `highest`.
+    """
 
     bits: Sequence[int]
     scale: Tensor
@@ -142,7 +153,8 @@ class _Table:
         """One a level, from codes (d_in, levels * d_out)."""
         levels = (x.chunk(len(self.bits), 1) for x in (codes, self.scale, self.lowest))
         return [
-            _candidate(c, Grids(scale, -lowest), bits, dtype) for c, scale, lowest, bits in zip(*levels, self.bits, strict=True)
+            _candidate(c, Grids(scale, -lowest), bits, dtype)
+            for c, scale, lowest, bits in zip(*levels, self.bits, strict=True)
         ]
 
 
@@ -155,7 +167,8 @@ def gptq(
     order: Tensor | None = None,
     zero: Tensor | None = None,
 ) -> list[Quantised]:
-    """GPTQ at several widths at once: they share U, and their outputs are one long row, so that more widths cost little time.
+    """GPTQ at several widths at once: they share U, and their outputs are one long row, so that more widths cost little
+    time.
 
     Args:
         W: (d_in, d_out) float32, the optimum before rounding.
@@ -163,14 +176,17 @@ def gptq(
         bits: Widths, at least one.
         layout: Groups, symmetry, dtype.
         block: Inputs between two updates of all later inputs (the paper's B; section 4, step 2).
-        order: (d_in,), the inputs in the order of rounding; the grids are then taken from W. Without it inputs are rounded as
-            they come, and the grids of a group are taken when its first input is reached, from what its weights are by then.
+        order: (d_in,), the inputs in the order of rounding; the grids are then taken from W. Without it inputs are
+            rounded as they come, and the grids of a group are taken when its first input is reached, from what its
+            weights are by then.
 
     Returns:
         One candidate a width. Memory: about `5 * len(bits) * d_in * d_out` bytes.
     """
     sequence = torch.arange(len(W), device=W.device) if order is None else order
-    importance = torch.empty_like(U[0]).index_copy_(0, sequence, 1.0 / U.square().sum(0))  # 1 / (H^-1)_jj: cost of an error
+    importance = torch.empty_like(U[0]).index_copy_(
+        0, sequence, 1.0 / U.square().sum(0)
+    )  # 1 / (H^-1)_jj: cost of an error
     rest = W[sequence].repeat(1, len(bits))
     fixed = None if zero is None else zero[sequence].repeat(1, len(bits))
     table = _Table(bits, *(rest.new_empty(len(W) // layout.group, rest.shape[1]) for _ in range(3)))
@@ -197,14 +213,18 @@ def gptq(
 def _blocks(d_in: int, block: int, group: int | None) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
     """Blocks [start, stop) and their pieces; every group begins with a piece, and one larger than `block` with a block.
 
-    The weights of a whole group are read when it begins, and by then the errors before it must have reached them: those of
-    earlier blocks reach all weights, those of its own block the weights within the block.
+    The weights of a whole group are read when it begins, and by then the errors before it must have reached them: those
+    of earlier blocks reach all weights, those of its own block the weights within the block.
     """
     span = d_in if group is None else max(group, block // group * group)  # blocks begin anew at its multiples
     part = block if group is None else min(group, block)  # and pieces at those of this
     for start, stop in _parts(0, d_in, span):
         for first, last in _parts(start, stop, block):
-            yield first, last, [piece for begin, end in _parts(first, last, part) for piece in _parts(begin, end, COLUMNS)]
+            yield (
+                first,
+                last,
+                [piece for begin, end in _parts(first, last, part) for piece in _parts(begin, end, COLUMNS)],
+            )
 
 
 def _parts(start: int, stop: int, step: int) -> list[tuple[int, int]]:
@@ -216,7 +236,8 @@ def _round_piece(
 ) -> Tensor:
     """Round a few inputs one after the other.
 
-    Within a piece the errors of earlier inputs are gathered when an input is reached: that reads a row each, and writes one.
+    Within a piece the errors of earlier inputs are gathered when an input is reached: that reads a row each, and writes
+    one.
 
     Args:
         W: (n, levels * d_out), with the errors of all earlier pieces worked in.
@@ -249,7 +270,8 @@ class _GridPruner(NoSurvey):
 
     Attributes:
         bits: The widths that layers may get, 2 to 8.
-        group: Neighbouring inputs of an output that share a scale and a zero; see `supernet.models.prunables.group_size`.
+        group: Neighbouring inputs of an output that share a scale and a zero; see
+            `supernet.models.prunables.group_size`.
         symmetric: The code of 0 is in the middle, not free, and takes no space.
     """
 
@@ -260,7 +282,9 @@ class _GridPruner(NoSurvey):
     def __post_init__(self) -> None:
         widths = tuple(self.bits) if isinstance(self.bits, Sequence) and not isinstance(self.bits, str) else ()
         if not widths or not all(isinstance(width, int) and 2 <= width <= 8 for width in widths):
-            raise InputError(f"prune.pruner.bits={self.bits} must be a list of whole widths from 2 to 8, such as [8,6,4,3,2]")
+            raise InputError(
+                f"prune.pruner.bits={self.bits} must be a list of whole widths from 2 to 8, such as [8,6,4,3,2]"
+            )
         if self.group < 1:
             raise InputError(f"prune.pruner.group={self.group} must be at least 1 input; 128 is the usual choice")
         object.__setattr__(self, "bits", widths)  # the configuration's own kind of list cannot be hashed
@@ -298,7 +322,8 @@ class GptqPruner(_GridPruner):
     """Rounding with compensation: `prune=gptq`.
 
     Attributes:
-        activation_order: Round the inputs with the largest activations first, on grids that are fixed before; rarely worse.
+        activation_order: Round the inputs with the largest activations first, on grids that are fixed before; rarely
+            worse.
         damping: Ridge towards the dense weight, as a fraction of the Hessian's mean diagonal.
         block: Inputs between two updates of all later inputs; changes the time, not what is computed.
     """

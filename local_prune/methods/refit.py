@@ -1,8 +1,9 @@
-"""The kept weights' own least squares, after a method has chosen them: what pruning one after the other leaves on the table.
+"""The kept weights' own least squares, after a method has chosen them: what pruning one after the other leaves on the
+table.
 
-For a mask fixed, every output is a least-squares problem of its own on the weights that stay, too many to factorise. A few steps
-of conjugate gradients from where the method ended bring all of them, at all levels at once, most of the way to the optimum: a
-step is one product with the Hessian (as the last phase of ALPS, Meng et al. 2024).
+For a mask fixed, every output is a least-squares problem of its own on the weights that stay, too many to factorise. A
+few steps of conjugate gradients from where the method ended bring all of them, at all levels at once, most of the way
+to the optimum: a step is one product with the Hessian (as the last phase of ALPS, Meng et al. 2024).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def refit(hessian: Tensor, target: Tensor, mask: Tensor, weights: Tensor, steps:
 
 
 def _solved(hessian: Tensor, target: Tensor, gone: Tensor, start: Tensor, steps: int) -> Tensor:
-    """Conjugate gradients, preconditioned by the diagonal; systems that are solved exactly stop moving. All (d_in, systems)."""
+    """Conjugate gradients, preconditioned by the diagonal; systems that are solved exactly stop moving. All (d_in,
+    systems).
+    """
     W, scale = start.contiguous(), 1.0 / hessian.diagonal().unsqueeze(1)
     tiny = torch.finfo(W.dtype).tiny
     residual = (hessian @ (target - W)).masked_fill_(gone, 0.0)

@@ -1,12 +1,13 @@
-"""SparseGPT (Frantar & Alistarh 2023): weights go column by column, and the columns to their right make up for the error.
+"""SparseGPT (Frantar & Alistarh 2023): weights go column by column, and the columns to their right make up for the
+error.
 
-Pure functions over tensors. All levels are pruned in one run: they are a batch of the same problem, so the working copy of the
-weights is (d_in, levels * d_out), the transpose of a linear layer's weight, where a column of the paper is one contiguous row.
-With U upper triangular and U^T U = H^-1 (algorithm 1 of the paper), pruning w_j costs the error `e = w_j / U_jj`, and
-`e U_j,j+1:` is taken from the weights to its right.
+Pure functions over tensors. All levels are pruned in one run: they are a batch of the same problem, so the working copy
+of the weights is (d_in, levels * d_out), the transpose of a linear layer's weight, where a column of the paper is one
+contiguous row. With U upper triangular and U^T U = H^-1 (algorithm 1 of the paper), pruning w_j costs the error `e =
+w_j / U_jj`, and `e U_j,j+1:` is taken from the weights to its right.
 
-What is known of the run as a whole, the order of the blocks and how many weights each loses, is in `sweep`, and is the same for
-every method that goes block by block; how a block is pruned is its `Solve`.
+What is known of the run as a whole, the order of the blocks and how many weights each loses, is in `sweep`, and is the
+same for every method that goes block by block; how a block is pruned is its `Solve`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Block:
         U: (b, b), the part of U that belongs to these inputs.
         kept: Weights that each level keeps: of the block, or of each of its groups.
         of: Inputs in a group of an N:M pattern; None where unstructured.
-        zero: (b, d_out) bool, weights that are 0 in the dense layer and stay 0 at all levels; None where there are none.
+        zero: (b, d_out) bool, weights that are 0 in the dense layer and stay 0 at all levels; None where there are
+            none.
     """
 
     weight: Tensor
@@ -60,23 +62,25 @@ class Block:
         return scores if self.zero is None else scores.masked_fill_(self.zero[part].unsqueeze(1), 0.0)
 
     def removed(self, mask: Tensor, part: slice = slice(None)) -> Tensor:
-        """Which weights of some inputs go: those outside the mask, and dense zeros, which a mask may have to count as kept."""
+        """Which weights of some inputs go: those outside the mask, and dense zeros, which a mask may have to count as
+        kept.
+        """
         return ~mask[part] if self.zero is None else ~mask[part] | self.zero[part].unsqueeze(1)
 
 
 Solve = Callable[[Block], tuple[Tensor, Tensor]]
 """Chooses what a block keeps, and solves it in place up to setting the removed weights to zero.
 
-Returns the mask (b, levels, d_out), True where a weight stays, and the errors e (b, levels, d_out): the inputs behind the block
-are to be updated by `-U[block, behind]^T e`.
+Returns the mask (b, levels, d_out), True where a weight stays, and the errors e (b, levels, d_out): the inputs
+behind the block are to be updated by `-U[block, behind]^T e`.
 """
 
 
 def keep_largest(scores: Tensor, kept: Sequence[int]) -> Tensor:
     """Exactly so many of the largest scores at each level, the last of equal ones: (b, levels, d_out) bool.
 
-    A histogram of the leading bits finds the bin of the last one to stay, so that only the few scores in it need sorting: a
-    quarter of the time of sorting them all.
+    A histogram of the leading bits finds the bin of the last one to stay, so that only the few scores in it need
+    sorting: a quarter of the time of sorting them all.
 
     Args:
         scores: (b, levels, d_out), not negative.
@@ -139,7 +143,14 @@ def _spread(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 def sweep(
-    W: Tensor, U: Tensor, dead: Tensor, kept: Sequence[int], of: int | None, block: int, solve: Solve, zero: Tensor | None = None
+    W: Tensor,
+    U: Tensor,
+    dead: Tensor,
+    kept: Sequence[int],
+    of: int | None,
+    block: int,
+    solve: Solve,
+    zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Prune all levels, block by block from the left.
 
@@ -175,7 +186,8 @@ def solve_columns(block: Block) -> tuple[Tensor, Tensor]:
     """SparseGPT's `Solve`: the errors of each column reach those to its right, whatever happens to them later.
 
     The unstructured mask is chosen at the start of the block, that of a group of N:M when its first column is reached.
-    A column gathers the errors of those before it when its turn comes, which reads them but writes no column but its own.
+    A column gathers the errors of those before it when its turn comes, which reads them but writes no column but its
+    own.
     """
     rows = block.weight.view(len(block.weight), -1)
     U, scale = block.U, block.U.diagonal()
@@ -204,7 +216,8 @@ class BlockwisePruner(WeightPruner):
     Attributes:
         damping: Ridge towards the dense weight, as a fraction of the Hessian's mean diagonal.
         block: Inputs per block; rounded down to a multiple of a pattern's M, but at least M.
-        refit: Steps of conjugate gradients for the weights that stay (`local_prune.methods.refit`); 0 leaves them as the method does.
+        refit: Steps of conjugate gradients for the weights that stay (`local_prune.methods.refit`); 0 leaves them as
+            the method does.
     """
 
     damping: float = 0.01
@@ -215,9 +228,13 @@ class BlockwisePruner(WeightPruner):
         super().__post_init__()
         check_number("damping", self.damping, "0.01")
         if self.block < 1:
-            raise InputError(f"prune.pruner.block={self.block} must be at least 1 input; 32 to 128 are the usual choice")
+            raise InputError(
+                f"prune.pruner.block={self.block} must be at least 1 input; 32 to 128 are the usual choice"
+            )
         if not 0 <= self.refit <= MOST_STEPS:
-            raise InputError(f"prune.pruner.refit={self.refit} must be 0 to {MOST_STEPS:,} steps; 4 do most of what can be done")
+            raise InputError(
+                f"prune.pruner.refit={self.refit} must be 0 to {MOST_STEPS:,} steps; 4 do most of what can be done"
+            )
 
     @abstractmethod
     def solve(self, block: Block) -> tuple[Tensor, Tensor]:

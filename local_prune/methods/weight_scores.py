@@ -1,8 +1,9 @@
-"""Unstructured and N:M pruning of linear layers by a score of each weight; the weights that stay keep their dense values.
+"""Unstructured and N:M pruning of linear layers by a score of each weight; the weights that stay keep their dense
+values.
 
-Magnitude (Han et al. 2015), Wanda (Sun et al. 2023, section 3) and GBLM-Pruner (Das et al. 2023, section 3.2) differ in the score
-alone. A score gives an order of removal, and a level keeps the end of it, so levels are nested. Pure functions over tensors;
-W is (d_out, d_in) as in a linear layer.
+Magnitude (Han et al. 2015), Wanda (Sun et al. 2023, section 3) and GBLM-Pruner (Das et al. 2023, section 3.2) differ in
+the score alone. A score gives an order of removal, and a level keeps the end of it, so levels are nested. Pure
+functions over tensors; W is (d_out, d_in) as in a linear layer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def ascending(scores: Tensor) -> Tensor:
     """The stable order of the flattened scores, smallest first, ties by index: (n,) int64.
 
     Args:
-        scores: Finite float32 or float64, without a negative zero; of negative numbers only one value, that sorts first.
+        scores: Finite float32 or float64, without a negative zero; of negative numbers only one value, that sorts
+            first.
     """
     bits = scores.flatten().view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
     return bits.argsort(stable=True)  # floats sort as their bits do, and integers by radix: ten times as fast on CPUs
@@ -48,7 +50,9 @@ def rank_in_layer(scores: Tensor) -> Tensor:
 
 
 def rank_in_rows(scores: Tensor) -> Tensor:
-    """As `rank_in_layer`, with every row losing its next weight before any row loses another: rows keep equal numbers, +-1."""
+    """As `rank_in_layer`, with every row losing its next weight before any row loses another: rows keep equal numbers,
+    +-1.
+    """
     d_out, d_in = scores.shape
     order = scores.argsort(dim=1, stable=True)
     steps = torch.arange(d_in, device=scores.device).expand(d_out, d_in)
@@ -61,7 +65,10 @@ def rank_in_groups(scores: Tensor, dim: int) -> Tensor:
 
     For the groups of N:M: comparing all pairs beats sorting where there are few to a group and many groups.
     """
-    mine, other = scores.unsqueeze(dim), scores.unsqueeze(dim + 1)  # dim is that of the others, dim + 1 that of the ranked
+    mine, other = (
+        scores.unsqueeze(dim),
+        scores.unsqueeze(dim + 1),
+    )  # dim is that of the others, dim + 1 that of the ranked
     size = scores.shape[dim]
     index = torch.arange(size, device=scores.device)
     earlier = (index.unsqueeze(1) < index).view(size, size, *[1] * (scores.dim() - dim - 1))
@@ -81,12 +88,18 @@ def parse_patterns(pattern: str | Sequence[str] | None) -> tuple[Pattern, ...]:
     texts = [] if pattern is None else [pattern] if isinstance(pattern, str | int) else list(pattern)
     for text in texts:
         if not isinstance(text, str):
-            raise InputError(f'prune.pruner.pattern={text} is a number; quote patterns, YAML reads 2:4 as one: pattern="2:4"')
+            raise InputError(
+                f'prune.pruner.pattern={text} is a number; quote patterns, YAML reads 2:4 as one: pattern="2:4"'
+            )
     if pattern is not None and not texts:
-        raise InputError('prune.pruner.pattern=[] names no pattern; leave it null for unstructured, or give one such as "2:4"')
+        raise InputError(
+            'prune.pruner.pattern=[] names no pattern; leave it null for unstructured, or give one such as "2:4"'
+        )
     patterns = tuple(Pattern.parse(text) for text in texts)
     if len({one.keep / one.of for one in patterns}) < len(patterns):
-        raise InputError(f"prune.pruner.pattern={','.join(texts)} has two patterns of the same density; leave one of them out")
+        raise InputError(
+            f"prune.pruner.pattern={','.join(texts)} has two patterns of the same density; leave one of them out"
+        )
     return patterns
 
 
@@ -95,7 +108,9 @@ def pattern_of(kept: int, weights: int, patterns: Sequence[Pattern]) -> Pattern:
     for pattern in patterns:
         if pattern.kept(weights) == kept:
             return pattern
-    raise InputError(f"no N:M pattern of prune.pruner.pattern keeps {kept} of {weights} weights; use the levels of the patterns")
+    raise InputError(
+        f"no N:M pattern of prune.pruner.pattern keeps {kept} of {weights} weights; use the levels of the patterns"
+    )
 
 
 @dataclass(frozen=True)
@@ -183,9 +198,11 @@ class WandaPruner(ScoredPruner):
 
 @dataclass(frozen=True)
 class GblmPruner(ScoredPruner):
-    """|W_ij| ||X_j||_2 + `gradient_weight` |W_ij| |g_ij|, compared per output (Das et al. 2023, section 3.2): `prune=gblm`.
+    """|W_ij| ||X_j||_2 + `gradient_weight` |W_ij| |g_ij|, compared per output (Das et al. 2023, section 3.2):
+    `prune=gblm`.
 
-    ||X_j||_2 is the root of the mean over the calibration sequences of the squared norm over their tokens, see `survey`.
+    ||X_j||_2 is the root of the mean over the calibration sequences of the squared norm over their tokens, see
+    `survey`.
 
     Attributes:
         gradient_weight: The paper's alpha: activations and gradients differ in size.
@@ -209,8 +226,8 @@ class GblmPruner(ScoredPruner):
     ) -> Mapping[str, Tensor]:
         """The norms g of every linear layer, by unit, times the root of the number of sequences.
 
-        In the authors' code ||X_j||^2 is a mean over sequences, of sums over tokens, and g a sum over sequences. `Moments` knows
-        tokens alone, so g is scaled instead: a factor common to all scores changes no order.
+        In the authors' code ||X_j||^2 is a mean over sequences, of sums over tokens, and g a sum over sequences.
+        `Moments` knows tokens alone, so g is scaled instead: a factor common to all scores changes no order.
         """
         found = weight_gradient_norms(model, calibration, device, track, self.norm)
         return {name: norms.mul_(len(calibration.ids) ** 0.5) for name, norms in found.items()}

@@ -1,4 +1,6 @@
-"""The residual stream of the calibration text between sub-blocks: in main memory, or in a file where memory would not do."""
+"""The residual stream of the calibration text between sub-blocks: in main memory, or in a file where memory would not
+do.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,16 @@ SHARE = 0.5  # of the memory that is free, which activations may take
 class Activations:
     """A list of equally typed tensors that are set one by one: (batch, tokens, hidden) each, undefined before.
 
-    They lie in one buffer: in main memory, or in an unlinked file below `folder` that the system pages in and out as it likes.
+    They lie in one buffer: in main memory, or in an unlinked file below `folder` that the system pages in and out as it
+    likes.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, in_memory: bool, folder: Path) -> None:
         sizes = [prod(shape) for shape in shapes]
         buffer = torch.empty(sum(sizes), dtype=dtype) if in_memory else _file(sum(sizes), dtype, folder)
-        self._views: list[Tensor] = [piece.view(shape) for piece, shape in zip(buffer.split(sizes), shapes, strict=True)]
+        self._views: list[Tensor] = [
+            piece.view(shape) for piece, shape in zip(buffer.split(sizes), shapes, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self._views)
@@ -47,7 +52,9 @@ def _file(size: int, dtype: torch.dtype, folder: Path) -> Tensor:
             return tensor
     except OSError as error:
         need = f"{size * dtype.itemsize / 1e9:.1f} GB"
-        raise InputError(f"cannot write {need} of activations to {folder}: {error.strerror}; use fewer sequences") from error
+        raise InputError(
+            f"cannot write {need} of activations to {folder}: {error.strerror}; use fewer sequences"
+        ) from error
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -25,8 +25,12 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def moved(contexts: Sequence[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """What `entry` says of the blocks, on another device; masks and rotary tables that blocks share are moved once and shared."""
-    known: dict[int, Tensor] = {}  # by id: `contexts` keeps the tensors alive meanwhile, so that no other takes their place
+    """What `entry` says of the blocks, on another device; masks and rotary tables that blocks share are moved once and
+    shared.
+    """
+    known: dict[
+        int, Tensor
+    ] = {}  # by id: `contexts` keeps the tensors alive meanwhile, so that no other takes their place
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -1,8 +1,9 @@
 """Gradients of the dense model's loss on the calibration text, walked backwards sub-block by sub-block.
 
-A forward pass without autograd keeps the residual stream before each sub-block in main memory; backwards, each sub-block is
-computed once more with autograd on its own weights alone. So the graph, and the gradients of the weights, are those of one
-sub-block at a time, and the logits those of a few tokens: a model that fits for inference fits for its gradients.
+A forward pass without autograd keeps the residual stream before each sub-block in main memory; backwards, each
+sub-block is computed once more with autograd on its own weights alone. So the graph, and the gradients of the weights,
+are those of one sub-block at a time, and the logits those of a few tokens: a model that fits for inference fits for its
+gradients.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ Visit = Callable[[SubBlock, Mapping[str, Tensor]], None]
 def gradients(model: PreTrainedModel, ids: Tensor, device: torch.device, visit: Visit, unscored: int = 0) -> float:
     """Walk the gradient of the mean next-token loss of one batch backwards.
 
-    It starts from the summed loss and is divided by the number of predictions in float32 at the end: in float16 the gradient of
-    a mean over many tokens would lose its small numbers.
+    It starts from the summed loss and is divided by the number of predictions in float32 at the end: in float16 the
+    gradient of a mean over many tokens would lose its small numbers.
 
     Args:
         model: In any float dtype.
         ids: (batch, tokens).
         device: Where the block at work lies.
-        visit: Called for each sub-block, the last one first, with the gradients (d_out, d_in) of its linear layers' weights, in
-            float32 (or wider where the model is).
+        visit: Called for each sub-block, the last one first, with the gradients (d_out, d_in) of its linear layers'
+            weights, in float32 (or wider where the model is).
         unscored: First positions of each sequence that the loss leaves out; see `Calibration`.
 
     Returns:
@@ -58,7 +59,9 @@ def gradients(model: PreTrainedModel, ids: Tensor, device: torch.device, visit: 
     return loss
 
 
-def part_gradients(part: SubBlock, hidden: Tensor, context: Context, behind: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def part_gradients(
+    part: SubBlock, hidden: Tensor, context: Context, behind: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     """One sub-block backwards.
 
     Args:
@@ -97,7 +100,8 @@ def weight_gradient_norms(
 ) -> dict[str, Tensor]:
     """Norm over the calibration sequences of each weight's gradient (GBLM-Pruner, Das et al. 2023).
 
-    The loss of a sequence is its mean over tokens; the sums are not divided by the number of sequences, as in the authors' code.
+    The loss of a sequence is its mean over tokens; the sums are not divided by the number of sequences, as in the
+    authors' code.
     Memory: one float32 copy of the linear layers.
 
     Args:
@@ -111,7 +115,9 @@ def weight_gradient_norms(
         Sub-block and layer, joined by a dot -> (d_out, d_in) float32 on the CPU.
     """
     if power not in (1, 2):
-        raise InputError(f"the norm of the gradients over sequences is {power} but must be 1 or 2; 2 is the usual choice")
+        raise InputError(
+            f"the norm of the gradients over sequences is {power} but must be 1 or 2; 2 is the usual choice"
+        )
     totals: dict[str, Tensor] = {}
 
     def visit(part: SubBlock, found: Mapping[str, Tensor]) -> None:
@@ -126,11 +132,12 @@ def weight_gradient_norms(
 def member_saliencies(
     model: PreTrainedModel, parts: Sequence[SubBlock], calibration: Calibration, device: torch.device, track: Track
 ) -> dict[str, Tensor]:
-    """First-order importance of each member (LLM-Pruner, Ma et al. 2023, section 3.2, by elements of weights: `param_first`).
+    """First-order importance of each member (LLM-Pruner, Ma et al. 2023, section 3.2, by elements of weights:
+    `param_first`).
 
-    sum |g w| over the weights that go with the member: its rows and its columns. g is the gradient of the mean loss over the
-    whole calibration text, so it has to be summed over all batches before the absolute value is taken. Memory: one float32 copy
-    of those layers. Biases are left out, as in the authors' code.
+    sum |g w| over the weights that go with the member: its rows and its columns. g is the gradient of the mean loss
+    over the whole calibration text, so it has to be summed over all batches before the absolute value is taken. Memory:
+    one float32 copy of those layers. Biases are left out, as in the authors' code.
 
     Args:
         model: The dense model.

@@ -29,7 +29,9 @@ def begin(model: PreTrainedModel, ids: Tensor, device: torch.device) -> tuple[Te
 
 
 def lent_parts(model: PreTrainedModel, device: torch.device, backwards: bool = False) -> Iterator[SubBlock]:
-    """The sub-blocks in the order of the forward pass, or the other way round; the block of each is on the device meanwhile."""
+    """The sub-blocks in the order of the forward pass, or the other way round; the block of each is on the device
+    meanwhile.
+    """
     parts, layers = sub_blocks(model), blocks(model)
     for index, group in groupby(reversed(parts) if backwards else parts, key=lambda part: part.block):
         with on_device(layers[index], device):

@@ -21,7 +21,9 @@ TARGETS = {"pruned": OWN_OUTPUT, "dense": "dense output", "residual": "residual"
 
 
 def stream_bytes(model: PreTrainedModel, calibration: Calibration, fit: str) -> int:
-    """What the residual streams of the calibration text take: the pruned model's and, where the fit needs it, the dense one's."""
+    """What the residual streams of the calibration text take: the pruned model's and, where the fit needs it, the dense
+    one's.
+    """
     token = int(model.config.hidden_size) * _stream_dtype(model).itemsize
     return calibration.ids.numel() * token * (1 if fit == "pruned" else 2)
 
@@ -39,7 +41,9 @@ class Streams:
         dense: The same of the dense model; None where nothing is fitted to it.
     """
 
-    def __init__(self, model: PreTrainedModel, calibration: Calibration, fit: str, device: torch.device, folder: Path) -> None:
+    def __init__(
+        self, model: PreTrainedModel, calibration: Calibration, fit: str, device: torch.device, folder: Path
+    ) -> None:
         self.device, self.fit = device, fit
         batches = calibration.ids.split(calibration.batch)
         shapes, dtype = [(*ids.shape, int(model.config.hidden_size)) for ids in batches], _stream_dtype(model)
@@ -47,7 +51,8 @@ class Streams:
         self.pruned = Activations(shapes, dtype, in_memory, folder)
         self.dense = Activations(shapes, dtype, in_memory, folder) if fit != "pruned" else None
         self._ahead = False  # whether the dense stream is behind the sub-block at work already
-        # Sequences are equally long and unpadded, so masks and positions of a whole batch serve every batch but a short last one.
+        # Sequences are equally long and unpadded, so masks and positions of a whole batch serve every batch but a short
+        # last one.
         self._contexts: list[list[dict[str, Any]]] = []
         for index, ids in enumerate(batches):
             hidden, contexts = entry(model, ids.to(model.device))
@@ -70,7 +75,8 @@ class Streams:
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """For each batch the inputs X (tokens, d_in) of the layers, and what the fit aims at, (tokens, d_out).
 
-        The target is None where it is the output of the dense layers, stacked weight `dense` (d_out, d_in), on X itself.
+        The target is None where it is the output of the dense layers, stacked weight `dense` (d_out, d_in), on X
+        itself.
         """
         for index in range(len(self.pruned)):
             hidden = self.pruned[index].to(self.device)
@@ -79,7 +85,9 @@ class Streams:
         self._ahead = self._ahead or self._at_residual(part, layers)
 
     def _at_residual(self, part: SubBlock, layers: Sequence[str]) -> bool:
-        """Whether the fit is to the stream behind the sub-block: a norm between the layer and the stream stands in the way."""
+        """Whether the fit is to the stream behind the sub-block: a norm between the layer and the stream stands in the
+        way.
+        """
         return self.fit == "residual" and layers[0] == part.column and part.post_norm is None
 
     def _target(self, part: SubBlock, layers: Sequence[str], dense: Tensor, index: int) -> Tensor | None:

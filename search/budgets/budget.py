@@ -46,7 +46,9 @@ class Limit:
             units = f"{self.target / 1e6:,.3f} of {self.dense / 1e6:,.3f} ms of all units"
             if self.rest is None:
                 return f"{units} to keep, {self.target / self.dense:.1%}"
-            whole = f"{(self.target + self.rest) / 1e6:,.3f} of {(self.dense + self.rest) / 1e6:,.3f} ms of the whole model"
+            whole = (
+                f"{(self.target + self.rest) / 1e6:,.3f} of {(self.dense + self.rest) / 1e6:,.3f} ms of the whole model"
+            )
             return f"{whole} to keep ({units}, {self.target / self.dense:.1%})"
         if self.rest is not None:
             whole = f"{self.target + self.rest:,} of {self.dense + self.rest:,} {self.kind} of the whole model to keep"
@@ -86,10 +88,14 @@ class Budget:
     def from_sparsity(cls, sparsity: float, space: Space, kind: str = "parameters") -> Budget:
         """Remove the fraction `sparsity` of the prunable parameters or bits; InputError where this space cannot."""
         check_sparsity(sparsity)
-        target = math.floor(space.dense_cost * (1 - Fraction(str(float(sparsity)))))  # as typed: 0.55 of 20 leaves 9, not 8.99...
+        target = math.floor(
+            space.dense_cost * (1 - Fraction(str(float(sparsity))))
+        )  # as typed: 0.55 of 20 leaves 9, not 8.99...
         if target < space.lowest_cost:
             raise InputError(_unreachable(sparsity, space, kind))
-        return cls((Limit(kind, target, space.dense_cost, costs_of(space), space.units[0].total if kind == "bits" else 0),))
+        return cls(
+            (Limit(kind, target, space.dense_cost, costs_of(space), space.units[0].total if kind == "bits" else 0),)
+        )
 
     def __str__(self) -> str:
         return "; ".join(str(limit) for limit in self.limits)
@@ -132,7 +138,8 @@ def _unreachable(sparsity: float, space: Space, kind: str) -> str:
     if kind == "bits":
         dense = space.units[0].total
         return (
-            f"budget.bits={(1.0 - sparsity) * dense:g} (budget.sparsity={sparsity:g}) cannot be met: all layers at their "
+            f"budget.bits={(1.0 - sparsity) * dense:g} (budget.sparsity={sparsity:g}) cannot be met: all layers at "
+            "their "
             f"narrowest take {least * dense:.4g} bits a weight, scales and zeros included; raise it, or add widths to "
             "prune.pruner.bits"
         )
@@ -146,5 +153,6 @@ def check_sparsity(sparsity: float) -> None:
     """InputError for a sparsity that no space could have. With 0 nothing is removed: a check of the pipeline itself."""
     if not 0.0 <= sparsity < 1.0:
         raise InputError(
-            f"budget.sparsity={sparsity:g} must be at least 0 and below 1; 0.5 removes half of the prunable parameters, 0 nothing"
+            f"budget.sparsity={sparsity:g} must be at least 0 and below 1; 0.5 removes half of the prunable "
+            "parameters, 0 nothing"
         )

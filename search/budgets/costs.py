@@ -1,7 +1,7 @@
 """What each level of each unit takes of a whole model, counted exactly: parameters, bytes and FLOPs.
 
-What no unit has (embeddings, final norm, head, and all that a pruner leaves alone) is the rest, so that an allocation's costs and
-the rest are the whole pruned model's.
+What no unit has (embeddings, final norm, head, and all that a pruner leaves alone) is the rest, so that an allocation's
+costs and the rest are the whole pruned model's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class CostTable:
         return self.rest + sum(row[-1] for row in self.costs)
 
 
-Amounts = Callable[[SubBlock, str | None, Unit], list[int]]  # of a unit's levels, in a sub-block or one linear layer of it
+Amounts = Callable[
+    [SubBlock, str | None, Unit], list[int]
+]  # of a unit's levels, in a sub-block or one linear layer of it
 
 
 def parameters(model: PreTrainedModel, space: Space) -> CostTable:
@@ -47,7 +49,11 @@ def parameters(model: PreTrainedModel, space: Space) -> CostTable:
 
     def amounts(part: SubBlock, layer: str | None, unit: Unit) -> list[int]:
         if layer is not None:
-            return [level.kept for level in unit.levels] if unit.kind == WEIGHTS else [_size(part, layer)] * len(unit.levels)
+            return (
+                [level.kept for level in unit.levels]
+                if unit.kind == WEIGHTS
+                else [_size(part, layer)] * len(unit.levels)
+            )
         whole = sum(parameter.numel() for parameter in _own(part))
         return [whole - unit.levels[0].cost + level.cost if level.kept else 0 for level in unit.levels]
 
@@ -72,18 +78,21 @@ def size(model: PreTrainedModel, space: Space, dtype: torch.dtype) -> CostTable:
         if layer is not None:
             return [_size(part, layer) * dtype.itemsize] * len(unit.levels)
         whole = bytes_of(_own(part))
-        return [whole - (unit.levels[0].cost - level.cost) * dtype.itemsize if level.kept else 0 for level in unit.levels]
+        return [
+            whole - (unit.levels[0].cost - level.cost) * dtype.itemsize if level.kept else 0 for level in unit.levels
+        ]
 
     return _table(model, space, bytes_of(model.parameters()), amounts)
 
 
 def flops(model: PreTrainedModel, space: Space, tokens: int) -> CostTable:
-    """FLOPs of the forward pass of one sequence: two for each multiply-add of linear layers, convolutions, attention and head.
+    """FLOPs of the forward pass of one sequence: two for each multiply-add of linear layers, convolutions, attention
+    and head.
 
-    Full attention counts every pair of tokens, which is what its matrix products do though a mask hides half of them. In a
-    layer with a sliding window each token counts as many others as the window holds. Queries, keys and values of a head have
-    the same width in all families known. Elementwise work and a mixer's scan are left out; a single weight that is zero takes
-    none.
+    Full attention counts every pair of tokens, which is what its matrix products do though a mask hides half of them.
+    In a layer with a sliding window each token counts as many others as the window holds. Queries, keys and values of a
+    head have the same width in all families known. Elementwise work and a mixer's scan are left out; a single weight
+    that is zero takes none.
 
     Args:
         model: The dense model.
@@ -93,7 +102,11 @@ def flops(model: PreTrainedModel, space: Space, tokens: int) -> CostTable:
 
     def amounts(part: SubBlock, layer: str | None, unit: Unit) -> list[int]:
         if layer is not None:
-            kept = [level.kept for level in unit.levels] if unit.kind == WEIGHTS else [_size(part, layer)] * len(unit.levels)
+            kept = (
+                [level.kept for level in unit.levels]
+                if unit.kind == WEIGHTS
+                else [_size(part, layer)] * len(unit.levels)
+            )
             return [2 * tokens * weights for weights in kept]
         whole, member = _flops(part, tokens), _member_flops(part, tokens)
         return [whole - (unit.total - level.kept) * member if level.kept else 0 for level in unit.levels]

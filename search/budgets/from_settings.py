@@ -56,7 +56,11 @@ def make_budget(
             size = read_bytes(said.partition("=")[0], value) or 0
             limits.append(_of_whole(name, said, size, costs.size(model, space, dtype or model.dtype), space))
         else:
-            table = costs.flops(model, space, budget["sequence_length"]) if name == "flops" else costs.parameters(model, space)
+            table = (
+                costs.flops(model, space, budget["sequence_length"])
+                if name == "flops"
+                else costs.parameters(model, space)
+            )
             limits.append(_of_whole(name, said, value, table, space))
     return Budget(tuple(limits))
 
@@ -73,7 +77,8 @@ def _check_told(name: str, said: str, model: PreTrainedModel, space: Space) -> N
     kinds = {unit.kind for unit in space.units}
     if name == "bytes" and WEIGHTS in kinds:
         raise InputError(
-            f"{said}: single weights that are zero are written all the same; use budget.sparsity or budget.parameters, or "
+            f"{said}: single weights that are zero are written all the same; use budget.sparsity or "
+            "budget.parameters, or "
             "a method that makes layers smaller, such as prune=obs or prune=depth"
         )
     if HEADS in kinds and not slices_query_heads(family_of(model)):
@@ -110,7 +115,8 @@ def _of_whole(kind: str, said: str, value: float, table: CostTable, space: Space
         )
     if value < table.lowest:
         raise InputError(
-            f"{said} cannot be met: with all units at their highest level {table.lowest:,} {kind} are left; {_remedy(space)}"
+            f"{said} cannot be met: with all units at their highest level {table.lowest:,} {kind} are left; "
+            f"{_remedy(space)}"
         )
     return Limit(kind, int(value) - table.rest, table.dense - table.rest, table.costs, rest=table.rest)
 
@@ -121,10 +127,12 @@ def _of_speedup(said: str, value: float, table: CostTable, space: Space) -> Limi
     if target < table.lowest - table.rest:
         fastest = table.dense / max(1, table.lowest)
         raise InputError(
-            f"{said} cannot be met: with all units at their highest level the model is measured {fastest:.3g} times as fast; "
+            f"{said} cannot be met: with all units at their highest level the model is measured {fastest:.3g} "
+            "times as fast; "
             f"{_remedy(space)}"
         )
-    # Timings are not known better than that, and the smallest of their differences would be a step that nothing can meet.
+    # Timings are not known better than that, and the smallest of their differences would be a step that nothing can
+    # meet.
     return Limit("latency", target, table.dense - table.rest, table.costs, slack=table.dense // 500, rest=table.rest)
 
 

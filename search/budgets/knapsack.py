@@ -1,9 +1,10 @@
 """The allocation of least total loss that a budget allows, where losses add up over units.
 
-With one limit, dynamic programming over costs. It is exact where the costs have a large common divisor, as those of equal blocks
-have, or where few allocations can still be the best; elsewhere (hundreds of units of odd sizes, nanoseconds) each unit's cost is
-rounded up by at most 1/200,000 of the budget. With several limits, or where it must be quick, Lagrange multipliers price each
-limit, every unit takes its cheapest level at those prices, and what is left is spent greedily.
+With one limit, dynamic programming over costs. It is exact where the costs have a large common divisor, as those of
+equal blocks have, or where few allocations can still be the best; elsewhere (hundreds of units of odd sizes,
+nanoseconds) each unit's cost is rounded up by at most 1/200,000 of the budget. With several limits, or where it must be
+quick, Lagrange multipliers price each limit, every unit takes its cheapest level at those prices, and what is left is
+spent greedily.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ Losses = Sequence[np.ndarray]  # of each level of each unit
 def uniform(space: Space, budget: Budget) -> Allocation:
     """The allocation that gives every unit the same sparsity, as evenly as its levels allow.
 
-    Where the wanted sparsity falls between two levels, units of a kind and size take turns over depth so that their running total
-    follows the wanted one; the knapsack then moves as little as it can to meet the budget. Sparsity is that of the costs that the
-    leading limit counts, which for bit widths include scales and zeros; but no latency falls as evenly as the parameters do, and
-    with one the sparsity is the smallest that keeps all limits.
+    Where the wanted sparsity falls between two levels, units of a kind and size take turns over depth so that their
+    running total follows the wanted one; the knapsack then moves as little as it can to meet the budget. Sparsity is
+    that of the costs that the leading limit counts, which for bit widths include scales and zeros; but no latency falls
+    as evenly as the parameters do, and with one the sparsity is the smallest that keeps all limits.
     """
     limit = budget.leading
     costs, dense, sparsity = limit.costs, limit.dense, 1.0 - limit.target / limit.dense
@@ -44,7 +45,8 @@ def uniform(space: Space, budget: Budget) -> Allocation:
         costs, dense = costs_of(space), space.dense_cost
         sparsity = next((s for s in np.arange(0.0, 1.0, FINE) if budget.fits(_in_turns(space, costs, s))), 1.0)
     wish = _in_turns(space, costs, sparsity)
-    # What must give way for the budget: distance to the wish alone would as soon take a unit's second step as another's first.
+    # What must give way for the budget: distance to the wish alone would as soon take a unit's second step as another's
+    # first.
     shares = [(1.0 - sparsity) * row[0] for row in costs]
     both = zip(_distances(costs, dense, _chosen(costs, wish)), _distances(costs, dense, shares), strict=True)
     return knapsack([a + 1e-3 * b for a, b in both], budget)
@@ -65,7 +67,8 @@ def _in_turns(space: Space, costs: Costs, sparsity: float) -> Allocation:
 
 
 def closest(wish: Allocation, budget: Budget) -> Allocation:
-    """The allocation nearest to `wish` that meets the budget (or, where none comes within a step of it, the fullest below it).
+    """The allocation nearest to `wish` that meets the budget (or, where none comes within a step of it, the fullest
+    below it).
 
     Distance is the sum over units of the squared difference in what the leading limit counts.
     """
@@ -85,8 +88,8 @@ def _distances(costs: Costs, dense: int, wanted: Sequence[float]) -> list[np.nda
 def knapsack(losses: Losses, budget: Budget) -> Allocation:
     """The allocation of least total loss among those that meet the budget, or the fullest one where none does.
 
-    With one limit it is exact unless costs had to be rounded and too many allocations come near the best for telling them apart;
-    then, and with several limits, it is near that.
+    With one limit it is exact unless costs had to be rounded and too many allocations come near the best for telling
+    them apart; then, and with several limits, it is near that.
 
     Args:
         losses: For each unit the loss of each of its levels.
@@ -108,11 +111,15 @@ def _of_several(losses: Losses, budget: Budget) -> Allocation:
             of_units = [row[: len(loss)] for row, loss in zip(priced, losses, strict=True)]
             found.append(_of_one(of_units, Budget((limit,))))
     fitting = [allocation for allocation in found if budget.fits(allocation)]
-    return min(fitting, key=lambda one: (max(1.0, budget.left(one)), sum(loss[i] for loss, i in zip(losses, one, strict=True))))
+    return min(
+        fitting, key=lambda one: (max(1.0, budget.left(one)), sum(loss[i] for loss, i in zip(losses, one, strict=True)))
+    )
 
 
 def _of_one(losses: Losses, budget: Budget) -> Allocation:
-    """Dynamic programming over a table of costs; where these are rounded, over all sums of costs if they are few enough."""
+    """Dynamic programming over a table of costs; where these are rounded, over all sums of costs if they are few
+    enough.
+    """
     limit = budget.first
     divisor = max(1, gcd(*(cost for costs in limit.costs for cost in costs)))
     cell = max(divisor, -(-limit.target // CELLS))
@@ -153,7 +160,9 @@ def _by_table(losses: Losses, budget: Budget, cell: int) -> Allocation:
 
 
 def _fullest(best: np.ndarray, window: int) -> int | None:
-    """The cell of least loss within the window, or the fullest reachable cell below it; None where rounding leaves no cell."""
+    """The cell of least loss within the window, or the fullest reachable cell below it; None where rounding leaves no
+    cell.
+    """
     if np.isfinite(best[window:]).any():
         return window + int(best[window:].argmin())
     reachable = np.flatnonzero(np.isfinite(best))
@@ -176,8 +185,8 @@ def _total(losses: Losses, allocation: Allocation) -> float:
 def relaxed(losses: Losses, budget: Budget) -> Allocation:
     """Least total loss by Lagrange multipliers, then greedily to within one smallest step where that can be reached.
 
-    A unit's level is never better than what the prices make of it, so only convex trade-offs are found: near the optimum, and
-    thousands of times as fast as dynamic programming. Arguments as for `knapsack`.
+    A unit's level is never better than what the prices make of it, so only convex trade-offs are found: near the
+    optimum, and thousands of times as fast as dynamic programming. Arguments as for `knapsack`.
     """
     levels = _priced(_padded(losses), budget, _prices(losses, budget)).argmin(1)
     allocation = tuple(int(level) for level in levels)
@@ -232,7 +241,8 @@ def _padded(losses: Losses) -> np.ndarray:
 
 
 def spend_rest(losses: Losses, allocation: Allocation, budget: Budget) -> Allocation:
-    """Spend what is left of the budget by the denser levels that cost least loss, until less than a smallest step is left.
+    """Spend what is left of the budget by the denser levels that cost least loss, until less than a smallest step is
+    left.
 
     Where no single unit can become denser before that, two of them change at once, so that less is left.
     """
@@ -263,7 +273,9 @@ def _denser(padded: np.ndarray, levels: np.ndarray, budget: Budget) -> Change | 
 
 
 def _exchange(padded: np.ndarray, levels: np.ndarray, budget: Budget) -> Change | None:
-    """Two units' levels that together leave less of the budget: of least loss if they meet it, else those that leave least."""
+    """Two units' levels that together leave less of the budget: of least loss if they meet it, else those that leave
+    least.
+    """
     units = np.arange(len(levels))
     worse = padded - padded[units, levels][:, None]
     unit, level = np.nonzero(np.isfinite(worse) & (np.arange(padded.shape[1]) != levels[:, None]))

@@ -1,9 +1,13 @@
-"""How long a model takes, measured on the user's device: what each unit takes at each level, and the speed-up in the end.
+"""How long a model takes, measured on the user's device: what each unit takes at each level, and the speed-up in the
+end.
 
-A model's latency is taken for a rest and a sum over its units. Whole models are measured, as only these have real caches and real
-overhead: all units of a class (of one kind and size) keep the same number of members, and the difference from the dense model,
-timed in turns with it, is shared out among them. What the model takes without any unit is measured, too, and the units' times are
-scaled to add up to the rest of the dense model's. Measurements are kept in the cache for later runs and rounds.
+A model's latency is taken for a rest and a sum over its units. Whole models are measured, as only these have real
+caches and real
+overhead: all units of a class (of one kind and size) keep the same number of members, and the difference from the dense
+    model,
+timed in turns with it, is shared out among them. What the model takes without any unit is measured, too, and the units'
+times are scaled to add up to the rest of the dense model's. Measurements are kept in the cache for later runs and
+rounds.
 """
 
 from __future__ import annotations
@@ -51,7 +55,9 @@ Track = Callable[[Sequence["Point"], str], Iterable["Point"]]
 
 @dataclass(frozen=True)
 class Request:
-    """What is timed: `batch` sequences of `prompt` tokens at once, and then `generated` more tokens of each, one by one."""
+    """What is timed: `batch` sequences of `prompt` tokens at once, and then `generated` more tokens of each, one by
+    one.
+    """
 
     batch: int = 1
     prompt: int = 512
@@ -122,7 +128,9 @@ def _median(found: Sequence[Seconds]) -> Seconds:
     return Seconds(median(one.prefill for one in found), median(one.decode for one in found))
 
 
-def speedup(dense: PreTrainedModel, pruned: PreTrainedModel, request: Request, timer: Timer = time_once) -> dict[str, Any]:
+def speedup(
+    dense: PreTrainedModel, pruned: PreTrainedModel, request: Request, timer: Timer = time_once
+) -> dict[str, Any]:
     """How much faster a pruned model is than the dense one, as `metrics.json` has it."""
     taken, share = compare(dense, pruned, request, timer)
     pruned_seconds = Seconds(taken.prefill * share.prefill, taken.decode * share.decode).total(request)
@@ -185,10 +193,17 @@ class Class:
 
 
 class LatencyTable:
-    """What the units of a model take on this machine at each level; what is not in the cache yet is measured on demand."""
+    """What the units of a model take on this machine at each level; what is not in the cache yet is measured on
+    demand.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, request: Request, device: torch.device, dtype: torch.dtype, timer: Timer = time_once
+        self,
+        model: PreTrainedModel,
+        request: Request,
+        device: torch.device,
+        dtype: torch.dtype,
+        timer: Timer = time_once,
     ) -> None:
         """Open the table in the cache, if there is one. Nothing is measured yet.
 
@@ -202,14 +217,21 @@ class LatencyTable:
         longest = longest_sequence(model.config)
         if longest is not None and request.prompt + request.generated > longest:
             raise InputError(
-                f"budget.prompt={request.prompt} and budget.generated={request.generated} are more than the {longest} tokens "
+                f"budget.prompt={request.prompt} and budget.generated={request.generated} are more than the "
+                f"{longest} tokens "
                 "that the model knows positions for; take fewer"
             )
         self.model, self.request, self.timer = model, request, timer
         shapes = [[name, *parameter.shape] for name, parameter in model.named_parameters()]
         attention = getattr(model.config, "_attn_implementation", None)
         hashed = xxhash.xxh3_64_hexdigest(json.dumps([str(model.config.model_type), attention, shapes]).encode())
-        self.key = {"model": hashed, "dtype": str(dtype), "torch": torch.__version__, **machine(device), **asdict(request)}
+        self.key = {
+            "model": hashed,
+            "dtype": str(dtype),
+            "torch": torch.__version__,
+            **machine(device),
+            **asdict(request),
+        }
         name = f"{model.config.model_type}-{xxhash.xxh3_64_hexdigest(json.dumps(self.key).encode())}.json"
         self.path = cache_dir() / "latency" / name
         self.dense: Seconds | None = None
@@ -226,7 +248,9 @@ class LatencyTable:
             for kept in (0, *(level.kept for level in unit.levels[1:])):
                 asked[Point(name, kept)] = None
         return nothing + [
-            point for point in asked if point.of not in self.classes or point.kept not in self.classes[point.of].measured
+            point
+            for point in asked
+            if point.of not in self.classes or point.kept not in self.classes[point.of].measured
         ]
 
     def measure(self, space: Space, track: Track) -> None:
@@ -262,7 +286,9 @@ class LatencyTable:
         costs = []
         for name, unit in zip(names, space.units, strict=True):
             settled = self.classes[name].settled
-            saved = [settled[level.kept].total(self.request) if level.kept < unit.total else 0.0 for level in unit.levels]
+            saved = [
+                settled[level.kept].total(self.request) if level.kept < unit.total else 0.0 for level in unit.levels
+            ]
             costs.append(tuple(round(scale * (settled[0].total(self.request) - seconds)) for seconds in saved))
         return CostTable(tuple(costs), round(1e9 * whole) - sum(row[0] for row in costs))
 
@@ -275,7 +301,9 @@ class LatencyTable:
         return [", ".join(of_unit) for of_unit in words]
 
     def _load(self) -> None:
-        """Take over what the file has. Where another process measured the same, the file's counts: it may be in use already."""
+        """Take over what the file has. Where another process measured the same, the file's counts: it may be in use
+        already.
+        """
         try:
             content = json.loads(self.path.read_text())
             if content["format"] != FORMAT or content["key"] != self.key:
@@ -283,17 +311,24 @@ class LatencyTable:
             self.dense = Seconds(**content["dense"])
             self.rest = Seconds(**content["rest"]) if content["rest"] else self.rest
             for name, found in content["classes"].items():
-                points = ({int(kept): Seconds(**one) for kept, one in found[which].items()} for which in ("measured", "settled"))
+                points = (
+                    {int(kept): Seconds(**one) for kept, one in found[which].items()}
+                    for which in ("measured", "settled")
+                )
                 own = self.classes.setdefault(name, Class(int(found["units"])))
                 own.measured, own.settled = (
                     {**ours, **its} for ours, its in zip((own.measured, own.settled), points, strict=True)
                 )
-            numbers = [one for each in self.classes.values() for one in (*each.measured.values(), *each.settled.values())]
+            numbers = [
+                one for each in self.classes.values() for one in (*each.measured.values(), *each.settled.values())
+            ]
             numbers += [self.dense] if self.rest is None else [self.dense, self.rest]
             if not all(np.isfinite([one.prefill, one.decode]).all() for one in numbers):
                 raise ValueError
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"the measured latencies in {self.path} are damaged; delete that file to measure again") from error
+            raise InputError(
+                f"the measured latencies in {self.path} are damaged; delete that file to measure again"
+            ) from error
 
     def _save(self, settled: bool = False) -> None:
         """Write what is known, with what other processes have added to the file meanwhile.
@@ -325,11 +360,15 @@ class LatencyTable:
 
 
 def settle(each: Class) -> None:
-    """Make what is new of a class monotone, between what was settled before: the fewer members stay, the more is saved."""
+    """Make what is new of a class monotone, between what was settled before: the fewer members stay, the more
+    is saved.
+    """
     for bound in sorted({0, *each.settled}):  # members down to `bound`, up to the next settled number above it
         above = [kept for kept in each.settled if kept > bound]
         top = min(above, default=None)
-        new = [kept for kept in each.measured if kept not in each.settled and kept >= bound and (top is None or kept < top)]
+        new = [
+            kept for kept in each.measured if kept not in each.settled and kept >= bound and (top is None or kept < top)
+        ]
         new.sort(reverse=True)
         low = Seconds(0.0, 0.0) if top is None else each.settled[top]
         high = each.settled.get(bound, Seconds(float("inf"), float("inf")))
@@ -385,6 +424,7 @@ def check_faster(space: Space, given: str) -> None:
     """InputError where pruned layers take as long as dense ones."""
     if not {unit.kind for unit in space.units} <= {ATTENTION, MLP, MIXER, BLOCK}:
         raise InputError(
-            f"{given} is for pruning that makes layers smaller; single weights, query heads and bit widths are as slow: "
+            f"{given} is for pruning that makes layers smaller; single weights, query heads and bit widths are as "
+            "slow: "
             "use prune=obs, another structured method, or prune=depth"
         )

@@ -1,7 +1,8 @@
-"""The least loss among all allocations of a few units: their sums of costs are listed, from both ends, and meet in the middle.
+"""The least loss among all allocations of a few units: their sums of costs are listed, from both ends, and meet in the
+middle.
 
-What the knapsack does where costs have no common divisor that would keep its table small, and must be rounded for it. Listing is
-exact and ends early where there are too many sums: `None`.
+What the knapsack does where costs have no common divisor that would keep its table small, and must be rounded for it.
+Listing is exact and ends early where there are too many sums: `None`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Wanted:
         floor: The least cost of an allocation that is to be preferred to all below it.
         target: The most that any may cost.
         worst: Loss of the best allocation known from `floor` on; infinite where none is.
-        price: Of a unit of cost, near that at which the cheapest levels cost just the target; any serves, a good one saves time.
+        price: Of a unit of cost, near that at which the cheapest levels cost just the target; any serves, a good one
+            saves time.
     """
 
     floor: int
@@ -59,7 +61,8 @@ class Half:
 
 
 def least(losses: Sequence[np.ndarray], costs: Sequence[Sequence[int]], wanted: Wanted) -> Allocation | None:
-    """The allocation of least loss from `floor` to `target`, or else the fullest below; None where there are too many sums.
+    """The allocation of least loss from `floor` to `target`, or else the fullest below; None where there are too many
+    sums.
 
     Args:
         losses: For each unit the loss of each of its levels.
@@ -79,8 +82,9 @@ def least(losses: Sequence[np.ndarray], costs: Sequence[Sequence[int]], wanted: 
 def _half(losses: Sequence[np.ndarray], rows: Sequence[np.ndarray], units: range, wanted: Wanted) -> Half | None:
     """The sums of some of the units that the others can still make something of.
 
-    Left out are those from which the others cannot come between floor and target (where something is known to), and those
-    whose loss is too high even if all others took the levels that are cheapest at the price: the Lagrangian bound.
+    Left out are those from which the others cannot come between floor and target (where something is known to), and
+    those whose loss is too high even if all others took the levels that are cheapest at the price: the Lagrangian
+    bound.
     """
     floor = wanted.floor if np.isfinite(wanted.worst) else 0
     lowest, highest = sum(int(row.min()) for row in rows), sum(int(row.max()) for row in rows)

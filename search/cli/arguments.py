@@ -1,7 +1,7 @@
 """What the command line accepts beyond Hydra's grammar, and clear answers to misspelt choices.
 
-Hydra wants flags before settings, and quotes within quotes around a value with a comma, a blank or a letter beyond ASCII. People
-type paths as their shell completes them, and flags where they think of them.
+Hydra wants flags before settings, and quotes within quotes around a value with a comma, a blank or a letter beyond
+ASCII. People type paths as their shell completes them, and flags where they think of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ CONFIG_DIRS = ("--config-dir", "-cd")
 
 
 def prepared(arguments: Sequence[str], conf: Path) -> list[str]:
-    """Flags first, paths quoted as Hydra wants them, and `model=<folder or hub id>` as the model that is loaded from there."""
+    """Flags first, paths quoted as Hydra wants them, and `model=<folder or hub id>` as the model that is loaded from
+    there.
+    """
     flags, settings = _parted(arguments)
     sweep = "-m" in flags or "--multirun" in flags
     models = _names([conf, *_extra_folders(flags)], "model")
@@ -70,7 +72,9 @@ def _parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             if equals and "." in name:
                 raise InputError(f"{one} is a setting and needs no dashes: {one.lstrip('-')}")
-            lacks = "needs a value" if name in VALUED else f"is no flag; did you mean {nearest(name, [*FLAGS, *VALUED])}?"
+            lacks = (
+                "needs a value" if name in VALUED else f"is no flag; did you mean {nearest(name, [*FLAGS, *VALUED])}?"
+            )
             raise InputError(f"{one} {lacks}; settings have no dashes: key=value")
     return flags, settings
 
@@ -78,13 +82,19 @@ def _parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _model(value: str, known: set[str], sweep: bool) -> list[str]:
     """A choice by name as it is; a folder or hub id as the model that is loaded from there."""
     plain = _unquoted(value)
-    each = [_unquoted(one) for one in _elements(value)] if sweep and not os.path.exists(os.path.expanduser(plain)) else [plain]
+    each = (
+        [_unquoted(one) for one in _elements(value)]
+        if sweep and not os.path.exists(os.path.expanduser(plain))
+        else [plain]
+    )
     are_paths = [one not in known and ("/" in one or os.path.isdir(os.path.expanduser(one))) for one in each]
     if not any(are_paths):
         return [f"model={value}"]
     if not all(are_paths):
         named = ", ".join(one for one, is_path in zip(each, are_paths, strict=True) if not is_path)
-        raise InputError(f"model={value}: a sweep is over names or over folders and hub ids; leave out {named}, or the others")
+        raise InputError(
+            f"model={value}: a sweep is over names or over folders and hub ids; leave out {named}, or the others"
+        )
     return ["model=pretrained", f"model.path={','.join(map(_quoted, each))}"]
 
 

@@ -1,4 +1,6 @@
-"""What `python -m search` does between the shell and the pipeline: arguments, Hydra, and one line for whatever goes wrong."""
+"""What `python -m search` does between the shell and the pipeline: arguments, Hydra, and one line for whatever goes
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def _run(config: DictConfig) -> None:
 
         import transformers
 
-        from search.run.pipeline import run  # takes seconds (torch, transformers); a wrong option should not wait for it
+        from search.run.pipeline import (
+            run,
+        )  # takes seconds (torch, transformers); a wrong option should not wait for it
 
         transformers.utils.logging.disable_progress_bar()
         # transformers logs a warning for each attribute that layers of a pruned model may differ in; ours are meant to.
@@ -68,7 +72,8 @@ def _user_errors() -> Iterator[None]:
         line = explained(error)
         if line is None:
             line = (
-                f"{type(error).__name__}: {reason(error)}; this is a fault of this program, please report it with {_kept(error)}"
+                f"{type(error).__name__}: {reason(error)}; this is a fault of this program, please report it "
+                f"with {_kept(error)}"
             )
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1)

@@ -1,7 +1,7 @@
 """Which settings there are: those that the chosen files of `conf` declare, and no others.
 
-What is added with a plus, or by an experiment, and is declared nowhere would be read by nothing; what is taken away with a tilde
-is needed by something.
+What is added with a plus, or by an experiment, and is declared nowhere would be read by nothing; what is taken away
+with a tilde is needed by something.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ COMPONENTS = {  # what is made of a class by its `_target_`, and how one is chos
 
 
 def check_declared(config: DictConfig, hydra: HydraConf) -> None:
-    """InputError for the first setting of a composed configuration that is declared nowhere, or is declared and not there.
+    """InputError for the first setting of a composed configuration that is declared nowhere, or is declared and not
+    there.
 
     An experiment may set what its own choices declare and those do not that are made instead of them in the command.
 
@@ -45,7 +46,9 @@ def check_declared(config: DictConfig, hydra: HydraConf) -> None:
     for key, siblings in strange.items():
         raise InputError(no_setting(key, siblings))
     for key, _ in _strange(known, given):
-        typed_so = [one for one in hydra.overrides.task if one.startswith("~") and key.startswith(one[1:].partition("=")[0])]
+        typed_so = [
+            one for one in hydra.overrides.task if one.startswith("~") and key.startswith(one[1:].partition("=")[0])
+        ]
         raise InputError(f"{key} was taken away, but is needed; leave out {next(iter(typed_so), f'~{key}')}")
     for key, choice in COMPONENTS.items():
         component = OmegaConf.select(config, key)

@@ -29,10 +29,10 @@ class Metrics:
     Attributes:
         parameters: Of the whole model, tied ones once.
         nonzero: Those of them that are not zero.
-        losses: (sequences,) float64, mean -log p of a token of each sequence, without the leading special tokens and, where there
-            are none, without the first token (sequences do not overlap).
-        divergences: (sequences,) float64, mean KL divergence to the dense model at a token, without the positions that predict a
-            leading special token. A mean may be a little below 0, by rounding.
+        losses: (sequences,) float64, mean -log p of a token of each sequence, without the leading special tokens and,
+            where there are none, without the first token (sequences do not overlap).
+        divergences: (sequences,) float64, mean KL divergence to the dense model at a token, without the positions that
+            predict a leading special token. A mean may be a little below 0, by rounding.
     """
 
     parameters: int
@@ -54,8 +54,8 @@ class Metrics:
     def to_json(self) -> dict[str, Any]:
         """As `metrics.json` has it: `*_error` are standard errors over sequences.
 
-        They are null for a single sequence, and where a loss is not finite. That of the perplexity is to first order: the
-        perplexity times that of the mean loss.
+        They are null for a single sequence, and where a loss is not finite. That of the perplexity is to first order:
+        the perplexity times that of the mean loss.
         """
         of_loss = error_of_mean(self.losses)
         return {
@@ -69,7 +69,9 @@ class Metrics:
 
 
 def difference(a: Metrics, b: Metrics) -> dict[str, Any]:
-    """By how much a model is worse than another one on the same sequences, with the standard errors of paired differences."""
+    """By how much a model is worse than another one on the same sequences, with the standard errors of paired
+    differences.
+    """
     found: dict[str, Any] = {}
     for name, one, other in (("kl_divergence", a.divergences, b.divergences), ("log_perplexity", a.losses, b.losses)):
         with np.errstate(invalid="ignore"):  # of two that are not finite
@@ -103,7 +105,8 @@ class HeldOut:
             ids: (sequences, tokens) int64.
             batch: Sequences in one forward pass.
             track: Draws progress.
-            unscored: First positions of each sequence that are left out, as they predict tokens that always begin a sequence.
+            unscored: First positions of each sequence that are left out, as they predict tokens that always begin a
+                sequence.
             targets: Room for the dense model's side, of each batch.
         """
         self.batches, self.unscored = ids.split(batch), unscored

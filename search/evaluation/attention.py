@@ -1,8 +1,9 @@
 """Causal attention in bfloat16 or float16 on a CPU, about half again as fast as torch's own.
 
-torch's fused kernel works on blocks that suit it badly on CPUs without matrix units; here scores are plain batched matrix
-products in float32, in blocks of queries so that nothing above the diagonal but within a block is computed, with the query
-heads of a group in one product. Whatever else is asked for (masks, other devices and dtypes) goes to torch's kernel.
+torch's fused kernel works on blocks that suit it badly on CPUs without matrix units; here scores are plain batched
+matrix products in float32, in blocks of queries so that nothing above the diagonal but within a block is computed, with
+the query heads of a group in one product. Whatever else is asked for (masks, other devices and dtypes) goes to torch's
+kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ BLOCK = 128  # queries in a product: fewer make small products, more compute mor
 def blocked_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let a model on a CPU that uses torch's kernel use `attention` instead.
 
-    Masks must have been made before (by `supernet.models.architecture.entry`): how they are made depends on the kernel's name.
+    Masks must have been made before (by `supernet.models.architecture.entry`): how they are made depends on the
+    kernel's name.
     """
     before = model.config._attn_implementation
     if before != "sdpa" or model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float16):
@@ -49,7 +51,9 @@ def attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers asks of an attention function: query (batch, heads, tokens, dim) -> (batch, tokens, heads, dim)."""
+    """What transformers asks of an attention function: query (batch, heads, tokens, dim) -> (batch, tokens, heads,
+    dim).
+    """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and causal and not dropout and others.get("softcap") is None
     if not plain or query.device.type != "cpu" or query.shape[2] != key.shape[2] or value.shape[3] != query.shape[3]:

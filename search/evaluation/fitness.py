@@ -5,11 +5,11 @@ d = E (s - t), where E is the output embedding, and
 
     KL(dense || pruned) = log sum_v p_v exp(d_v) - (s - t) . sum_v p_v E_v
 
-So the dense model's side is its hidden state, its log-normaliser and its *expected embedding*, kept for each token; its logits
-are made once for all candidates that are measured together; and only the small difference d is rounded to the model's
-dtype, not logits of 20 and more, whose rounding in bfloat16 would be larger than the divergence of a good candidate.
-Products are taken in tiles of the vocabulary that stay in the processor's caches. Hidden states are those behind the final
-norm. Capped logits (Gemma 2) are not linear: there each tile's logits are capped on both sides.
+So the dense model's side is its hidden state, its log-normaliser and its *expected embedding*, kept for each token; its
+logits are made once for all candidates that are measured together; and only the small difference d is rounded to the
+model's dtype, not logits of 20 and more, whose rounding in bfloat16 would be larger than the divergence of a good
+candidate. Products are taken in tiles of the vocabulary that stay in the processor's caches. Hidden states are those
+behind the final norm. Capped logits (Gemma 2) are not linear: there each tile's logits are capped on both sides.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class _Settings:
 
     Attributes:
         chunk_bytes: Of logits that exist at a time.
-        hidden_weight: Of 1 - cosine similarity of the final hidden states, added to the loss of every token (Týr-the-Pruner adds
-            such a term, of three layers).
+        hidden_weight: Of 1 - cosine similarity of the final hidden states, added to the loss of every token
+            (Týr-the-Pruner adds such a term, of three layers).
     """
 
     chunk_bytes: int = CHUNK_BYTES
@@ -94,9 +94,13 @@ class _Settings:
 
     def __post_init__(self) -> None:
         if type(self.chunk_bytes) is not int or self.chunk_bytes < 1 << 20:
-            raise InputError(f"fitness.chunk_bytes={self.chunk_bytes} must be a whole number of at least {1 << 20} bytes")
+            raise InputError(
+                f"fitness.chunk_bytes={self.chunk_bytes} must be a whole number of at least {1 << 20} bytes"
+            )
         if type(self.hidden_weight) not in (int, float) or not 0 <= self.hidden_weight < torch.inf:
-            raise InputError(f"fitness.hidden_weight={self.hidden_weight} must be a number of at least 0; 0 leaves that term out")
+            raise InputError(
+                f"fitness.hidden_weight={self.hidden_weight} must be a number of at least 0; 0 leaves that term out"
+            )
 
     def scored(self, tokens: int) -> int:
         """See `Fitness`."""
@@ -135,9 +139,11 @@ class CrossEntropy(_Settings):
 
 @dataclass(frozen=True)
 class TopKDivergence(_Settings):
-    """KL(dense || pruned) with both renormalised over the dense model's k likeliest words, as EvoPress's and Týr's sparse KL.
+    """KL(dense || pruned) with both renormalised over the dense model's k likeliest words, as EvoPress's and Týr's
+    sparse KL.
 
-    What the pruned model gives to other words goes unseen; it is here for comparison, and is no cheaper than the exact one.
+    What the pruned model gives to other words goes unseen; it is here for comparison, and is no cheaper than the exact
+    one.
     """
 
     k: int = 8192
@@ -160,7 +166,9 @@ def token_slices(tokens: int, models: int, chunk_bytes: int) -> Iterator[slice]:
 
 
 def _tiles(head: Head) -> Iterator[slice]:
-    """Runs of words, of one length whatever is measured: what is measured beside a model changes no more than its rounding."""
+    """Runs of words, of one length whatever is measured: what is measured beside a model changes no more than its
+    rounding.
+    """
     for start in range(0, len(head.linear.weight), TILE):
         yield slice(start, start + TILE)
 
@@ -202,8 +210,9 @@ def targets(hidden: Tensor, head: Head, chunk_bytes: int = CHUNK_BYTES) -> Targe
 
 
 def _expected(p: Tensor, head: Head) -> Tensor:
-    """Expected output embedding (n, hidden) of probabilities (n, vocabulary), both float32: a divergence is a small difference of
-    it and the logarithm of a sum, so rounding it to bfloat16 would be a quarter of the divergence's error.
+    """Expected output embedding (n, hidden) of probabilities (n, vocabulary), both float32: a divergence is a small
+    difference of it and the logarithm of a sum, so rounding it to bfloat16 would be a quarter of the divergence's
+    error.
     """
     total = torch.zeros(len(p), head.linear.weight.shape[1], device=p.device)
     for words in _tiles(head):
@@ -235,7 +244,9 @@ def kl_divergence(students: Tensor, head: Head, teacher: Targets, chunk_bytes: i
     return divergence
 
 
-def cross_entropy(students: Tensor, head: Head, teacher: Targets, labels: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+def cross_entropy(
+    students: Tensor, head: Head, teacher: Targets, labels: Tensor, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
     """-log p of the words `labels` (n,), (models, n) float32; the other arguments are those of `kl_divergence`."""
     losses = torch.empty(students.shape[:2], dtype=torch.float32, device=students.device)
     for rows in token_slices(students.shape[1], len(students), chunk_bytes):
@@ -249,8 +260,8 @@ def cross_entropy(students: Tensor, head: Head, teacher: Targets, labels: Tensor
 def _logits_of_words(step: Tensor, head: Head, teacher: Targets, words: Tensor) -> Tensor:
     """A word's logit for each token, (models, n), from words (n,) and steps (n, models, hidden).
 
-    The dense model's and the difference are each rounded as in the products over the whole vocabulary, so that what they lose
-    there, where they are part of the normaliser, is lost here, too.
+    The dense model's and the difference are each rounded as in the products over the whole vocabulary, so that what
+    they lose there, where they are part of the normaliser, is lost here, too.
     """
     weight = head.linear.weight
     embeddings = weight[words].float()
@@ -263,7 +274,9 @@ def _logits_of_words(step: Tensor, head: Head, teacher: Targets, words: Tensor) 
 
 
 def topk_divergence(students: Tensor, head: Head, teacher: Targets, k: int, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """KL of the distributions over the dense model's k likeliest words alone; arguments and result as of `kl_divergence`."""
+    """KL of the distributions over the dense model's k likeliest words alone; arguments and result as of
+    `kl_divergence`.
+    """
     k = min(k, len(head.linear.weight))
     divergence = torch.empty(students.shape[:2], dtype=torch.float32, device=students.device)
     for rows in token_slices_of_all_words(students.shape[1], head, chunk_bytes):
@@ -314,7 +327,8 @@ def _log_terms(step: Tensor, head: Head, teacher: Targets, words: slice) -> Tens
 
 
 def _capped_terms(step: Tensor, head: Head, teacher: Targets) -> tuple[Tensor, Tensor]:
-    """With capped logits z of the dense model and z' of the pruned: log sum_v p_v exp(z'_v - z_v) and sum_v p_v (z_v - z'_v).
+    """With capped logits z of the dense model and z' of the pruned: log sum_v p_v exp(z'_v - z_v) and sum_v p_v (z_v -
+    z'_v).
 
     Both (models, n). Raw logits are the dense model's and the difference, so that both sides are rounded alike.
     """
@@ -333,10 +347,14 @@ def _capped_terms(step: Tensor, head: Head, teacher: Targets) -> tuple[Tensor, T
 
 
 def negative_log_likelihood(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
-    """-log p of each following token, (batch, tokens - 1), from hidden (batch, tokens, hidden) and ids (batch, tokens)."""
+    """-log p of each following token, (batch, tokens - 1), from hidden (batch, tokens, hidden) and ids (batch,
+    tokens).
+    """
     size = max(1, CHUNK_BYTES // (4 * len(head.linear.weight)))
     losses = [
         nn.functional.cross_entropy(logits_of(chunk, head), wanted, reduction="none")
-        for chunk, wanted in zip(hidden[:, :-1].flatten(0, 1).split(size), ids[:, 1:].flatten().split(size), strict=True)
+        for chunk, wanted in zip(
+            hidden[:, :-1].flatten(0, 1).split(size), ids[:, 1:].flatten().split(size), strict=True
+        )
     ]
     return torch.cat(losses).view(len(ids), -1)

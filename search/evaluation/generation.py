@@ -1,9 +1,10 @@
 """The fitness of many allocations at once.
 
-A generation moves through the model sub-block by sub-block, not allocation by allocation: allocations that agree so far share
-one state, those that use the same level run as one batch with its weights, loaded once, and the next sub-block's candidates are
-read meanwhile. At the end all final states meet the dense model's targets (`search.evaluation.fitness`), which are computed once a sequence
-and kept. How many sequences and allocations move together follows from the memory there is.
+A generation moves through the model sub-block by sub-block, not allocation by allocation: allocations that agree so far
+share one state, those that use the same level run as one batch with its weights, loaded once, and the next sub-block's
+candidates are read meanwhile. At the end all final states meet the dense model's targets (`search.evaluation.fitness`),
+which are computed once a sequence and kept. How many sequences and allocations move together follows from the memory
+there is.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ from supernet.system.memory import available, give_back_freed_memory, is_out_of_
 log = logging.getLogger(__name__)
 
 RESIDENT = ("model", "blocks")
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # in one pass through a sub-block; more gain nothing, and leave a CPU's caches
+BATCH_TOKENS = {
+    "cpu": 1024,
+    "cuda": 16384,
+}  # in one pass through a sub-block; more gain nothing, and leave a CPU's caches
 STATES, CANDIDATES = 0.4, 0.25  # shares of the free memory of the device
 TARGETS = 0.1  # share of the free main memory
 
@@ -63,7 +67,8 @@ class Evaluator(Protocol):
     sequence_length: int
 
     def __call__(self, allocations: Sequence[Allocation], chosen: np.ndarray) -> np.ndarray:
-        """Mean fitness a token of each sequence, (allocations, sequences) float64, lower is better; infinite where it overflows.
+        """Mean fitness a token of each sequence, (allocations, sequences) float64, lower is better; infinite where it
+        overflows.
 
         Args:
             allocations: To be measured.
@@ -72,11 +77,12 @@ class Evaluator(Protocol):
         ...
 
     def changes(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
-        """What the mean fitness on these sequences changes by, to first order, when one unit alone goes to another level.
+        """What the mean fitness on these sequences changes by, to first order, when one unit alone goes to another
+        level.
 
         Returns:
-            For each unit (levels,) float64; 0 at the level of the allocation. It costs `GRADIENT_COST` passes. Numbers that are
-            not finite mean that there is no gradient to be had at this allocation.
+            For each unit (levels,) float64; 0 at the level of the allocation. It costs `GRADIENT_COST` passes. Numbers
+            that are not finite mean that there is no gradient to be had at this allocation.
         """
         ...
 
@@ -87,11 +93,12 @@ class Resources:
 
     Attributes:
         device: Where the work is done.
-        resident: `model`: the dense model is on the device; `blocks`: only the block at work is, and the other weights stay where
-            they are, in main memory or mapped from the checkpoint.
-        memory: Bytes of hidden states at a time, and as many of the dense model's targets, which lie in main memory (what exceeds
-            that, in files); None for shares of what is free.
-        cache: Bytes of candidates kept from sweep to sweep; None for a share of what is free, or for none with `blocks`.
+        resident: `model`: the dense model is on the device; `blocks`: only the block at work is, and the other weights
+            stay where they are, in main memory or mapped from the checkpoint.
+        memory: Bytes of hidden states at a time, and as many of the dense model's targets, which lie in main memory
+            (what exceeds that, in files); None for shares of what is free.
+        cache: Bytes of candidates kept from sweep to sweep; None for a share of what is free, or for none with
+            `blocks`.
         scratch: Folder of the files that do not outlive the process; None for the system's.
     """
 
@@ -131,8 +138,8 @@ class GenerationEvaluator:
             pool: (sequences, tokens) int64 ids to measure on.
             fitness: The loss of a token.
             resources: Where things lie, and how much of them.
-            unscored: First positions of each sequence that are left out of the loss, as they predict tokens that always begin
-                a sequence.
+            unscored: First positions of each sequence that are left out of the loss, as they predict tokens that always
+                begin a sequence.
         """
         self.unscored = unscored
         self.model, self.supernet, self.pool, self.fitness = model, supernet, pool, fitness
@@ -172,7 +179,9 @@ class GenerationEvaluator:
         rows = [int(row) for row in chosen]
         self._learn_targets([row for row in dict.fromkeys(rows) if row not in self._targets])
         total = [np.zeros(len(unit.levels)) for unit in self.supernet.space.units]
-        room = min(self.memory, int(available(torch.device("cpu")) * STATES))  # inputs of all sub-blocks are in main memory
+        room = min(
+            self.memory, int(available(torch.device("cpu")) * STATES)
+        )  # inputs of all sub-blocks are in main memory
         size = max(1, 2 * room // (self._state_bytes * (len(self.places) + 2)))  # an input is half of `_state_bytes`
         while rows:
             some = rows[:size]
@@ -229,7 +238,9 @@ class GenerationEvaluator:
                 for hidden, after in map(stacked, batches):
                     found[unit][level] += presence(place.part.change(hidden, context, weights), after)
             return list(behind)
-        samples = {unit: self._candidate(unit, min(1, self._last(unit))) for unit in now}  # the levels of a unit are of one kind
+        samples = {
+            unit: self._candidate(unit, min(1, self._last(unit))) for unit in now
+        }  # the levels of a unit are of one kind
         members = [sample for sample in samples.values() if isinstance(sample, Members)]
         layers = {layer or place.part.column: now[unit] for unit, layer in place.units if layer is not None or members}
         with_bias = any(sample.bias is not None for sample in members)
@@ -237,7 +248,9 @@ class GenerationEvaluator:
         for i in range(0, len(batches), self.workers.count):  # no more at a time: each has gradients of all weights
             before += scorer.add(
                 self.workers.map(
-                    lambda pair: part_gradient(self.workers.own(place.part), layers, pair[0], context, pair[1], with_bias),
+                    lambda pair: part_gradient(
+                        self.workers.own(place.part), layers, pair[0], context, pair[1], with_bias
+                    ),
                     [stacked(batch) for batch in batches[i : i + self.workers.count]],
                 )
             )
@@ -252,12 +265,16 @@ class GenerationEvaluator:
         return self.cache.get(unit, level) if level else None
 
     def _levels(self, unit: int) -> Iterator[Candidate | None]:
-        """The candidates of all levels of a unit, one after the other: together they may take as much as many blocks."""
+        """The candidates of all levels of a unit, one after the other: together they may take as much as many
+        blocks.
+        """
         for level in range(self._last(unit) + 1):
             self.cache.prefetch([(unit, level + 1)] if level < self._last(unit) else [])
             yield self._candidate(unit, level)
 
-    def _returns(self, place: Place, now: Mapping[int, Candidate | None]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    def _returns(
+        self, place: Place, now: Mapping[int, Candidate | None]
+    ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """The moves (unit, level) after which an absent sub-block is there again, and its parameters then."""
         for unit in now:
             for level, candidate in enumerate(self._levels(unit)):
@@ -275,22 +292,31 @@ class GenerationEvaluator:
         room = max(1, self.memory // self._state_bytes)
         if len(rows) > 1 and len(allocations) * len(rows) > room:
             size = max(1, room // len(allocations))
-            return np.concatenate([self._sums(allocations, rows[i : i + size]) for i in range(0, len(rows), size)], axis=1)
+            return np.concatenate(
+                [self._sums(allocations, rows[i : i + size]) for i in range(0, len(rows), size)], axis=1
+            )
         if len(allocations) > room:
-            return np.concatenate([self._sums(allocations[i : i + room], rows) for i in range(0, len(allocations), room)])
+            return np.concatenate(
+                [self._sums(allocations[i : i + room], rows) for i in range(0, len(allocations), room)]
+            )
         found = self._tried(
-            len(allocations) * len(rows), lambda: self._losses(self._final_states(allocations, rows, self._batch_tokens), rows)
+            len(allocations) * len(rows),
+            lambda: self._losses(self._final_states(allocations, rows, self._batch_tokens), rows),
         )
         return self._sums(allocations, rows) if found is None else found
 
     def _tried(self, states: int, work: Callable[[], Result]) -> Result | None:
-        """The result of work on so many states at a time; None where memory fell short, and half as many are to be tried."""
+        """The result of work on so many states at a time; None where memory fell short, and half as many are to be
+        tried.
+        """
         try:
             return work()
         except (RuntimeError, MemoryError) as error:
             if states == 1 or not is_out_of_memory(error):
                 raise
-        self.memory = min(self.memory, states * self._state_bytes) // 2  # out here the tensors of the failed work are gone
+        self.memory = (
+            min(self.memory, states * self._state_bytes) // 2
+        )  # out here the tensors of the failed work are gone
         self.cache.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -306,7 +332,12 @@ class GenerationEvaluator:
     def _state_bytes(self) -> int:
         """Of the residual stream of one sequence, twice: before and behind the sub-block at work."""
         width = self.model.get_input_embeddings().weight.shape[1]  # type: ignore[index]
-        return 2 * self.sequence_length * int(width) * (4 if self.places[0].part.wide_residual else self.model.dtype.itemsize)
+        return (
+            2
+            * self.sequence_length
+            * int(width)
+            * (4 if self.places[0].part.wide_residual else self.model.dtype.itemsize)
+        )
 
     def _learn_targets(self, rows: Sequence[int]) -> None:
         """The dense model's side of sequences, each passed alone, so that no other can change its rounding."""
@@ -335,7 +366,11 @@ class GenerationEvaluator:
         return moved(entry(self.model, self.pool[:1].to(self.model.device))[1], self.device)
 
     def _final_states(
-        self, allocations: Sequence[Allocation], rows: Sequence[int], batch_tokens: int, inputs: list[list[Tensor]] | None = None
+        self,
+        allocations: Sequence[Allocation],
+        rows: Sequence[int],
+        batch_tokens: int,
+        inputs: list[list[Tensor]] | None = None,
     ) -> list[Row]:
         """The residual stream of each allocation behind the last block, for each sequence.
 
@@ -374,7 +409,9 @@ class GenerationEvaluator:
         size = max(1, batch_tokens // self.sequence_length)
         batches: list[Batch] = []
         for levels, group in groupby(moves, key=lambda move: move[0]):
-            weights = together([layers.get((unit, level), {}) for (unit, _), level in zip(place.units, levels, strict=True)])
+            weights = together(
+                [layers.get((unit, level), {}) for (unit, _), level in zip(place.units, levels, strict=True)]
+            )
             states = [state for _, before in group for state in paths[before]]
             batches += [Batch(states[i : i + size], weights) for i in range(0, len(states), size)]
         del states
@@ -390,7 +427,8 @@ class GenerationEvaluator:
         """What every level that is not dense makes of a sub-block: once, though several sets of levels may have it."""
         numbers = {unit: number for number, (unit, _) in enumerate(place.units)}
         return {
-            (unit, level): place.of_unit(numbers[unit], self.cache.get(unit, level)) for unit, level in _keys(place, allocations)
+            (unit, level): place.of_unit(numbers[unit], self.cache.get(unit, level))
+            for unit, level in _keys(place, allocations)
         }
 
     def _passed(self, place: Place, batch: Batch, context: dict[str, Any]) -> list[Tensor]:
@@ -437,4 +475,6 @@ class GenerationEvaluator:
 
 def _keys(place: Place, allocations: Sequence[Allocation]) -> list[Key]:
     """The candidates (unit, level) that a sub-block needs."""
-    return sorted({(unit, allocation[unit]) for allocation in allocations for unit, _ in place.units if allocation[unit]})
+    return sorted(
+        {(unit, allocation[unit]) for allocation in allocations for unit, _ in place.units if allocation[unit]}
+    )

@@ -1,10 +1,12 @@
-"""What one gradient says of every level of every unit: to first order, by how much the fitness changes when a unit goes there.
+"""What one gradient says of every level of every unit: to first order, by how much the fitness changes when a unit goes
+there.
 
-For a unit whose weight is W now and W_l at level l that is `<dL/dW, W_l - W>`. The gradient is walked backwards sub-block by
-sub-block from stored inputs; each sub-block is computed once more with autograd on its own weights alone, and its gradient is
-reduced to one number a level at once. So it takes the memory of one sub-block, and only that one has to be on the device.
-Weights are taken at full size, with zeros where members are gone: what is gone has a gradient, too, and may come back. A
-sub-block that comes or goes as a whole is scored by what it adds, `<dL/d(residual stream), change>`.
+For a unit whose weight is W now and W_l at level l that is `<dL/dW, W_l - W>`. The gradient is walked backwards
+sub-block by sub-block from stored inputs; each sub-block is computed once more with autograd on its own weights alone,
+and its gradient is reduced to one number a level at once. So it takes the memory of one sub-block, and only that one
+has to be on the device. Weights are taken at full size, with zeros where members are gone: what is gone has a gradient,
+too, and may come back. A sub-block that comes or goes as a whole is scored by what it adds, `<dL/d(residual stream),
+change>`.
 """
 
 from __future__ import annotations
@@ -101,7 +103,10 @@ def part_gradient(
     presence = float((toward.float() * change.detach().float()).sum())
     found = [gradient.float() for gradient in rest]
     return Gradient(
-        behind + first.to(behind.dtype), dict(zip(leaves, found, strict=False)), found[-1] if with_bias else None, presence
+        behind + first.to(behind.dtype),
+        dict(zip(leaves, found, strict=False)),
+        found[-1] if with_bias else None,
+        presence,
     )
 
 
@@ -147,7 +152,9 @@ class Scorer:
         self.presence = 0.0
 
     def add(self, gradients: Sequence[Gradient]) -> list[Tensor]:
-        """Add up those of more batches of sequences; their gradients (tokens, hidden) before the sub-block, for each sequence."""
+        """Add up those of more batches of sequences; their gradients (tokens, hidden) before the sub-block, for each
+        sequence.
+        """
         for one in gradients:
             for name, weight in one.weights.items():
                 self.weights[name] = self.weights[name].add_(weight) if name in self.weights else weight
@@ -181,5 +188,7 @@ class Scorer:
 
 
 def presence(change: Tensor, behind: Tensor) -> float:
-    """What the loss changes by, to first order, when a sub-block that adds `change` comes back; both (batch, tokens, hidden)."""
+    """What the loss changes by, to first order, when a sub-block that adds `change` comes back; both (batch, tokens,
+    hidden).
+    """
     return _dot(behind.float(), change)

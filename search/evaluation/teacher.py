@@ -1,8 +1,9 @@
-"""The dense model's side of the sequences that have been measured, kept within a limit of main memory and beyond it in files.
+"""The dense model's side of the sequences that have been measured, kept within a limit of main memory and beyond it in
+files.
 
-A token takes its final hidden state, its expected embedding in float32 and one number: 25 GB for 512 sequences of 2,048 tokens
-of Llama-3.1-8B. They are computed once a sequence and needed again at every comparison on it. What comes back from a file is
-what was put there, bit for bit, so no result depends on the limit.
+A token takes its final hidden state, its expected embedding in float32 and one number: 25 GB for 512 sequences of 2,048
+tokens of Llama-3.1-8B. They are computed once a sequence and needed again at every comparison on it. What comes back
+from a file is what was put there, bit for bit, so no result depends on the limit.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ def _filed(targets: Targets, size: int, folder: Path) -> Targets:
     """The same in a file that is mapped into memory."""
     space = Activations([(size,)], torch.uint8, in_memory=False, folder=folder)[0]
     start, views = 0, list[Tensor]()
-    for tensor in (targets.expected, targets.normaliser, targets.hidden):  # float32 first: each begins where its dtype may
+    for tensor in (
+        targets.expected,
+        targets.normaliser,
+        targets.hidden,
+    ):  # float32 first: each begins where its dtype may
         view = space[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         views.append(view.copy_(tensor))
         start += tensor.nbytes

@@ -1,9 +1,9 @@
 """Independent pieces of work side by side on a CPU.
 
-An operation on a few megabytes that is split over all threads waits for them to wake and to meet again; meanwhile another
-piece of work can go on. The pieces keep torch's number of threads: `torch.set_num_threads` would break batched LU in the whole
-process with torch 2.13 and MKL (`torch.linalg.solve` and `inv`). This project solves by Cholesky, which stays right, but others
-in the process may not.
+An operation on a few megabytes that is split over all threads waits for them to wake and to meet again; meanwhile
+another piece of work can go on. The pieces keep torch's number of threads: `torch.set_num_threads` would break batched
+LU in the whole process with torch 2.13 and MKL (`torch.linalg.solve` and `inv`). This project solves by Cholesky, which
+stays right, but others in the process may not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Workers:
         self._pool = ThreadPoolExecutor(self.count, "evaluator") if self.count > 1 else None
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work` of every item, in their order and without gradients. When it ends, with an error too, no thread is at work."""
+        """`work` of every item, in their order and without gradients. When it ends, with an error too, no thread is at
+        work.
+        """
         if self._pool is None or len(items) < 2:
             return [work(item) for item in items]
 
@@ -57,7 +59,8 @@ class Workers:
             self._pool.shutdown()
 
     def own(self, part: SubBlock) -> SubBlock:
-        """The sub-block for the thread that asks: its module can run with other parameters than those of other threads' modules.
+        """The sub-block for the thread that asks: its module can run with other parameters than those of other threads'
+        modules.
 
         All share the model's parameters themselves.
         """
@@ -71,5 +74,9 @@ class Workers:
 
 def _twin(module: torch.nn.Module) -> torch.nn.Module:
     """A copy of a module that shares its tensors and configuration."""
-    shared = [*module.parameters(), *module.buffers(), *(one.config for one in module.modules() if hasattr(one, "config"))]
+    shared = [
+        *module.parameters(),
+        *module.buffers(),
+        *(one.config for one in module.modules() if hasattr(one, "config")),
+    ]
     return copy.deepcopy(module, {id(value): value for value in shared})

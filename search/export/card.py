@@ -109,15 +109,18 @@ Made with {program()}, torch {metadata.version("torch")} and transformers {metad
 
 
 TRUST = """
-`trust_remote_code=True` is needed where layers differ in size: `modeling_pruned.py` here builds them. Without it loading ends
-with an error. There are classes for causal language models (`AutoModelForCausalLM`) and for their trunk (`AutoModel`).
+`trust_remote_code=True` is needed where layers differ in size: `modeling_pruned.py` here builds them. Without it
+loading ends with an error. There are classes for causal language models (`AutoModelForCausalLM`) and for their
+trunk (`AutoModel`).
 """
 
 
 def _how(facts: Facts) -> str:
     within = f"What goes within a layer was chosen by `{facts.pruner}`."
     if facts.rule:
-        return f"How much goes from each layer follows from the rule `{facts.strategy}`; nothing was searched.\n{within}"
+        return (
+            f"How much goes from each layer follows from the rule `{facts.strategy}`; nothing was searched.\n{within}"
+        )
     loss = LOSSES.get(facts.fitness, f"the smallest {facts.fitness}")
     return f"How much goes from each layer was searched for {loss} (strategy `{facts.strategy}`).\n{within}"
 
@@ -129,7 +132,8 @@ def _measured(metrics: Mapping[str, Any] | None, checked: Checked | None) -> str
         lines.append(f"On {tokens} tokens of held-out text:\n\n```\n{metrics_table(metrics)}\n```\n")
     if checked is not None:
         lines.append(
-            f"A fresh process loaded this folder and found a loss of {checked.reloaded:.4f} on {checked.sequences} held-out "
+            f"A fresh process loaded this folder and found a loss of {checked.reloaded:.4f} on {checked.sequences} "
+            "held-out "
             f"sequences; the run that wrote it had {checked.loss:.4f}.\n"
         )
     return "\n".join(lines)
@@ -150,7 +154,9 @@ def _budgets(budget: Mapping[str, Any]) -> str:
 def _metadata(facts: Facts) -> ModelCardData:
     inherited = _of_source(facts.source)
     tags = ["pruned", "pruning", "sparsity-search"]
-    is_hub_id = facts.name.count("/") == 1 and not facts.name.startswith((".", "/", "~")) and not Path(facts.name).exists()
+    is_hub_id = (
+        facts.name.count("/") == 1 and not facts.name.startswith((".", "/", "~")) and not Path(facts.name).exists()
+    )
     return ModelCardData(
         base_model=facts.name if is_hub_id else inherited.pop("base_model", None),
         base_model_relation="quantized" if facts.pruner in ("gptq", "rtn") else None,

@@ -1,4 +1,6 @@
-"""Files that lie beside the dense model and belong beside the pruned one: its licence, and what tools read the tokenizer from."""
+"""Files that lie beside the dense model and belong beside the pruned one: its licence, and what tools read the
+tokenizer from.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from supernet.models.assemble import FOREIGN
 
 CARRIED = (  # in small letters
     *("license*", "licence*", "notice*", "copying*", "copyright*", "use_policy*", "use-policy*", "acceptable_use*"),
-    *("tokenizer.model*", "*.tiktoken", "tekken.json", "spiece.model", "sentencepiece*", "*.spm", "vocab.json", "vocab.txt"),
+    *(
+        "tokenizer.model*",
+        "*.tiktoken",
+        "tekken.json",
+        "spiece.model",
+        "sentencepiece*",
+        "*.spm",
+        "vocab.json",
+        "vocab.txt",
+    ),
     *("merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*"),
 )
 TEMPLATES = "additional_chat_templates"
@@ -37,7 +48,9 @@ def _files(source: Path) -> Iterator[Path]:
 
 
 def drop_foreign_code(folder: Path) -> None:
-    """Take the names of strangers' code out of all settings but config.json's, which `supernet.models.assemble` makes anew."""
+    """Take the names of strangers' code out of all settings but config.json's, which `supernet.models.assemble` makes
+    anew.
+    """
     for file in sorted(folder.glob("*_config.json")):
         settings = json.loads(file.read_text())
         if isinstance(settings, dict) and settings.keys() & set(FOREIGN):

@@ -1,7 +1,8 @@
 """The guard of the export: what a fresh process loads from the folder computes what the run measured, or the run fails.
 
-Three numbers must agree on a few held-out sequences: the loss that the search's own way of measuring gives for the allocation,
-that of the assembled model in memory, and that of the folder in a process that knows nothing of this project.
+Three numbers must agree on a few held-out sequences: the loss that the search's own way of measuring gives for the
+allocation, that of the assembled model in memory, and that of the folder in a process that knows nothing of this
+project.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def tolerance(*dtypes: torch.dtype) -> float:
 def check_assembled(model: PreTrainedModel, sample: Sample) -> list[float]:
     """Losses of the model in memory; InputError if they are not those that the search's way of measuring gives.
 
-    The two ways add up in another order, and weights may have been rounded between them, hence four times the tolerance.
+    The two ways add up in another order, and weights may have been rounded between them, hence four times the
+    tolerance.
     """
     losses = reload.sequence_losses(model, sample.ids, sample.unscored)
     if sample.losses:
@@ -88,13 +90,16 @@ def check_assembled(model: PreTrainedModel, sample: Sample) -> list[float]:
         if not _agree(losses, sample.losses, allowed):
             raise InputError(
                 f"the assembled model's loss differs by {worst:.3g} from what the search measured "
-                f"({_mean(losses):.4g} and {_mean(sample.losses):.4g}); nothing was exported: this is a fault of this program, "
+                f"({_mean(losses):.4g} and {_mean(sample.losses):.4g}); nothing was exported: this is a fault of "
+                "this program, "
                 "please report it with the model's config.json"
             )
     return losses
 
 
-def check_folder(folder: Path, model: PreTrainedModel, dtype: torch.dtype, losses: Sequence[float], sample: Sample) -> Checked:
+def check_folder(
+    folder: Path, model: PreTrainedModel, dtype: torch.dtype, losses: Sequence[float], sample: Sample
+) -> Checked:
     """Load a folder in a fresh process; InputError if that fails, or gives another model than the one in memory.
 
     Args:
@@ -109,7 +114,8 @@ def check_folder(folder: Path, model: PreTrainedModel, dtype: torch.dtype, losse
     if found["parameters"] != parameters or not _agree(losses, found["losses"], allowed):
         raise InputError(
             f"what a fresh process loads from the export is another model: loss {_mean(found['losses']):.4g} and "
-            f"{found['parameters']:,} parameters, in memory {_mean(losses):.4g} and {parameters:,}; nothing was exported: this "
+            f"{found['parameters']:,} parameters, in memory {_mean(losses):.4g} and {parameters:,}; nothing was "
+            "exported: this "
             "is a fault of this program, please report it with the model's config.json"
         )
     if not all(map(math.isfinite, losses)):
@@ -151,7 +157,8 @@ def _reload(folder: Path, model: PreTrainedModel, dtype: torch.dtype, sample: Sa
         if process.returncode:
             said = (process.stderr.strip() or f"status {process.returncode}").splitlines()[-1]
             raise InputError(
-                f"a fresh process cannot load the export ({said}); nothing was exported: with too little memory for one model "
+                f"a fresh process cannot load the export ({said}); nothing was exported: with too little memory "
+                "for one model "
                 "more, use export.check=false; else please report it with the model's config.json"
             )
         found: dict[str, Any] = json.loads((place / "result.json").read_text())
@@ -164,7 +171,9 @@ def _environment(place: Path) -> dict[str, str]:
     ways = [way for way in sys.path if way and (Path(way).resolve() != own or (own / "transformers").is_dir())]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(ways),
-        "HF_MODULES_CACHE": str(place / "modules"),  # what transformers copies to run code from the folder goes with the check
+        "HF_MODULES_CACHE": str(
+            place / "modules"
+        ),  # what transformers copies to run code from the folder goes with the check
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }

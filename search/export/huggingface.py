@@ -44,7 +44,8 @@ PLAIN = Wanted()
 
 @torch.no_grad()
 def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model, its weights rounded to what a file of another dtype can hold, so that what is measured is what is written.
+    """The model, its weights rounded to what a file of another dtype can hold, so that what is measured is what is
+    written.
 
     Weights that do not change keep sharing their memory with the dense model.
     """
@@ -55,7 +56,9 @@ def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
                 near = parameter.to(dtype).to(own)
                 if not bool(near.isfinite().all()):
                     name = str(dtype).removeprefix("torch.")
-                    raise InputError(f"export.dtype={name} cannot hold weights as large as this model's; use bfloat16 or float32")
+                    raise InputError(
+                        f"export.dtype={name} cannot hold weights as large as this model's; use bfloat16 or float32"
+                    )
                 if not torch.equal(near, parameter):
                     parameter.data = near
     return model
@@ -64,10 +67,12 @@ def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def export(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: Card, wanted: Wanted = PLAIN
 ) -> Checked | None:
-    """Write the model, its tokenizer and a model card; the folder appears whole or not at all, in place of an older one.
+    """Write the model, its tokenizer and a model card; the folder appears whole or not at all, in place of an older
+    one.
 
     Args:
-        model: From `supernet.models.assemble`, and `rounded` to the dtype that is wanted, which it is cast to here: its last use.
+        model: From `supernet.models.assemble`, and `rounded` to the dtype that is wanted, which it is cast to here: its
+            last use.
         tokenizer: The dense model's.
         folder: Where to.
         card: README.md of the folder.

@@ -19,7 +19,14 @@ def allocation_json(space: Space, allocation: Allocation, budget: Budget, model:
         chosen = unit.levels[level]
         sparsity = round(unit.sparsity(level), 6)
         units.append(
-            {"name": unit.name, "kind": unit.kind, "level": level, "sparsity": sparsity, "kept": chosen.kept, "total": unit.total}
+            {
+                "name": unit.name,
+                "kind": unit.kind,
+                "level": level,
+                "sparsity": sparsity,
+                "kept": chosen.kept,
+                "total": unit.total,
+            }
             | {"cost": chosen.cost}
         )
     limits = [
@@ -32,10 +39,11 @@ def allocation_json(space: Space, allocation: Allocation, budget: Budget, model:
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Dense, uniform and searched model side by side; `kept` is the share of the prunable parameters, or bits, that is left.
+    """Dense, uniform and searched model side by side; `kept` is the share of the prunable parameters, or bits, that is
+    left.
 
-    Behind each number that has one stands its standard error over sequences. Where many parameters are zero, those that are not
-    are told, too.
+    Behind each number that has one stands its standard error over sequences. Where many parameters are zero, those that
+    are not are told, too.
     """
     sparse = any(metrics[name]["nonzero_parameters"] < SPARSE * metrics[name]["parameters"] for name in ROWS)
     not_zero = f"{'not zero':>14}" if sparse else ""
@@ -55,13 +63,19 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
 
 
 def _with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
-    """A number with its standard error, where there is one: 14.05 ± 0.31. What rounds to 0 has no sign of its own (`z`)."""
+    """A number with its standard error, where there is one: 14.05 ± 0.31. What rounds to 0 has no sign of its own
+    (`z`).
+    """
     return f"{value:{sign}z.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def _latency_line(latency: Mapping[str, Any]) -> str:
-    tokens = f"{latency['batch']} x {latency['prompt']}" + (f" + {latency['generated']}" if latency["generated"] else "")
+    tokens = f"{latency['batch']} x {latency['prompt']}" + (
+        f" + {latency['generated']}" if latency["generated"] else ""
+    )
     taken = f"{latency['searched_seconds']:.3g} instead of {latency['dense_seconds']:.3g} s for {tokens} tokens"
-    asked = f"{latency['asked']:.2f} asked for, " if "asked" in latency else ""  # a run of an earlier version did not say
+    asked = (
+        f"{latency['asked']:.2f} asked for, " if "asked" in latency else ""
+    )  # a run of an earlier version did not say
     expected = f"{asked}{latency['promised']:.2f} expected"
     return f"{latency['speedup']:.2f} times as fast as dense ({expected}): {taken} on {latency['device']}"

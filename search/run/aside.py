@@ -1,8 +1,9 @@
-"""`fresh=true`: the run in a directory is moved aside, all of it or nothing, whenever the process that does so is killed.
+"""`fresh=true`: the run in a directory is moved aside, all of it or nothing, whenever the process that does so is
+killed.
 
-Its files are gathered in one folder within the directory, the checkpoint first: from then on there is no run here, and whoever
-locks the directory next finishes what was begun before anything else. Then the folder is renamed. Hydra's own files of the job
-that is at work stay: they are being written.
+Its files are gathered in one folder within the directory, the checkpoint first: from then on there is no run here, and
+whoever locks the directory next finishes what was begun before anything else. Then the folder is renamed. Hydra's own
+files of the job that is at work stay: they are being written.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def finish_moving(path: Path) -> None:
 
 
 def _refer_from(target: Path, gathered: Path) -> None:
-    """Note that the run uses its supernets from where it will be; before it is there, so that none is ever without a user."""
+    """Note that the run uses its supernets from where it will be; before it is there, so that none is ever without a
+    user.
+    """
     listed = Path(CHECKPOINT) / "supernets.json"
     try:
         supernets = read_record(gathered / listed) or {}

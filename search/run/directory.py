@@ -1,4 +1,6 @@
-"""A run's directory: what it has done so far, so that the same command goes on from there and another one is refused."""
+"""A run's directory: what it has done so far, so that the same command goes on from there and another one is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other processes out of a run's directory; InputError where one is at work. The kernel frees a dead one's lock.
+    """Keep other processes out of a run's directory; InputError where one is at work. The kernel frees a dead one's
+    lock.
 
     What a process that was killed here left half done is finished or swept away first.
     """
@@ -59,7 +62,9 @@ def locked(path: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(f"{path} is in use by another process; wait for it, or choose another hydra.run.dir") from error
+        raise InputError(
+            f"{path} is in use by another process; wait for it, or choose another hydra.run.dir"
+        ) from error
     except OSError as error:
         raise InputError(f"cannot lock {path / '.lock'}: {error.strerror}; choose another hydra.run.dir") from error
     try:
@@ -114,7 +119,9 @@ class RunDirectory:
             return
         if not self._fresh:
             changes = ", ".join(_changes(before, self.identity))
-            raise InputError(f"{self.path} holds a run on another model or text ({changes}); start over with fresh=true")
+            raise InputError(
+                f"{self.path} holds a run on another model or text ({changes}); start over with fresh=true"
+            )
         move_aside(self.path)
 
     @property
@@ -124,7 +131,9 @@ class RunDirectory:
         return any((self.path / name).exists() for name in names) or any(self.path.glob(ROUND.format("*")))
 
     def _goes_on(self) -> bool:
-        """Whether the same command with fresh=true began the run here and was killed: it is not to lose again what it did."""
+        """Whether the same command with fresh=true began the run here and was killed: it is not to lose again what it
+        did.
+        """
         try:
             if self.read(FRESH) is None or self.read(SETTINGS) != self.settings:
                 return False
@@ -156,9 +165,13 @@ class RunDirectory:
     def latencies(self, space: Space) -> CostTable | None:
         """What the units of a space took when the run measured them: its limit must not move when it is resumed."""
         name = LATENCY.format(space.fingerprint)
-        content = self.read(name) if self._claimed else None  # of a directory that is not claimed it may be of other settings
+        content = (
+            self.read(name) if self._claimed else None
+        )  # of a directory that is not claimed it may be of other settings
         if content is None:
-            if self._claimed and any(space.fingerprint == (self._round(file) or {}).get("space") for file in self._rounds):
+            if self._claimed and any(
+                space.fingerprint == (self._round(file) or {}).get("space") for file in self._rounds
+            ):
                 raise _missing(self.path / name)
             return None
         try:
@@ -259,7 +272,8 @@ class RunDirectory:
     def stage(self, name: str) -> Iterator[None]:
         """Add the seconds of a stage to those of earlier runs of it, and note the most memory that was held in it.
 
-        `peak_memory_of` is `process` where the system cannot tell the stage's peak (macOS): then it is the process's so far.
+        `peak_memory_of` is `process` where the system cannot tell the stage's peak (macOS): then it is the process's so
+        far.
         """
         of_stage = restart_peak()
         if torch.cuda.is_available():
@@ -267,7 +281,10 @@ class RunDirectory:
         start = time.perf_counter()
         yield
         before = self.costs().get(name, {})
-        cost = {"seconds": round(before.get("seconds", 0.0) + time.perf_counter() - start, 2), "peak_memory_bytes": peak()}
+        cost = {
+            "seconds": round(before.get("seconds", 0.0) + time.perf_counter() - start, 2),
+            "peak_memory_bytes": peak(),
+        }
         if torch.cuda.is_available():
             cost["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
         largest = {key: max(value, before.get(key, 0)) for key, value in cost.items()}
@@ -288,7 +305,9 @@ class RunDirectory:
         return (self.path / SETTINGS).exists()
 
     def _claim(self) -> None:
-        """Note whose run this is. Not before there is something to lose: a mistaken setting must be free to be corrected."""
+        """Note whose run this is. Not before there is something to lose: a mistaken setting must be free to be
+        corrected.
+        """
         if not self._claimed:
             if self._fresh:
                 self.write(FRESH, {})
@@ -299,7 +318,11 @@ class RunDirectory:
 def _damaged(file: Path, why: str) -> InputError:
     # Without these nothing is lost but times, or the name of a study: all else in a checkpoint decides what is found.
     free = file.parent.name != CHECKPOINT or file.name in ("costs.json", "supernets.json", "study.json")
-    advice = "delete it, and the same command writes a new one" if free and file.name != HISTORY else "start over with fresh=true"
+    advice = (
+        "delete it, and the same command writes a new one"
+        if free and file.name != HISTORY
+        else "start over with fresh=true"
+    )
     return InputError(f"{file} is damaged ({why}); {advice}")
 
 
@@ -317,7 +340,9 @@ def _state(content: Mapping[str, Any], space: Space, generations: int) -> State:
     """A checkpoint's state; one of `WRONG` where it is none that a search of this space could have."""
     state = State(**{**content, "parent": tuple(content["parent"])})
     levels = [len(unit.levels) for unit in space.units]
-    if len(state.parent) != len(levels) or any(_whole(level) >= most for level, most in zip(state.parent, levels, strict=True)):
+    if len(state.parent) != len(levels) or any(
+        _whole(level) >= most for level, most in zip(state.parent, levels, strict=True)
+    ):
         raise ValueError("its allocation has levels that there are not")
     if _whole(state.generation) > generations:
         raise ValueError(f"it is of generation {state.generation} of {generations}")
@@ -329,7 +354,9 @@ def _state(content: Mapping[str, Any], space: Space, generations: int) -> State:
 
 
 def _checksum(table: pd.DataFrame) -> str:
-    """Hash of what rows say but for the seconds, which no two runs share; an exception where they are not those of a history."""
+    """Hash of what rows say but for the seconds, which no two runs share; an exception where they are not those of a
+    history.
+    """
     if list(table.columns) != list(COLUMNS):
         raise ValueError("its columns are not those of a history")
     hashed = xxhash.xxh3_128()
@@ -356,5 +383,9 @@ def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:
         if kinds[0] != kinds[1]:  # then all its settings differ, too
             return ["{}: {} there, {} now".format(prefix, *kinds)]
         keys = dict.fromkeys([*before, *after])
-        return [line for key in keys for line in _changes(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key)]
+        return [
+            line
+            for key in keys
+            for line in _changes(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
     return [] if before == after else [f"{prefix}: {json.dumps(before)} there, {json.dumps(after)} now"]

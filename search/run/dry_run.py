@@ -25,10 +25,15 @@ def describe(job: Job) -> None:
     window = job.first_window
     space, unmeasured = window.space, job.unmeasured(window.space)
     rounds, strategy = job.rounds, job.strategy
-    log.info("%s: %d units, %d levels", job.loaded.name, len(space.units), sum(len(unit.levels) for unit in space.units))
+    log.info(
+        "%s: %d units, %d levels", job.loaded.name, len(space.units), sum(len(unit.levels) for unit in space.units)
+    )
     around: Allocation = (0,) * len(space.units)
     if unmeasured:
-        log.info("budget: not known before the latencies of %d models have been measured beside the dense one", len(unmeasured))
+        log.info(
+            "budget: not known before the latencies of %d models have been measured beside the dense one",
+            len(unmeasured),
+        )
     else:
         budget = job.budget(space)
         log.info("budget: %s", budget)
@@ -49,11 +54,15 @@ def describe(job: Job) -> None:
         log.info("search: no allocation is measured; %sthe rule looks at %s", each, strategy.looks_at)
     else:
         tokens = rounds * strategy.generations * strategy.tokens_per_generation
-        log.info("search: about %s forward tokens, fewer where it ends early or the search text is short", f"{tokens:,}")
+        log.info(
+            "search: about %s forward tokens, fewer where it ends early or the search text is short", f"{tokens:,}"
+        )
 
 
 def warn_if_few(strategy: Strategy, pool: Tensor) -> None:
-    """Tell the user where a search is on too few sequences, (sequences, tokens), to tell a better allocation from chance."""
+    """Tell the user where a search is on too few sequences, (sequences, tokens), to tell a better allocation from
+    chance.
+    """
     if not strategy.needs_candidates or not strategy.tokens_per_generation:
         return
     sequences, length = pool.shape
@@ -64,4 +73,6 @@ def warn_if_few(strategy: Strategy, pool: Tensor) -> None:
             *(max(FEWEST, sequences), max(strategy.tokens, 2 * length)),
         )
     elif sequences < FEWEST:
-        log.warning("data.sequences.search=%d: differences on so few are mostly chance; take at least %d", sequences, FEWEST)
+        log.warning(
+            "data.sequences.search=%d: differences on so few are mostly chance; take at least %d", sequences, FEWEST
+        )

@@ -64,7 +64,9 @@ class Job:
         return str(self.loaded.model.dtype).removeprefix("torch.")
 
     def model_on_device(self) -> PreTrainedModel:
-        """The dense model moved to the run's device, for evaluation; with `evaluator.resident=blocks` it stays where it is."""
+        """The dense model moved to the run's device, for evaluation; with `evaluator.resident=blocks` it stays where it
+        is.
+        """
         model = self.loaded.model
         if self.resources.resident == "model":
             model.to(self.device)  # type: ignore[arg-type]
@@ -81,7 +83,9 @@ class Job:
         except (RuntimeError, AssertionError) as error:
             why = str(error).splitlines()[0].partition(". ")[0]
             why = why if len(why) < 100 else "torch knows no such device here"
-            raise InputError(f"device={name} cannot be used here ({why}); use device=cpu, or cuda with a GPU") from error
+            raise InputError(
+                f"device={name} cannot be used here ({why}); use device=cpu, or cuda with a GPU"
+            ) from error
         return torch.device(name)
 
     @cached_property
@@ -100,7 +104,9 @@ class Job:
         if name is None:
             return self.loaded.stored_dtype or self.loaded.model.dtype
         if name not in DTYPES:
-            raise InputError(f"export.dtype={name} is not one that models are written in; use null, {', '.join(DTYPES)}")
+            raise InputError(
+                f"export.dtype={name} is not one that models are written in; use null, {', '.join(DTYPES)}"
+            )
         return DTYPES[name]
 
     def budget(self, space: Space) -> Budget:
@@ -123,7 +129,9 @@ class Job:
         table = self._latency_table
         if missing := table.missing(space):
             if self.resources.resident == "blocks" and self.device.type != "cpu":
-                raise InputError("budget.speedup needs the whole model on the device to measure it; use evaluator.resident=model")
+                raise InputError(
+                    "budget.speedup needs the whole model on the device to measure it; use evaluator.resident=model"
+                )
             self.model_on_device()
             log.info("latency: %d models to time beside the dense one, once for all runs on this machine", len(missing))
             table.measure(space, track)
@@ -194,14 +202,18 @@ class Job:
 
     @property
     def accumulation(self) -> str:
-        """What the next sub-block sees while candidates are built; methods that look at no inputs have no such setting."""
+        """What the next sub-block sees while candidates are built; methods that look at no inputs have no such
+        setting.
+        """
         prune = self.config.prune
         return str(prune.accumulation) if "accumulation" in prune else "none"
 
     @cached_property
     def grid(self) -> Grid:
         """Levels of all rounds."""
-        return Grid(int(self.config.supernet.levels), float(self.config.supernet.step), float(self.config.supernet.lowest))
+        return Grid(
+            int(self.config.supernet.levels), float(self.config.supernet.step), float(self.config.supernet.lowest)
+        )
 
     @cached_property
     def finest(self) -> Window:
@@ -211,15 +223,17 @@ class Job:
 
     @cached_property
     def first_window(self) -> Window:
-        """The levels of the first round; all of the last one for a strategy that needs no candidates: they cost it nothing."""
+        """The levels of the first round; all of the last one for a strategy that needs no candidates: they cost it
+        nothing.
+        """
         return self.grid.first(self.prunables) if self.strategy.needs_candidates else self.finest
 
     @cached_property
     def rounds(self) -> int:
         """How many of the rounds asked for make a difference.
 
-        Levels that are fixed (of patterns, of bit widths, of depth) are the same in every round, and so are their candidates,
-        unless these are built along the allocation that the last round found (`prune.accumulation=chosen`).
+        Levels that are fixed (of patterns, of bit widths, of depth) are the same in every round, and so are their
+        candidates, unless these are built along the allocation that the last round found (`prune.accumulation=chosen`).
         """
         fixed = all(one.choices is not None for one in self.prunables) and self.accumulation != "chosen"
         return 1 if fixed or not self.strategy.needs_candidates else int(self.config.rounds)

@@ -1,6 +1,7 @@
 """Which levels each unit gets in a round: a coarse grid first, then ever finer windows around the allocation found.
 
-Together with a space comes its *mixture*: the weight of every level in what the next sub-block sees while candidates are built.
+Together with a space comes its *mixture*: the weight of every level in what the next sub-block sees while candidates
+are built.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ ACCUMULATIONS = ("none", "chosen", "expectation")
 
 @dataclass(frozen=True)
 class Window:
-    """The space of a round, and the units whose window of levels holds the dense one (which every unit has in any case)."""
+    """The space of a round, and the units whose window of levels holds the dense one (which every unit has in any
+    case).
+    """
 
     space: Space
     dense: frozenset[str]
@@ -81,8 +84,9 @@ def mixture(window: Window, accumulation: str, around: Allocation) -> Mixture:
 
     Args:
         window: The units and their levels.
-        accumulation: `none`, the dense model's activations throughout (EvoPress); `chosen`, those of the allocation `around`;
-            `expectation`, the mean over levels, each in proportion to what it keeps (Týr-the-Pruner, section 3.2).
+        accumulation: `none`, the dense model's activations throughout (EvoPress); `chosen`, those of the allocation
+            `around`; `expectation`, the mean over levels, each in proportion to what it keeps (Týr-the-Pruner, section
+            3.2).
         around: The allocation known so far: uniform in the first round, then what the last round found.
     """
     weights: Mixture = {}
@@ -105,7 +109,9 @@ def _on(level: int, levels: int) -> tuple[float, ...]:
 
 
 def _expectation(counts: Sequence[int], with_dense: bool) -> tuple[float, ...]:
-    """Weights in proportion to what levels keep; the dense level, which every unit has, only where the window holds it."""
+    """Weights in proportion to what levels keep; the dense level, which every unit has, only where the window
+    holds it.
+    """
     weights = [float(count) for count in counts]
     if not with_dense:
         weights[0] = 0.0
@@ -115,7 +121,8 @@ def _expectation(counts: Sequence[int], with_dense: bool) -> tuple[float, ...]:
 
 
 def exact(prunables: Sequence[Prunable], kept: Mapping[str, int], accumulation: str) -> tuple[Space, Mixture]:
-    """A space with one allocation to choose, and its exact error accumulation as mixture: for the last rebuild along it.
+    """A space with one allocation to choose, and its exact error accumulation as mixture: for the last rebuild along
+    it.
 
     Without accumulation the candidates of the rebuild see the dense model's activations, as those of the rounds did.
     """

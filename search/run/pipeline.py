@@ -77,7 +77,9 @@ class Found:
 
 
 def run(config: DictConfig, path: Path, typed: Collection[str] = ()) -> None:
-    """One run of the chosen stages in the directory `path`; `typed` are the settings that the user gave in the command."""
+    """One run of the chosen stages in the directory `path`; `typed` are the settings that the user gave in the
+    command.
+    """
     check_settings(config)
     for line in without_effect(config, typed):
         log.warning("%s", line)
@@ -126,7 +128,9 @@ def _write_results(job: Job, found: Found, stages: Sequence[str]) -> None:
 def _stages(config: DictConfig) -> list[str]:
     stages = config.stages
     if not isinstance(stages, ListConfig) or not stages or not set(stages) <= set(STAGES):
-        raise InputError(f"stages={stages} must be a list of some of {', '.join(STAGES)}, such as stages=[build,search]")
+        raise InputError(
+            f"stages={stages} must be a list of some of {', '.join(STAGES)}, such as stages=[build,search]"
+        )
     return list(stages)
 
 
@@ -136,13 +140,16 @@ def _check_rounds(job: Job) -> None:
         raise InputError(f"rounds={rounds} with strategy=pareto: a front is of one set of levels; use rounds=1")
     if isinstance(job.strategy, Front) and rounds != 1:
         log.warning(
-            "rounds=%d with strategy=front: every round is built, for levels a little nearer to the front; rounds=1 will do",
+            "rounds=%d with strategy=front: every round is built, for levels a little nearer to the front; "
+            "rounds=1 will do",
             rounds,
         )
 
 
 def _check_units(job: Job, typed: Collection[str]) -> None:
-    """InputError for units that cannot be pruned so, or of which a rule has nothing to say: not after hours of building."""
+    """InputError for units that cannot be pruned so, or of which a rule has nothing to say: not after hours of
+    building.
+    """
     if all(one.choices is not None for one in job.prunables):
         for key in sorted({"supernet.levels", "supernet.step", "supernet.lowest"} & set(typed)):
             log.warning("%s has no effect: the levels of this kind of pruning are fixed", key)
@@ -174,7 +181,9 @@ def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
         job.strategy.place(window.space, budget)
     if not budget.met(start):
         nearest = window.space.cost(start) / window.space.dense_cost
-        log.warning("no allocation of the first round comes that near; the search begins at %.1f %% kept", 100 * nearest)
+        log.warning(
+            "no allocation of the first round comes that near; the search begins at %.1f %% kept", 100 * nearest
+        )
     tokens = 0
     for index in range(job.rounds):
         title = f"round {index + 1} of {job.rounds}"
@@ -224,7 +233,9 @@ def _problem(job: Job, supernet: Supernet | None, space: Space, budget: Budget, 
         yield Problem(space, budget, start, Unmeasurable(), job.dense)
         return
     model, text = job.loaded.model, job.tokens["search"]
-    with closing(GenerationEvaluator(model, supernet, text.ids, job.fitness, job.resources, text.unscored)) as evaluator:
+    with closing(
+        GenerationEvaluator(model, supernet, text.ids, job.fitness, job.resources, text.unscored)
+    ) as evaluator:
         yield Problem(space, budget, start, evaluator, job.dense, supernet.errors)
 
 
@@ -290,7 +301,11 @@ def _evaluate(job: Job, found: Found) -> None:
         "evaluation_tokens": job.tokens["evaluation"].ids.numel(),
         "search_forward_tokens": found.tokens,
         "stages": job.directory.costs(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
     if "speedup" in given_limits(job.config.budget):
         metrics["latency"] = job.speedup(_assembled(job, supernets["searched"]), found.space, found.allocation)
@@ -301,8 +316,13 @@ def _evaluate(job: Job, found: Found) -> None:
 def warn_if_missed(latency: Mapping[str, Any]) -> None:
     """Tell the user where the model is clearly not as fast as was asked for."""
     if latency["speedup"] < (1.0 - MISSED) * latency["asked"]:
-        why = "other work on this machine may have spoilt one of the measurements; ask for more, or measure again when it is idle"
-        log.warning("the model is %.2f times as fast, not %g times as asked: %s", latency["speedup"], latency["asked"], why)
+        why = (
+            "other work on this machine may have spoilt one of the measurements; ask for more, or measure again "
+            "when it is idle"
+        )
+        log.warning(
+            "the model is %.2f times as fast, not %g times as asked: %s", latency["speedup"], latency["asked"], why
+        )
 
 
 def _measure(job: Job, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
@@ -346,7 +366,8 @@ def _export(job: Job, found: Found) -> None:
         model = _assembled(job, supernet)
         if metrics is not None and metrics["searched"]["parameters"] != (count := parameter_count(model)):
             raise InputError(
-                f"metrics.json is of a model with {metrics['searched']['parameters']:,} parameters, to be exported is one with "
+                f"metrics.json is of a model with {metrics['searched']['parameters']:,} parameters, to be exported "
+                "is one with "
                 f"{count:,}; take metrics.json away to measure again"
             )
         facts = _facts(job, isinstance(model, PrunedMixin))
@@ -385,7 +406,8 @@ def _facts(job: Job, trust: bool) -> Facts:
 
 
 def warn_if_worse(metrics: Mapping[str, Any], rule: bool) -> None:
-    """Tell the user where the allocation found, by a rule or a search, is worse than the uniform one, by more than chance.
+    """Tell the user where the allocation found, by a rule or a search, is worse than the uniform one, by more than
+    chance.
 
     That is by more than the standard error of the difference on the same sequences; one sequence proves nothing.
     """
@@ -396,7 +418,10 @@ def warn_if_worse(metrics: Mapping[str, Any], rule: bool) -> None:
         longer = "search longer (strategy.generations), or on more text (data.sequences.search)"
         advice = "use another strategy, such as guided" if rule else longer
         log.warning(
-            "the model found is further from the dense one than the uniform one (KL %g and %g): %s", searched, even, advice
+            "the model found is further from the dense one than the uniform one (KL %g and %g): %s",
+            searched,
+            even,
+            advice,
         )
 
 
@@ -409,5 +434,7 @@ def _summarise(job: Job) -> None:
             warn_if_worse(metrics, isinstance(job.strategy, Rule))
     seconds = {name: cost["seconds"] for name, cost in job.directory.costs().items()}
     peak = max((cost["peak_memory_bytes"] for cost in job.directory.costs().values()), default=0)
-    log.info("%s; peak memory %.2f GB", ", ".join(f"{name} {clock(value)}" for name, value in seconds.items()), peak / 1e9)
+    log.info(
+        "%s; peak memory %.2f GB", ", ".join(f"{name} {clock(value)}" for name, value in seconds.items()), peak / 1e9
+    )
     log.info("results are in %s", job.directory.path)

@@ -53,8 +53,8 @@ class Problem:
     """Find the allocation of `space` that meets `budget` with the smallest fitness, beginning at `start`.
 
     Attributes:
-        errors: For each unit (levels,), the squared output errors that its candidates had when they were built, relative to what
-            they were fitted to, 0 for the dense level; None for units whose pruner records none.
+        errors: For each unit (levels,), the squared output errors that its candidates had when they were built,
+            relative to what they were fitted to, 0 for the dense level; None for units whose pruner records none.
     """
 
     space: Space

@@ -9,7 +9,14 @@ from typing import Any
 from supernet.errors import InputError
 
 # The most that can end: a generation proposes all of its offspring at once, a front measures all of its points.
-MOST = {"points": 1_000, "offspring": 10_000, "candidates": 100_000, "exchanges": 10_000, "max_exchanges": 10_000, "knots": 1_000}
+MOST = {
+    "points": 1_000,
+    "offspring": 10_000,
+    "candidates": 100_000,
+    "exchanges": 10_000,
+    "max_exchanges": 10_000,
+    "knots": 1_000,
+}
 MOST |= dict.fromkeys(("generations", "samples", "steps"), 10**6)
 MOST_OF_OTHERS = 10**12  # tokens, say: what there is of them ends a search anyway
 

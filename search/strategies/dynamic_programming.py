@@ -1,11 +1,12 @@
 """Independent scores of replacing one unit, and a knapsack: what Puzzletron does with blocks.
 
-SPDY (Frantar and Alistarh 2022) solves such a knapsack too, but its point is a search over the coefficients of the scores,
-which is not done here.
+SPDY (Frantar and Alistarh 2022) solves such a knapsack too, but its point is a search over the coefficients of the
+scores, which is not done here.
 
-The fitness is measured with one unit at a level and all others at a reference, at a few levels of every unit and on the same
-sequences. Between them it is interpolated, never falling as a unit gets sparser. What it exceeds the reference's by is taken to
-add up over units: then the knapsack finds the best allocation. That is compared with the start, which stays unless it is beaten.
+The fitness is measured with one unit at a level and all others at a reference, at a few levels of every unit and on the
+same sequences. Between them it is interpolated, never falling as a unit gets sparser. What it exceeds the reference's
+by is taken to add up over units: then the knapsack finds the best allocation. That is compared with the start, which
+stays unless it is beaten.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class DynamicProgramming:
 
     Attributes:
         generations: The most portions that the work is done in; in the last one, the result is compared with the start.
-        candidates: Allocations scored in a portion (more, if `generations` portions would not hold one level of every unit).
+        candidates: Allocations scored in a portion (more, if `generations` portions would not hold one level of every
+            unit).
         points: Levels measured of every unit, evenly spread; fewer where `generations` portions do not hold as many.
         tokens: That a score is measured on, and that the result is compared with the start on.
         reference: Level of all other units: `dense`, or as at the `start`.
@@ -91,7 +93,9 @@ class DynamicProgramming:
         start = race.losses([problem.start], sequences)[0]
         memory = {"sequences": sequences, "start": start.tolist(), "scores": [*scores, *fitness.tolist()]}
         tokens = state.tokens + race.tokens
-        return State(problem.start, float(start.mean()), state.generation + 1, tokens, rng_state(rng), memory=memory), race.rows
+        return State(
+            problem.start, float(start.mean()), state.generation + 1, tokens, rng_state(rng), memory=memory
+        ), race.rows
 
     def _finish(
         self, problem: Problem, state: State, race: Measured, probes: Sequence[Probe], rng: np.random.Generator
@@ -104,7 +108,9 @@ class DynamicProgramming:
         generation = state.generation + 1
         done = generation < self.generations  # there is nothing to do in those that are left
         fitness = float(race.losses([best], last).mean())
-        return State(best, fitness, generation, state.tokens + race.tokens, rng_state(rng), done, state.memory), race.rows
+        return State(
+            best, fitness, generation, state.tokens + race.tokens, rng_state(rng), done, state.memory
+        ), race.rows
 
     def _reference(self, problem: Problem) -> Allocation:
         return problem.start if self.reference == "start" else (0,) * len(problem.start)
@@ -122,7 +128,9 @@ class DynamicProgramming:
             if len(probes) <= room:
                 break
         if warn and (points < self.points or len(probes) > room):
-            log.warning("strategy.points: %d levels of each unit are measured; raise strategy.generations for more", points)
+            log.warning(
+                "strategy.points: %d levels of each unit are measured; raise strategy.generations for more", points
+            )
         return probes
 
     def _allocations(self, problem: Problem, probes: Sequence[Probe]) -> list[Allocation]:
@@ -136,8 +144,12 @@ class DynamicProgramming:
         points = [{level: 0.0} for level in base]
         finite = [score for score in scores if np.isfinite(score)]
         if not np.isfinite(scores[0]):
-            instead = "use strategy.reference=dense, or dtype=float32" if self.reference == "start" else "use dtype=float32"
-            raise InputError(f"scores are measured from the {self.reference} allocation, whose loss is not finite; {instead}")
+            instead = (
+                "use strategy.reference=dense, or dtype=float32" if self.reference == "start" else "use dtype=float32"
+            )
+            raise InputError(
+                f"scores are measured from the {self.reference} allocation, whose loss is not finite; {instead}"
+            )
         worst = scores[0] + 10.0 * (max(finite) - min(finite)) + 1.0  # what is not finite is worse than all that is
         for (index, level), score in zip(probes, scores[1:], strict=True):
             points[index][level] = (score if np.isfinite(score) else worst) - scores[0]

@@ -1,8 +1,8 @@
 """Steepest exchange: every generation goes where single moves, measured one by one, promise most.
 
-A single move takes one unit a level denser or sparser, whatever the budget. The effects of moves are measured from the parent, on
-the same sequences, and taken to add up. An exchange is a move and those that make up for its cost at the best price. The best
-exchange, the two best ones together, ... are then measured against the parent.
+A single move takes one unit a level denser or sparser, whatever the budget. The effects of moves are measured from the
+parent, on the same sequences, and taken to add up. An exchange is a move and those that make up for its cost at the
+best price. The best exchange, the two best ones together, ... are then measured against the parent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Greedy:
 
     Attributes:
         generations: How many.
-        candidates: Single moves measured a generation; where there are more, half of them denser and half sparser at random.
+        candidates: Single moves measured a generation; where there are more, half of them denser and half sparser at
+            random.
         exchanges: The most that are tried together.
         tokens: That a single move is measured on, and that exchanges are compared with the parent on.
     """
@@ -85,7 +86,10 @@ class Greedy:
         effects = dict(zip(moves, effects_of(fitness), strict=True))
         children = list(best_exchanges(problem, parent, effects, self.exchanges))
         taken = {
-            (i, DENSER if a < b else SPARSER) for c in children for i, (a, b) in enumerate(zip(c, parent, strict=True)) if a != b
+            (i, DENSER if a < b else SPARSER)
+            for c in children
+            for i, (a, b) in enumerate(zip(c, parent, strict=True))
+            if a != b
         }
         survived = {index for index, move in enumerate(moves, 1) if move in taken}
         race.note(measured, fitness, len(sequences), survived, time.perf_counter() - begun)
@@ -104,8 +108,8 @@ class Greedy:
 def effects_of(fitness: np.ndarray) -> list[float]:
     """By how much each move changes the fitness of the parent, which comes first in (1 + moves,) fitnesses.
 
-    A move from a finite parent to what is not finite is infinitely bad. From a parent that is not finite itself, a move to what
-    is finite is a gain, and the others say nothing.
+    A move from a finite parent to what is not finite is infinitely bad. From a parent that is not finite itself, a move
+    to what is finite is a gain, and the others say nothing.
     """
     if np.isfinite(fitness[0]):
         return [float(effect) for effect in fitness[1:] - fitness[0]]
@@ -115,7 +119,9 @@ def effects_of(fitness: np.ndarray) -> list[float]:
 
 
 def best_exchanges(problem: Problem, parent: Allocation, effects: Effects, count: int) -> Iterator[Allocation]:
-    """The parent after the most promising exchange, after that and one of other units, ...; none that promises a loss."""
+    """The parent after the most promising exchange, after that and one of other units, ...; none that promises
+    a loss.
+    """
     at, free = parent, set(range(len(parent)))
     for _ in range(count):
         left = {move: effect for move, effect in effects.items() if move[0] in free}
@@ -129,7 +135,8 @@ def best_exchanges(problem: Problem, parent: Allocation, effects: Effects, count
 
 
 def completed(problem: Problem, at: Allocation, first: Move, effects: Effects) -> tuple[float, Allocation] | None:
-    """An exchange that begins with a move: the sum of the effects, and where it leads; None where the budget cannot be met.
+    """An exchange that begins with a move: the sum of the effects, and where it leads; None where the budget cannot be
+    met.
 
     A unit may move by several levels, each of them taken to have the effect of the first.
     """
@@ -152,7 +159,10 @@ def completed(problem: Problem, at: Allocation, first: Move, effects: Effects) -
             return None
         change += effect
     while budget.left(levels) >= 1:
-        able = [(i, DENSER) for i in affordable(budget, levels, (i for i, by in effects if by == DENSER and levels[i] <= at[i]))]
+        able = [
+            (i, DENSER)
+            for i in affordable(budget, levels, (i for i, by in effects if by == DENSER and levels[i] <= at[i]))
+        ]
         if (effect := take(able)) is None:
             break
         change += effect

@@ -22,7 +22,9 @@ class Measured:
         tokens: Forward tokens spent.
     """
 
-    def __init__(self, problem: Problem, generation: int, known: Mapping[Allocation, Mapping[int, float]] | None = None) -> None:
+    def __init__(
+        self, problem: Problem, generation: int, known: Mapping[Allocation, Mapping[int, float]] | None = None
+    ) -> None:
         """Begin a generation.
 
         Args:
@@ -61,7 +63,9 @@ class Measured:
         """The losses of an allocation on the sequences that it was measured on."""
         return dict(self._known[allocation])
 
-    def step(self, alive: Sequence[Allocation], sequences: Sequence[int] | np.ndarray, survivors: int) -> list[Allocation]:
+    def step(
+        self, alive: Sequence[Allocation], sequences: Sequence[int] | np.ndarray, survivors: int
+    ) -> list[Allocation]:
         """One selection step: the fittest of `alive` on these sequences, best first; the earlier one wins a tie."""
         begun = time.perf_counter()
         fitness = self.losses(alive, sequences).mean(1)
@@ -69,7 +73,9 @@ class Measured:
         self.note(alive, fitness, len(sequences), set(best.tolist()), time.perf_counter() - begun)
         return [alive[i] for i in best]
 
-    def note(self, alive: Sequence[Allocation], fitness: np.ndarray, sequences: int, survived: set[int], seconds: float) -> None:
+    def note(
+        self, alive: Sequence[Allocation], fitness: np.ndarray, sequences: int, survived: set[int], seconds: float
+    ) -> None:
         """Add the rows of a selection step: which of the measured (by index) survived it."""
         tokens = sequences * self.problem.evaluate.sequence_length
         self.rows += [

@@ -1,9 +1,11 @@
 """Optuna's samplers (TPE, CMA-ES, NSGA-II) on a few numbers instead of a level for every unit.
 
-The samplers know boxes, not budgets, and are slow with hundreds of parameters. So a trial is a curve over depth for each kind of
-unit: what is added to the sparsities of the start, at a few knots, with half a cosine from each to the next. Curves are shifted
-until they cost as much as the start, rounded to levels so that errors even out over depth, and moved to the nearest allocation
-that meets the budget. The study is made anew in every generation, from what the state remembers.
+The samplers know boxes, not budgets, and are slow with hundreds of parameters. So a trial is a curve over depth for
+each kind of
+unit: what is added to the sparsities of the start, at a few knots, with half a cosine from each to the next. Curves are
+    shifted
+until they cost as much as the start, rounded to levels so that errors even out over depth, and moved to the nearest
+allocation that meets the budget. The study is made anew in every generation, from what the state remembers.
 """
 
 from __future__ import annotations
@@ -37,10 +39,13 @@ SMALLEST = {"tpe": 1, "cmaes": 4, "nsga2": 2}  # number of trials in a generatio
 BATCHES = 20  # of proposals without a new allocation, in a row, before the space counts as exhausted
 HALVINGS = 60  # of the interval that a curve's shift lies in
 CMA_GENERATION, CMA_OPTIMIZER = "cma:generation", "cma:optimizer"  # what CmaEsSampler keeps in a trial
-# What samplers note that a checkpoint may hold: the generation of a trial, and the trials that are a generation's parents.
+# What samplers note that a checkpoint may hold: the generation of a trial, and the trials that are a generation's
+# parents.
 GENERATION, PARENTS = re.compile(r"\w+:generation"), re.compile(r"\w+:(parent|population)(:\w+)*")
 
-Trial = dict[str, Any]  # params: a number for each knot; allocation: as in history.parquet; value; attrs: of the sampler
+Trial = dict[
+    str, Any
+]  # params: a number for each knot; allocation: as in history.parquet; value; attrs: of the sampler
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ class OptunaStudy:
         for name, least in {"generations": 0, "offspring": SMALLEST[self.sampler], "tokens": 1, "knots": 1}.items():
             check_whole(name, getattr(self, name), least)
         if type(self.spread) not in (int, float) or not 0.0 < self.spread <= 1.0:
-            raise InputError(f"strategy.spread={self.spread} must be a number above 0, and at most 1; 0.25 is a good start")
+            raise InputError(
+                f"strategy.spread={self.spread} must be a number above 0, and at most 1; 0.25 is a good start"
+            )
 
     @property
     def needs_candidates(self) -> bool:
@@ -170,7 +177,8 @@ class OptunaStudy:
 
 
 def of_trial(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """What may go into a checkpoint and out of it again of a trial's attributes: the sampler's generation, a whole number.
+    """What may go into a checkpoint and out of it again of a trial's attributes: the sampler's generation, a whole
+    number.
 
     Optuna unpickles what CMA-ES keeps in other attributes, and whoever can write a checkpoint could run code that way.
     """
@@ -195,8 +203,9 @@ def _rebuilt(
 ) -> optuna.Study:
     """A study with all trials so far.
 
-    The sampler of CMA-ES moves its optimizer on when it is asked for the first trial of a generation, and keeps it there as a
-    pickle. Pickles have no place in a checkpoint, so it is asked again here, behind each generation, for what it would have kept.
+    The sampler of CMA-ES moves its optimizer on when it is asked for the first trial of a generation, and keeps it
+    there as a pickle. Pickles have no place in a checkpoint, so it is asked again here, behind each generation, for
+    what it would have kept.
     """
     study = optuna.create_study(storage=storage, study_name="search", sampler=sampler)
     for key, value in of_study(memory).items():
@@ -211,7 +220,9 @@ def _rebuilt(
             attrs |= {key: value for key, value in found.items() if key.startswith(CMA_OPTIMIZER)}
             study.tell(asked, state=TrialState.FAIL)
         params = dict(zip(distributions, trial["params"], strict=True))
-        study.add_trial(create_trial(params=params, distributions=distributions, value=trial["value"], system_attrs=attrs))
+        study.add_trial(
+            create_trial(params=params, distributions=distributions, value=trial["value"], system_attrs=attrs)
+        )
     return study
 
 
@@ -231,7 +242,9 @@ class Curves:
 
     @staticmethod
     def of(problem: Problem, knots: int) -> Curves:
-        """The curves of a space; kinds with fewer units than `knots` have a knot for each, those without a choice none."""
+        """The curves of a space; kinds with fewer units than `knots` have a knot for each, those without a
+        choice none.
+        """
         kinds: defaultdict[str, list[int]] = defaultdict(list)
         for index, unit in enumerate(problem.space.units):
             kinds[kind_of(unit)].append(index)
@@ -277,7 +290,9 @@ def kind_of(unit: Unit) -> str:
 
 
 def interpolation(units: int, knots: int) -> np.ndarray:
-    """(units, knots): weights of the knots at each depth, half a cosine from each knot to the next: smooth, and no overshoot."""
+    """(units, knots): weights of the knots at each depth, half a cosine from each knot to the next: smooth, and no
+    overshoot.
+    """
     if knots == 1:
         return np.ones((units, 1))
     at = np.linspace(0.0, knots - 1, units)
@@ -290,7 +305,9 @@ def interpolation(units: int, knots: int) -> np.ndarray:
 
 
 def shifted(sparsity: np.ndarray, most: np.ndarray, dense: np.ndarray, cost: float) -> np.ndarray:
-    """The nearest sparsities between 0 and `most` with a total cost: all are shifted alike, then cut off (least squares)."""
+    """The nearest sparsities between 0 and `most` with a total cost: all are shifted alike, then cut off (least
+    squares).
+    """
     low, high = -2.0, 2.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2.0

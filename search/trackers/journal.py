@@ -1,4 +1,5 @@
-"""Optuna's journal files after a kill or a full disk: the one file of a run that is appended to, and so may end within a line.
+"""Optuna's journal files after a kill or a full disk: the one file of a run that is appended to, and so may end within
+a line.
 
 The next line would be written behind the torn one, and then neither could be read, ever again.
 """
@@ -23,10 +24,12 @@ def mend(file: Path, alone: bool) -> None:
 
     Args:
         file: The journal; it need not be there yet.
-        alone: No other process writes to it. A lock that lies there is a dead process's then, and need not be waited for.
+        alone: No other process writes to it. A lock that lies there is a dead process's then, and need not be waited
+            for.
 
     Raises:
-        ValueError: It is there and no journal, which Optuna would write into all the same, or a device, which has no end.
+        ValueError: It is there and no journal, which Optuna would write into all the same, or a device, which has no
+            end.
     """
     if not file.exists():
         return

@@ -1,7 +1,8 @@
 """A run's trials in an Optuna study, for people who look at them with optuna-dashboard: a copy of `history.parquet`.
 
-Trial n is row n of the history: what a killed run did not add is added by the next one, and a run that had no study before can be
-given one afterwards. With many units take a journal file: a trial of 210 units takes Optuna about 10 ms there, 200 in SQLite.
+Trial n is row n of the history: what a killed run did not add is added by the next one, and a run that had no study
+before can be given one afterwards. With many units take a journal file: a trial of 210 units takes Optuna about 10 ms
+there, 200 in SQLite.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Trials:
     """The study of one run."""
 
     def __init__(self, study: str, directory: RunDirectory) -> None:
-        """Open the study, or make it: called as the directory is, with a number where another run's study has that name.
+        """Open the study, or make it: called as the directory is, with a number where another run's study has that
+        name.
 
         Args:
             study: The setting: a database's URL, or a journal file; files are relative to the run's directory.
@@ -59,7 +61,10 @@ class Trials:
         self._shown = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", study)  # without a password
         self._spaces: dict[int, Space] = {}
         directory.path.mkdir(parents=True, exist_ok=True)
-        self._journal, self._alone = directory.path / Path(study).expanduser(), not Path(study).expanduser().is_absolute()
+        self._journal, self._alone = (
+            directory.path / Path(study).expanduser(),
+            not Path(study).expanduser().is_absolute(),
+        )
         self._is_journal = "://" not in study
         try:
             self._storage = self._opened(study, directory.path)
@@ -70,19 +75,28 @@ class Trials:
         log.info("trials are kept in the study %s of %s", self._study.study_name, self._shown)
 
     def _opened(self, study: str, folder: Path) -> BaseStorage:
-        """The storage; a journal of the run's own that cannot be read is set aside, as the history has all that it had."""
+        """The storage; a journal of the run's own that cannot be read is set aside, as the history has all that
+        it had.
+        """
         if not self._is_journal:
             return _database(study, folder)
-        if self._journal.suffix in (".db", ".sqlite", ".sqlite3"):  # else it would become a journal with a misleading name
+        if self._journal.suffix in (
+            ".db",
+            ".sqlite",
+            ".sqlite3",
+        ):  # else it would become a journal with a misleading name
             raise ValueError("without sqlite:/// it would not be a database")
         mend(self._journal, self._alone)
         if self._alone and not is_readable(self._journal):
             aside = set_aside(self._journal)
-            log.warning("study=%s cannot be read: it is %s now, and written anew from the history", self._shown, aside.name)
+            log.warning(
+                "study=%s cannot be read: it is %s now, and written anew from the history", self._shown, aside.name
+            )
         return JournalStorage(JournalFileBackend(str(self._journal)))
 
     def follow(self, history: pd.DataFrame, round_index: int, space: Space) -> None:
-        """Add the rows that the study does not have yet. A search does not end where that fails: the next call tries again.
+        """Add the rows that the study does not have yet. A search does not end where that fails: the next call tries
+        again.
 
         Args:
             history: All rows of the run.
@@ -156,7 +170,9 @@ def _own(storage: BaseStorage, name: str, identity: str) -> optuna.Study:
         except DuplicatedStudyError:
             study = optuna.load_study(storage=storage, study_name=tried)
             whose = study.user_attrs.get(RUN)
-            if whose is None and not study.get_trials(deepcopy=False):  # of a run that was killed before it could say so
+            if whose is None and not study.get_trials(
+                deepcopy=False
+            ):  # of a run that was killed before it could say so
                 study.set_user_attr(RUN, identity)
                 whose = identity
             if whose == identity:

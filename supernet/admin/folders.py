@@ -1,7 +1,8 @@
-"""Supernet folders as they lie on disk, for those who look after them: which are ours, in what state, and who uses them.
+"""Supernet folders as they lie on disk, for those who look after them: which are ours, in what state, and who uses
+them.
 
-Nothing here needs torch, changes anything, follows a link or trusts what it finds: a folder may be damaged, of an older format,
-or no supernet.
+Nothing here needs torch, changes anything, follows a link or trusts what it finds: a folder may be damaged, of an older
+format, or no supernet.
 """
 
 from __future__ import annotations
@@ -103,7 +104,11 @@ def supernet_folders(path: Path) -> list[Path]:
     found = [path] if _is_ours(path) else [folder for folder in sorted(path.iterdir()) if _is_ours(folder)]
     if not found:
         inner = path / "supernets"
-        hint = f"did you mean {inner}?" if inner.is_dir() else "give a supernet, or the folder of all supernets (supernet.root)"
+        hint = (
+            f"did you mean {inner}?"
+            if inner.is_dir()
+            else "give a supernet, or the folder of all supernets (supernet.root)"
+        )
         raise InputError(f"{path} holds no supernet; {hint}")
     return found
 
@@ -147,7 +152,9 @@ def size_of(path: Path) -> int:
 
 
 def foreign(path: Path) -> Path | None:
-    """The first thing in a folder that no supernet has, by its name and its type, at any depth; None where all is ours."""
+    """The first thing in a folder that no supernet has, by its name and its type, at any depth; None where all
+    is ours.
+    """
     with suppress(FileNotFoundError):  # removed meanwhile
         return next(_foreign(path), None)
     return None
@@ -183,7 +190,9 @@ def plain(text: str) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder is a supernet: by its manifest, or, where none can be read, by its name and all that is in it."""
+    """Whether a folder is a supernet: by its manifest, or, where none can be read, by its name and all that is
+    in it.
+    """
     if path.is_symlink() or not path.is_dir() or path.name.startswith("."):
         return False
     with suppress(InputError):

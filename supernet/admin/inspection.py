@@ -61,7 +61,9 @@ def _check(supernet: Supernet, index: int) -> None:
 
 
 def sizes(path: Path) -> Iterator[tuple[str, bool]]:
-    """For each supernet a table of bytes by unit and level, totals by kind of unit and altogether, and whether it is whole."""
+    """For each supernet a table of bytes by unit and level, totals by kind of unit and altogether, and whether it is
+    whole.
+    """
     for folder in map(inspect, supernet_folders(path)):
         try:
             told, well = (folder.damage, False) if folder.damage else (_sizes(folder), True)
@@ -107,11 +109,16 @@ def _bytes_by_column(file: UnitFile) -> dict[int, int]:
 
 
 def _compared(total: int, units: Sequence[Unit]) -> str:
-    """With dense files, where units are linear layers: of heads and neurons the space does not say how large the layers are."""
+    """With dense files, where units are linear layers: of heads and neurons the space does not say how large the layers
+    are.
+    """
     if not {unit.kind for unit in units} <= {WEIGHTS, BITS}:
         return ""
     weights = [unit.total if unit.kind == WEIGHTS else unit.levels[0].cost // unit.total for unit in units]
     dense = sum(DENSE_BYTES * number * (len(unit.levels) - 1) for number, unit in zip(weights, units, strict=True))
     if not dense:
         return ""
-    return f", {total / dense:.1%} of what dense files of {DENSE_BYTES} bytes a weight take for these levels ({readable(dense)})"
+    return (
+        f", {total / dense:.1%} of what dense files of {DENSE_BYTES} bytes a weight take for these levels "
+        f"({readable(dense)})"
+    )

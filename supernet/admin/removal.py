@@ -1,8 +1,8 @@
 """`python -m supernet gc`: takes away what no run refers to, and what killed processes left.
 
-A supernet that is being built stays, and so does everything that is not ours: a supernet with one foreign thing anywhere in it is
-left as it is, and no link is followed. What goes is renamed first, so that a kill in between leaves nothing that could be taken
-for a whole supernet; the next call takes away the rest.
+A supernet that is being built stays, and so does everything that is not ours: a supernet with one foreign thing
+anywhere in it is left as it is, and no link is followed. What goes is renamed first, so that a kill in between leaves
+nothing that could be taken for a whole supernet; the next call takes away the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ HALF_REMOVED = re.compile(r"\.[0-9a-f]{16}\.removed")  # of a supernet under the
 
 
 def collect(path: Path, dry_run: bool) -> Iterator[tuple[str, bool]]:
-    """Do it, or only look: a line for each thing that goes and one for what that comes to, and whether all went well."""
+    """Do it, or only look: a line for each thing that goes and one for what that comes to, and whether all went
+    well.
+    """
     remove, free = ("would remove", "would free") if dry_run else ("removed", "freed")
     freed = stay = 0
     rests = _half_removed(path)
@@ -67,12 +69,16 @@ def _supernets(path: Path, or_none: bool) -> list[Path]:
 def _half_removed(path: Path) -> list[Path]:
     """What an earlier call renamed but did not come to remove, in or beside `path`: nothing but what a supernet has."""
     found = [*path.glob(f".*{REMOVED}"), *path.parent.glob(f".{path.name}{REMOVED}")] if path.is_dir() else []
-    folders = sorted(folder for folder in found if folder.is_dir() and not folder.is_symlink() and foreign(folder) is None)
+    folders = sorted(
+        folder for folder in found if folder.is_dir() and not folder.is_symlink() and foreign(folder) is None
+    )
     return [folder for folder in folders if HALF_REMOVED.fullmatch(folder.name) or any(folder.iterdir())]
 
 
 def _tidied(folder: Path, dry_run: bool) -> tuple[str, str, int]:
-    """Why a supernet goes, or why it stays where that is worth a line, and the bytes that go; Timeout where it is being built."""
+    """Why a supernet goes, or why it stays where that is worth a line, and the bytes that go; Timeout where it is being
+    built.
+    """
     if (stranger := foreign(folder)) is not None:  # not even temporary files: who knows what they are here
         return "", f"{plain(str(stranger.relative_to(folder)))} in it is not ours", 0
     with _nobody_builds(folder, dry_run):
@@ -116,7 +122,9 @@ def _why_useless(supernet: Folder) -> str:
 
 
 def _remove(folder: Path, dry_run: bool) -> int | None:
-    """Remove a folder; the bytes that it had. None where it stays: a run has come to use it meanwhile, or somebody else."""
+    """Remove a folder; the bytes that it had. None where it stays: a run has come to use it meanwhile, or somebody
+    else.
+    """
     size = size_of(folder)
     if dry_run:
         return size

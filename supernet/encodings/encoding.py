@@ -1,7 +1,8 @@
 """What a candidate is, one class a kind, and the compact tensors that it is stored as.
 
-Values that are the dense model's own are never stored: a method that only chooses what stays gives candidates without weights,
-and all of a unit's levels share one order of removal where they are nested. Tensors of a level, by name behind its number:
+Values that are the dense model's own are never stored: a method that only chooses what stays gives candidates without
+weights, and all of a unit's levels share one order of removal where they are nested. Tensors of a level, by name behind
+its number:
 
     kept, [weight], [bias]              members: indices and their columns
     [bias]                              members or weights whose choice is in the shared `order`, with its `shape`
@@ -10,8 +11,8 @@ and all of a unit's levels share one order of removal where they are nested. Ten
     codes, shape, scale, [zero]         quantised groups
     dropped                             nothing
 
-and `contents`: what the level counts, and how many other tensors it has. Masks, orders, ranks and codes are bit planes; shape,
-pattern, dropped and contents are headers (`supernet.encodings.tensors`).
+and `contents`: what the level counts, and how many other tensors it has. Masks, orders, ranks and codes are bit planes;
+shape, pattern, dropped and contents are headers (`supernet.encodings.tensors`).
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ class Members:
 
     Attributes:
         kept: (k,) int64, rising.
-        weight: (d_out, k * width), the projection's columns of those members, refitted; None where they are the dense ones.
-        bias: (d_out,), in place of the projection's own bias, which may be none; None where nothing makes up for the removed.
+        weight: (d_out, k * width), the projection's columns of those members, refitted; None where they are the dense
+            ones.
+        bias: (d_out,), in place of the projection's own bias, which may be none; None where nothing makes up for the
+            removed.
     """
 
     kept: Tensor
@@ -113,8 +116,8 @@ def count(candidate: Candidate) -> int:
 def encode(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
     """The candidates of levels 1, 2, ... as named tensors on the CPU for one file; `decode` reads one of them back.
 
-    Level 0 is the dense model's own weight and is never stored. Where all levels are nested and keep dense values, what is stored
-    is the last level that keeps each member or weight, unless the levels take less one by one.
+    Level 0 is the dense model's own weight and is never stored. Where all levels are nested and keep dense values, what
+    is stored is the last level that keeps each member or weight, unless the levels take less one by one.
     """
     masks = _ordered_masks(candidates)
     tensors: dict[str, Tensor] = {}
@@ -158,7 +161,9 @@ def _choice_bytes(candidate: Candidate) -> int:
             return len(candidate.kept) * INDEX.itemsize
         case Weights():
             weights, pattern = candidate.mask.numel(), find_pattern(candidate.mask.cpu())
-            return plane_bytes(weights, 1) if pattern is None else plane_bytes(weights // pattern[1], rank_bits(*pattern))
+            return (
+                plane_bytes(weights, 1) if pattern is None else plane_bytes(weights // pattern[1], rank_bits(*pattern))
+            )
         case _:
             return 0
 
@@ -232,8 +237,8 @@ def _order_bytes(masks: Sequence[Tensor]) -> int:
 def decode(read: Callable[[str], Tensor], names: Sequence[str], level: int) -> Candidate:
     """The candidate of a level, on the device of the tensors that `read` gives.
 
-    ValueError where tensors are missing or do not fit together. What only their values show is looked for on the CPU alone: on
-    other devices nothing waits for them.
+    ValueError where tensors are missing or do not fit together. What only their values show is looked for on the CPU
+    alone: on other devices nothing waits for them.
 
     Args:
         read: Gives the tensor of a name.

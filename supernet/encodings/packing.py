@@ -1,7 +1,7 @@
 """Whole numbers as bit planes, and values in the places of a mask: what the encodings of candidates are made of.
 
-Plane b holds bit b of every number, eight numbers to a byte, the first in its highest bit. Packing happens on the CPU; unpacking
-on the device where the planes are, without waiting for it.
+Plane b holds bit b of every number, eight numbers to a byte, the first in its highest bit. Packing happens on the CPU;
+unpacking on the device where the planes are, without waiting for it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def _spread(device: torch.device) -> Tensor:
 
 
 def at_least(planes: Tensor, least: int) -> Tensor:
-    """Whether numbers are at least `least`, which is above 0, found without unpacking them: (1, ceil(n / 8)) uint8, one plane."""
+    """Whether numbers are at least `least`, which is above 0, found without unpacking them: (1, ceil(n / 8)) uint8, one
+    plane.
+    """
     above = torch.zeros_like(planes[0])
     equal = torch.full_like(above, 255)  # to the bits of `least - 1`, from the highest down to the one at hand
     for bit in reversed(range(len(planes))):
@@ -76,7 +78,9 @@ def at_least(planes: Tensor, least: int) -> Tensor:
 
 
 def keeps(mask: Tensor, count: int) -> bool:
-    """Whether so many are True (or not zero), as far as can be seen without waiting for a device: always, unless on the CPU."""
+    """Whether so many are True (or not zero), as far as can be seen without waiting for a device: always, unless on the
+    CPU.
+    """
     return mask.device.type != "cpu" or int(np.count_nonzero(mask.numpy())) == count
 
 
@@ -110,7 +114,8 @@ def scattered(values: Tensor, mask: Tensor) -> Tensor:
 def _places(mask: Tensor) -> Iterator[tuple[NDArray[np.int64], slice]]:
     """Indices of True in a flattened mask, piece by piece, and where they stand among all of them.
 
-    NumPy finds them without branches: gathering and scattering by index takes a quarter of the time of PyTorch's by mask.
+    NumPy finds them without branches: gathering and scattering by index takes a quarter of the time of PyTorch's by
+    mask.
     """
     flat, found = mask.numpy().reshape(-1), 0
     for start in range(0, len(flat), PIECE):
@@ -121,5 +126,7 @@ def _places(mask: Tensor) -> Iterator[tuple[NDArray[np.int64], slice]]:
 
 
 def _integers(values: Tensor) -> NDArray[Any]:
-    """(n,) flattened as NumPy's integers of the same size, in the same memory where contiguous: NumPy has no bfloat16."""
+    """(n,) flattened as NumPy's integers of the same size, in the same memory where contiguous: NumPy has no
+    bfloat16.
+    """
     return values.contiguous().view(-1).view(torch.uint8).numpy().view(f"i{values.element_size()}")

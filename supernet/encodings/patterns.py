@@ -28,7 +28,8 @@ def rank_bits(keep: int, of: int) -> int:
 
 
 def find_pattern(mask: Tensor) -> tuple[int, int] | None:
-    """N and M where every M neighbours hold exactly N True, so that ranks take the fewest bytes; None where a mask takes fewer.
+    """N and M where every M neighbours hold exactly N True, so that ranks take the fewest bytes; None where a mask
+    takes fewer.
 
     Args:
         mask: (d_out, d_in) bool, on the CPU.
@@ -55,7 +56,8 @@ def ranks_of(mask: Tensor, keep: int, of: int) -> Tensor:
 
 
 def mask_of(ranks: Tensor, keep: int, of: int) -> Tensor:
-    """The inverse of `ranks_of`, on the device of the ranks; ValueError for a rank that no set has, if they are on the CPU.
+    """The inverse of `ranks_of`, on the device of the ranks; ValueError for a rank that no set has, if they are on the
+    CPU.
 
     On other devices such a rank stands for the last set: N of every M stay there in any case.
 

@@ -1,7 +1,8 @@
-"""Named tensors that tell what they are: headers, and bit planes with the shape of their numbers; checked as they are read.
+"""Named tensors that tell what they are: headers, and bit planes with the shape of their numbers; checked as they are
+read.
 
-A header is a tensor without elements whose own shape, before a last 0, is its numbers: it takes no bytes in a file, and is known
-without asking the device that it is on.
+A header is a tensor without elements whose own shape, before a last 0, is its numbers: it takes no bytes in a file, and
+is known without asking the device that it is on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def header(*numbers: int) -> Tensor:
 
 
 def planes(name: str, numbers: Tensor, bits: int) -> dict[str, Tensor]:
-    """Bit planes of this name, as `supernet.encodings.packing.packed` makes them, and the header `shape`: their bits, and their shape."""
+    """Bit planes of this name, as `supernet.encodings.packing.packed` makes them, and the header `shape`: their bits,
+    and their shape.
+    """
     return {name: packed(numbers, bits), "shape": header(bits, *numbers.shape)}
 
 
@@ -55,7 +58,9 @@ class Stored:
         """Of one of these dtypes and so many dimensions."""
         self.check(name in self, name, "is missing")
         found = self.read(self.prefix + name)
-        self.check(found.dtype in dtypes and found.dim() == dim, name, f"is {found.dtype} of shape {tuple(found.shape)}")
+        self.check(
+            found.dtype in dtypes and found.dim() == dim, name, f"is {found.dtype} of shape {tuple(found.shape)}"
+        )
         return found
 
     def header(self, name: str, lengths: Collection[int]) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """A model's sub-blocks: where a decoder's blocks, attention, MLP and heads are, and how one sub-block is run alone.
 
-What a family's modules are called is data (`supernet.models.families`). `sub_blocks(model)` binds it to a model and gives every residual
-sub-block in the order of the forward pass; everything else in the project works on those.
+What a family's modules are called is data (`supernet.models.families`). `sub_blocks(model)` binds it to a model and
+gives every residual sub-block in the order of the forward pass; everything else in the project works on those.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ from supernet.models.families import MLP as MLP
 from supernet.models.families import Family, family_of
 from supernet.system.memory import is_out_of_memory
 
-CACHE = ("past_key_values", "use_cache", "cache_params")  # arguments of a block that a pass without a cache does not need
+CACHE = (
+    "past_key_values",
+    "use_cache",
+    "cache_params",
+)  # arguments of a block that a pass without a cache does not need
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Output rows of a layer that go with members: member i has rows `offset + i * count` up to `offset + (i + 1) * count`."""
+    """Output rows of a layer that go with members: member i has rows `offset + i * count` up to `offset + (i + 1) *
+    count`.
+    """
 
     layer: str
     offset: int
@@ -39,13 +45,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Removable:
-    """Members that can be taken out of a sub-block one by one: KV groups with their query heads, query heads, or neurons.
+    """Members that can be taken out of a sub-block one by one: KV groups with their query heads, query heads, or
+    neurons.
 
     Attributes:
         members: Of the dense model.
         rows: Output rows that go with a member.
         width: Input columns of the sub-block's `column` per member.
-        slices: Whether the module's own code runs without the rows and columns; if not, columns are set to zero instead.
+        slices: Whether the module's own code runs without the rows and columns; if not, columns are set to zero
+            instead.
     """
 
     members: int
@@ -59,16 +67,19 @@ class SubBlock:
     """One residual sub-block of a bound model: `x + post_norm(module(norm(x)))`.
 
     Attributes:
-        name: Also the unit's name: path of the module in the model (`<block>.mlp` where an MLP is no module of its own).
+        name: Also the unit's name: path of the module in the model (`<block>.mlp` where an MLP is no module of its
+            own).
         kind: `ATTENTION`, `MLP` or `MIXER`.
         block: Index of the block it stands in.
         block_name: Path of that block.
         prefix: Path of the module's layers in the model's state (the block's, where an MLP is no module of its own).
         norm_name: Path of the norm before the module.
         post_norm_name: Path of the norm behind the module, if there is one.
-        stages: Linear layers that share their inputs, stage by stage in the order of computation, by name within the module.
+        stages: Linear layers that share their inputs, stage by stage in the order of computation, by name within the
+            module.
         groups: What can be removed from it; None for mixers.
-        query_heads: The same by single query heads, with rows of the queries alone (Týr-the-Pruner); None but for attention.
+        query_heads: The same by single query heads, with rows of the queries alone (Týr-the-Pruner); None but for
+            attention.
         wide_residual: The residual stream is float32 whatever the weights are.
     """
 
@@ -124,7 +135,9 @@ class SubBlock:
 
     @property
     def parameters(self) -> int:
-        """Parameters that go with the whole sub-block: all of the module's but norms, which, like embeddings, are not counted."""
+        """Parameters that go with the whole sub-block: all of the module's but norms, which, like embeddings, are not
+        counted.
+        """
         return sum(parameter.numel() for name, parameter in self.module.named_parameters() if "norm" not in name)
 
     @property
@@ -136,7 +149,9 @@ class SubBlock:
             count += rows.count * (self.weight(rows.layer).shape[1] + (self.bias(rows.layer) is not None))
         return count
 
-    def __call__(self, hidden: Tensor, context: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, context: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """The sub-block's output with the residual added.
 
         Args:
@@ -216,7 +231,9 @@ def heads_of(config: PreTrainedConfig) -> Heads:
 
 
 def sub_blocks(model: PreTrainedModel) -> tuple[SubBlock, ...]:
-    """Every sub-block in the order of the forward pass: attention and MLP of block 0, of block 1, ..., or the mixers."""
+    """Every sub-block in the order of the forward pass: attention and MLP of block 0, of block 1, ..., or the
+    mixers.
+    """
     family = family_of(model)
     found: list[SubBlock] = []
     for index, block in enumerate(blocks(model)):
@@ -303,8 +320,8 @@ def _norms(block: nn.Module, name: str, norm: str, post_norm: str | None) -> dic
 def entry(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
     """What the first block receives, and the context (masks, positions) that each block's attention gets.
 
-    The model's own forward runs with every block replaced by the identity, so that each family's way of making embeddings,
-    positions and masks is followed without knowing it.
+    The model's own forward runs with every block replaced by the identity, so that each family's way of making
+    embeddings, positions and masks is followed without knowing it.
 
     Args:
         ids: (batch, tokens) token ids, without padding.
@@ -330,14 +347,18 @@ def entry(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[dict[str, A
 
 @dataclass(frozen=True)
 class Head:
-    """What turns normalised last hidden states into logits: a linear layer, and `cap * tanh(logits / cap)` where `cap` is set."""
+    """What turns normalised last hidden states into logits: a linear layer, and `cap * tanh(logits / cap)` where `cap`
+    is set.
+    """
 
     linear: nn.Linear
     cap: float | None
 
 
 def final_norm_and_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Head]:
-    """The normalised last hidden states (batch, tokens, hidden) in the dtype of the head, and what turns them into logits."""
+    """The normalised last hidden states (batch, tokens, hidden) in the dtype of the head, and what turns them into
+    logits.
+    """
     norm, head = model.get_submodule(family_of(model).final_norm), head_of(model)
     return norm(hidden).to(head.linear.weight.dtype), head
 
@@ -351,10 +372,12 @@ def head_of(model: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def check_walk(model: PreTrainedModel) -> None:
-    """InputError if the sub-blocks of a few tokens, one after the other, and the head are not what the model itself computes.
+    """InputError if the sub-blocks of a few tokens, one after the other, and the head are not what the model itself
+    computes.
 
-    So an entry in `FAMILIES` that does not fit, or a model that does more (scales what a sub-block adds, or the logits), is told
-    before any work. Differences may be half of the dtype's digits; output that is not finite is told later, with its unit.
+    So an entry in `FAMILIES` that does not fit, or a model that does more (scales what a sub-block adds, or the
+    logits), is told before any work. Differences may be half of the dtype's digits; output that is not finite is told
+    later, with its unit.
     """
     family_of(model)  # before anything is asked of a model that may be of any kind
     ids = (torch.arange(8, device=model.device) % int(model.config.vocab_size)).unsqueeze(0)
@@ -382,12 +405,16 @@ def check_walk(model: PreTrainedModel) -> None:
 
 def _does_not_fit(model: PreTrainedModel, why: str) -> InputError:
     where = f"the entry '{model.config.model_type}' in supernet/models/families.py does not fit this model"
-    return InputError(f"{where}: {why}; correct it, or choose another model: sub-blocks must be x + post_norm(module(norm(x)))")
+    return InputError(
+        f"{where}: {why}; correct it, or choose another model: sub-blocks must be x + post_norm(module(norm(x)))"
+    )
 
 
 @contextmanager
 def _forward_replaced(replacements: Mapping[nn.Module, Any]) -> Iterator[None]:
-    before = {module: module.__dict__.get("forward") for module in replacements}  # hooks of other libraries may sit there
+    before = {
+        module: module.__dict__.get("forward") for module in replacements
+    }  # hooks of other libraries may sit there
     for module, forward in replacements.items():
         module.forward = forward
     try:

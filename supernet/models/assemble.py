@@ -1,4 +1,6 @@
-"""An allocation put into a model, in memory: really smaller layers, in the class that the exported checkpoint will use."""
+"""An allocation put into a model, in memory: really smaller layers, in the class that the exported checkpoint
+will use.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,8 @@ class Shape:
     """What the pruned model is built from.
 
     Attributes:
-        config: Of one of `supernet.models.modeling_pruned`'s classes, with `per_layer_config`, where the family's own class cannot
-            hold the model.
+        config: Of one of `supernet.models.modeling_pruned`'s classes, with `per_layer_config`, where the family's own
+            class cannot hold the model.
         blocks: Those of the dense model that it has, in order.
     """
 
@@ -58,7 +60,8 @@ def check_family(model: PreTrainedModel, structured: bool) -> None:
 
     Args:
         model: The dense model.
-        structured: Whether units are members (KV groups, query heads, neurons) or single sub-blocks, not weights, bits or blocks.
+        structured: Whether units are members (KV groups, query heads, neurons) or single sub-blocks, not weights, bits
+            or blocks.
     """
     family = family_of(model)
     if structured and not family.mixer:  # a mixer is present or not, and so is its block
@@ -81,7 +84,8 @@ def _pruned_class(model_type: str) -> type[PreTrainedModel]:
     """That can have layers of different sizes."""
     if model_type not in PRUNED_CLASSES:
         raise InputError(
-            f"the family '{model_type}' has an entry in supernet/models/families.py but no classes in supernet/models/modeling_pruned.py, "
+            f"the family '{model_type}' has an entry in supernet/models/families.py but no classes in "
+            "supernet/models/modeling_pruned.py, "
             "which layers of different sizes need; add its two, or prune weights (prune=sparsegpt), bits (prune=gptq) "
             "or whole blocks"
         )
@@ -92,8 +96,9 @@ def _pruned_class(model_type: str) -> type[PreTrainedModel]:
 def assemble(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[int]) -> PreTrainedModel:
     """The pruned model of an allocation; what is not pruned shares its memory with the dense model.
 
-    Where the family's own class can hold the result (all its layers are alike, whatever their weights), it is of that class, and
-    blocks that are absent as a whole are really left out; else they are layers that skip both of their sub-blocks.
+    Where the family's own class can hold the result (all its layers are alike, whatever their weights), it is of that
+    class, and blocks that are absent as a whole are really left out; else they are layers that skip both of their
+    sub-blocks.
     """
     family = family_of(model)
     changes = [_change(family, place, supernet, allocation) for place in places(model, supernet.space)]
@@ -165,8 +170,8 @@ def _overrides(config: PreTrainedConfig, family: Family, change: Change) -> dict
     part, heads = change.part, _key(config, "num_attention_heads")
     grouped = hasattr(config, "num_key_value_heads")
     if change.tensors is None:
-        # One head and one neuron stand for none: so the zeros that count tokens are few (`SkippedAttn`), and numbers that
-        # differ from layer to layer make transformers' own config classes refuse to answer.
+        # One head and one neuron stand for none: so the zeros that count tokens are few (`SkippedAttn`), and numbers
+        # that differ from layer to layer make transformers' own config classes refuse to answer.
         placeholder = {family.config_neurons: 1}
         if part.kind == ATTENTION:
             placeholder = {heads: 1} | ({"num_key_value_heads": 1} if grouped else {})
@@ -193,7 +198,9 @@ def _key(config: PreTrainedConfig, name: str) -> str:
     return str(config.attribute_map.get(name, name))
 
 
-def _stock_holds(config: PreTrainedConfig, family: Family, layers: Sequence[Mapping[str, Any]], blocks: Sequence[int]) -> bool:
+def _stock_holds(
+    config: PreTrainedConfig, family: Family, layers: Sequence[Mapping[str, Any]], blocks: Sequence[int]
+) -> bool:
     """Whether the family's own class can hold the blocks that are left."""
     if not blocks:
         return bool(family.mixer)  # without attention no layer counts the tokens for the positions
@@ -204,7 +211,8 @@ def _stock_holds(config: PreTrainedConfig, family: Family, layers: Sequence[Mapp
         return False  # layers must keep their numbers
     heads = left[0].get(_key(config, "num_attention_heads"))
     rotary = getattr(config, "rope_parameters", None) or {}
-    # Stock configs refuse head counts that do not divide the hidden size, and count LongRoPE's factors by hidden_size / heads.
+    # Stock configs refuse head counts that do not divide the hidden size, and count LongRoPE's factors by hidden_size /
+    # heads.
     return heads is None or (family.free_heads and config.hidden_size % heads == 0 and "short_factor" not in rotary)
 
 
@@ -238,6 +246,7 @@ def _fill_buffers(pruned: PreTrainedModel, dense: Mapping[str, Tensor]) -> None:
     for path, module in pruned.named_modules():
         for name, buffer in list(module.named_buffers(path, recurse=False)):
             if buffer.is_meta:
-                # Frequencies that adapt to the length of a text may have done so; as they were at first they are kept beside.
+                # Frequencies that adapt to the length of a text may have done so; as they were at first they are kept
+                # beside.
                 first = dense.get(name.replace("inv_freq", "original_inv_freq"), dense[name])
                 module.register_buffer(name.rpartition(".")[2], first.clone(), persistent=False)

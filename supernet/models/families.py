@@ -13,20 +13,22 @@ ATTENTION, MLP, MIXER = "attention", "mlp", "mixer"
 
 @dataclass(frozen=True)
 class Family:
-    """Names of a family's modules. Sub-blocks must be sequential and pre-norm: `x + post_norm(module(norm(x)))`, attention first.
+    """Names of a family's modules. Sub-blocks must be sequential and pre-norm: `x + post_norm(module(norm(x)))`,
+    attention first.
 
-    When a KV group goes, its rows of queries, keys and values go, and its columns of `attention_column`. When a neuron goes, its
-    row of each of `mlp_rows` and its column of `mlp_column` go. A layer that is named again holds the next section of rows:
-    ("qkv", "qkv", "qkv").
+    When a KV group goes, its rows of queries, keys and values go, and its columns of `attention_column`. When a neuron
+    goes, its row of each of `mlp_rows` and its column of `mlp_column` go. A layer that is named again holds the next
+    section of rows: ("qkv", "qkv", "qkv").
 
     Attributes:
         attention: Path of the attention in a block; empty where blocks have none.
         mlp: Path of the MLP in a block; empty where its layers lie in the block itself, or where blocks have none.
-        mixer: Path of a state-space mixer in a block, which takes the place of both; `mixer_stages` are its linear layers.
+        mixer: Path of a state-space mixer in a block, which takes the place of both; `mixer_stages` are its linear
+            layers.
         slices: Kinds of sub-blocks whose own code runs with fewer members; the others are measured with zeros instead.
         config_neurons: What the config calls the number of neurons.
-        free_heads: Whether the config has a `head_dim`. Without it the family's own class takes the channels of a head for
-            `hidden_size / heads`, so that it cannot hold fewer heads.
+        free_heads: Whether the config has a `head_dim`. Without it the family's own class takes the channels of a head
+            for `hidden_size / heads`, so that it cannot hold fewer heads.
     """
 
     blocks: str = "model.layers"
@@ -57,9 +59,9 @@ GEMMA = Family(
 )
 MAMBA = Family(blocks="backbone.layers", final_norm="backbone.norm_f", mixer="mixer")
 
-# By `config.model_type`. An entry is all that pruning of weights, of whole blocks and to fewer bits takes. Pruning of members and
-# of single sub-blocks leaves layers of different sizes, for which the family also needs its two classes in `modeling_pruned`
-# (`supernet.models.assemble.check_family`); a state-space mixer is a block of its own and needs none.
+# By `config.model_type`. An entry is all that pruning of weights, of whole blocks and to fewer bits takes. Pruning of
+# members and of single sub-blocks leaves layers of different sizes, for which the family also needs its two classes in
+# `modeling_pruned` (`supernet.models.assemble.check_family`); a state-space mixer is a block of its own and needs none.
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
@@ -117,12 +119,16 @@ def family_of_config(config: PreTrainedConfig) -> Family:
     model_type = str(config.model_type)
     check_known(model_type)
     if getattr(config, "is_heterogeneous", False):
-        raise InputError("the model's layers differ in size already (per_layer_config); prune the dense model it was made from")
+        raise InputError(
+            "the model's layers differ in size already (per_layer_config); prune the dense model it was made from"
+        )
     for key, (known, why) in VARIANTS.items():
         if getattr(config, key, known) != known:
             raise InputError(f"this variant of '{model_type}' is not known: {why} (its config has {key}={not known})")
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
-        raise InputError(f"this variant of '{model_type}' is not known: embeddings must be as wide as the hidden states")
+        raise InputError(
+            f"this variant of '{model_type}' is not known: embeddings must be as wide as the hidden states"
+        )
     return FAMILIES[model_type]
 
 
@@ -131,6 +137,7 @@ def check_known(model_type: str) -> None:
     if model_type not in FAMILIES:
         raise InputError(
             f"the model's architecture '{model_type}' is not known; known are {', '.join(FAMILIES)}; "
-            "a family with the same structure needs one entry in supernet/models/families.py, and to lose heads, neurons or sub-blocks "
+            "a family with the same structure needs one entry in supernet/models/families.py, and to lose heads, "
+            "neurons or sub-blocks "
             "two classes in supernet/models/modeling_pruned.py"
         )

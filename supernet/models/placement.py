@@ -1,4 +1,6 @@
-"""Where units act: which sub-block, which of its layers, and which parameters a candidate puts in the place of the dense ones."""
+"""Where units act: which sub-block, which of its layers, and which parameters a candidate puts in the place of the
+dense ones.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,9 @@ class Pattern:
         """From "2:4"; InputError for anything else."""
         keep, colon, of = str(text).partition(":")
         if not (colon and keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of) <= 64):
-            raise InputError(f"prune.pruner.pattern={text} is not N:M with 0 < N < M <= 64; 2:4 keeps two of every four weights")
+            raise InputError(
+                f"prune.pruner.pattern={text} is not N:M with 0 < N < M <= 64; 2:4 keeps two of every four weights"
+            )
         return Pattern(int(keep), int(of))
 
     def kept(self, weights: int) -> int:
@@ -70,7 +72,8 @@ def member_prunables(
     Args:
         parts: The model's sub-blocks.
         multiple: Kept neurons are multiples of this.
-        query_heads: Take single query heads with their part of the output projection (Týr-the-Pruner) instead of KV groups.
+        query_heads: Take single query heads with their part of the output projection (Týr-the-Pruner) instead of KV
+            groups.
         bias: Candidates bring a bias of their own where the projection has none (FLAP).
     """
     found = []
@@ -87,12 +90,16 @@ def member_prunables(
         added = len(part.weight(part.column)) if bias and part.bias(part.column) is None else 0
         found.append(Prunable(part.name, kind, part.groups.members, part.member_parameters, step, added=added))
     if not found:
-        raise InputError("the model has neither attention nor MLPs to take heads or neurons from; prune its weights or blocks")
+        raise InputError(
+            "the model has neither attention nor MLPs to take heads or neurons from; prune its weights or blocks"
+        )
     return tuple(found)
 
 
 def weight_prunables(parts: Sequence[SubBlock], patterns: Sequence[Pattern]) -> tuple[Prunable, ...]:
-    """Unstructured: every linear layer, the same number of weights in every row on average; or N:M where patterns are given."""
+    """Unstructured: every linear layer, the same number of weights in every row on average; or N:M where patterns are
+    given.
+    """
     found = []
     for part, layer in _linear_layers(parts):
         d_out, d_in = part.weight(layer).shape
@@ -102,7 +109,8 @@ def weight_prunables(parts: Sequence[SubBlock], patterns: Sequence[Pattern]) -> 
                 if d_in % pattern.of:
                     name = f"{pattern.keep}:{pattern.of}"
                     raise InputError(
-                        f"prune.pruner.pattern={name} does not divide the {d_in} inputs of {part.name}.{layer}; choose another M"
+                        f"prune.pruner.pattern={name} does not divide the {d_in} inputs of {part.name}.{layer}; "
+                        "choose another M"
                     )
             counts = sorted({pattern.kept(d_out * d_in) for pattern in patterns} | {d_out * d_in}, reverse=True)
             choices = tuple(Level(count, count) for count in counts)
@@ -115,7 +123,9 @@ def group_size(d_in: int, group: int) -> int:
     return next(size for size in range(min(d_in, group), 0, -1) if d_in % size == 0)
 
 
-def bit_prunables(parts: Sequence[SubBlock], bits: Sequence[int], group: int, symmetric: bool = False) -> tuple[Prunable, ...]:
+def bit_prunables(
+    parts: Sequence[SubBlock], bits: Sequence[int], group: int, symmetric: bool = False
+) -> tuple[Prunable, ...]:
     """Bit width: every linear layer; the cost is in bits.
 
     Args:
@@ -139,9 +149,14 @@ def bit_prunables(parts: Sequence[SubBlock], bits: Sequence[int], group: int, sy
         levels = [Level(dense, dense * d_out * d_in)]
         levels += [Level(width, width * d_out * d_in + groups * per_group) for width in sorted(set(bits), reverse=True)]
         if levels[1].cost >= levels[0].cost:
-            remedy = f"use a larger group that divides {d_in}, or leave out that width" if size < d_in else "leave out that width"
+            remedy = (
+                f"use a larger group that divides {d_in}, or leave out that width"
+                if size < d_in
+                else "leave out that width"
+            )
             raise InputError(
-                f"prune.pruner.group={group}: scales of {part.name}.{layer}, one for {size} of its {d_in} inputs, take as much "
+                f"prune.pruner.group={group}: scales of {part.name}.{layer}, one for {size} of its {d_in} inputs, "
+                "take as much "
                 f"as {levels[1].kept} bits save; {remedy}"
             )
         found.append(Prunable(f"{part.name}.{layer}", BITS, dense, d_out * d_in, 1, tuple(levels)))
@@ -154,7 +169,9 @@ def presence_prunables(parts: Sequence[SubBlock], whole_blocks: bool) -> tuple[P
     for part in parts:
         name, kind = (part.block_name, BLOCK) if whole_blocks else (part.name, part.kind)
         costs[name] = kind, costs.get(name, (kind, 0))[1] + part.parameters
-    return tuple(Prunable(name, kind, 1, cost, 1, (Level(1, cost), Level(0, 0))) for name, (kind, cost) in costs.items())
+    return tuple(
+        Prunable(name, kind, 1, cost, 1, (Level(1, cost), Level(0, 0))) for name, (kind, cost) in costs.items()
+    )
 
 
 def _linear_layers(parts: Sequence[SubBlock]) -> list[tuple[SubBlock, str]]:

@@ -19,13 +19,16 @@ import xxhash
 
 from supernet.errors import InputError
 
-# The name of a temporary file says where its process ran, and which one it was; a random part keeps it apart from all others.
+# The name of a temporary file says where its process ran, and which one it was; a random part keeps it apart from all
+# others.
 TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d{1,10})-[0-9a-f]{8}\.tmp")
 ABANDONED = 24 * 3600.0  # seconds after which a file of another machine is left behind: no write takes that long
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; a full disk or a read-only folder is an InputError and leaves nothing behind."""
+    """Write a file whole or not at all; a full disk or a read-only folder is an InputError and leaves nothing
+    behind.
+    """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{_place()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -98,7 +101,9 @@ def _is_abandoned(entry: os.DirEntry[str]) -> bool:
 
 @cache
 def _place() -> str:
-    """Tells this machine, since it was started, and this container from all others: a process number says nothing elsewhere."""
+    """Tells this machine, since it was started, and this container from all others: a process number says nothing
+    elsewhere.
+    """
     parts = [platform.node()]
     with suppress(OSError):  # where there is no such thing, the name will do
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]

@@ -14,8 +14,8 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_KEPT = 32 << 20  # glibc takes no higher threshold
 CPU = torch.device("cpu")
-# Limit and usage, then what of the usage is page cache, which the kernel takes back when memory is short, and what of that
-# cache is shared memory, which it does not.
+# Limit and usage, then what of the usage is page cache, which the kernel takes back when memory is short, and what of
+# that cache is shared memory, which it does not.
 CGROUPS = (
     ("memory.max", "memory.current", "file", "shmem"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache", "total_shmem"),
@@ -72,11 +72,15 @@ def _group_folders(root: Path) -> list[Path]:
         lines = []
     controller = "memory" if root.name == "memory" else ""  # the second version names none
     own = [root / path.lstrip("/") for _, names, path in lines if controller in names.split(",")]
-    return list(dict.fromkeys([one for path in own for one in (path, *path.parents) if one.is_relative_to(root)] + [root]))
+    return list(
+        dict.fromkeys([one for path in own for one in (path, *path.parents) if one.is_relative_to(root)] + [root])
+    )
 
 
 def restart_peak() -> bool:
-    """Begin to count the most that this process holds anew; False where only the whole process can be looked at, as on macOS."""
+    """Begin to count the most that this process holds anew; False where only the whole process can be looked at, as on
+    macOS.
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -85,7 +89,9 @@ def restart_peak() -> bool:
 
 
 def peak() -> int:
-    """The most bytes of main memory that this process held since its peak was restarted; pages of mapped files count, too."""
+    """The most bytes of main memory that this process held since its peak was restarted; pages of mapped files count,
+    too.
+    """
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(lines["VmHWM"].split()[0]) * 1024
@@ -97,8 +103,8 @@ def peak() -> int:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed instead of giving it back to the kernel at once.
 
-    Activations of megabytes come and go thousands of times a second; each time the kernel would map and clear fresh pages, which
-    takes as long as the elementwise operations on them. Other C libraries are left as they are.
+    Activations of megabytes come and go thousands of times a second; each time the kernel would map and clear fresh
+    pages, which takes as long as the elementwise operations on them. Other C libraries are left as they are.
     """
     if (libc := _glibc()) is not None:
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)

@@ -1,7 +1,8 @@
 """JSON files with a checksum of what they say, so that no other content is ever taken for what was written.
 
-They stay files that other tools can read: the checksum is one more field. A file that was edited by hand, or is of a version that
-wrote no checksums, is refused. Parsers are never given more than a limit, and whatever one raises comes out as `UnreadableError`.
+They stay files that other tools can read: the checksum is one more field. A file that was edited by hand, or is of a
+version that wrote no checksums, is refused. Parsers are never given more than a limit, and whatever one raises comes
+out as `UnreadableError`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def read_record(path: Path, most: int = MOST) -> dict[str, Any] | None:
 
 
 def read_json(path: Path, most: int = MOST) -> Any:
-    """The content of a JSON file that may have no checksum, None where there is no file; raises as `read_record` does."""
+    """The content of a JSON file that may have no checksum, None where there is no file; raises as
+    `read_record` does.
+    """
     data = read_regular(path, most)
     if data is None:
         return None

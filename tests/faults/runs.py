@@ -23,8 +23,9 @@ ARGUMENTS = (
     "supernet.root=net",
     "hydra.run.dir=run",
 )
-# A process that has imported everything forks a child for each run: importing takes seconds, a run not much more than one. The
-# child counts the calls that make a change last, and dies before or behind one of them, or finds the disk full from one on.
+# A process that has imported everything forks a child for each run: importing takes seconds, a run not much more than
+# one. The child counts the calls that make a change last, and dies before or behind one of them, or finds the disk full
+# from one on.
 SERVER = """
 import errno, json, os, shutil, signal, sys
 import search.cli.command, search.run.pipeline, search.export.huggingface
@@ -100,7 +101,11 @@ class Runs:
         )
 
     def __call__(
-        self, folder: Path, fault: tuple[str, int] | None = None, arguments: Sequence[str] = (), status: int | None = None
+        self,
+        folder: Path,
+        fault: tuple[str, int] | None = None,
+        arguments: Sequence[str] = (),
+        status: int | None = None,
     ) -> Ended:
         """A run of `ARGUMENTS` and these, in a folder; where a status is given, it must end so."""
         assert self._server.stdin is not None and self._server.stdout is not None

@@ -31,7 +31,9 @@ def one_line(text: str) -> bool:
 
 
 def test_a_disk_of_twenty_sizes_that_grows_in_time(runs: Runs, undisturbed: tuple[Path, int], disk: Path) -> None:
-    """The disk is as full as it gets at each size, and then the next one: a run that goes on twenty times ends like any other."""
+    """The disk is as full as it gets at each size, and then the next one: a run that goes on twenty times ends like any
+    other.
+    """
     expected, _ = undisturbed
     used = sum(-(-path.stat().st_size // 4096) * 4 for path in expected.rglob("*") if path.is_file()) + 64
     stopped = 0
@@ -51,7 +53,9 @@ def test_a_disk_of_twenty_sizes_that_grows_in_time(runs: Runs, undisturbed: tupl
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
-def test_a_disk_that_refuses_from_some_write_on(share: float, runs: Runs, undisturbed: tuple[Path, int], tmp_path: Path) -> None:
+def test_a_disk_that_refuses_from_some_write_on(
+    share: float, runs: Runs, undisturbed: tuple[Path, int], tmp_path: Path
+) -> None:
     """Where nothing can be mounted: a file that cannot be synchronised is none."""
     expected, changes = undisturbed
     ended = runs(tmp_path, ("full", int(share * changes)), status=1)

@@ -1,4 +1,6 @@
-"""Three hundred files changed at random, from fixed seeds: each change is told in one line that names the file, or harmless."""
+"""Three hundred files changed at random, from fixed seeds: each change is told in one line that names the file, or
+harmless.
+"""
 
 import json
 import shutil
@@ -61,8 +63,12 @@ def put_instead(data: bytes, rng: Rng) -> bytes:
 CHANGES = (flip_a_bit, change_a_digit, cut_off, take_out, put_in, put_instead)
 
 
-def outcomes(original: Path, files: list[Path], read: Read, harmless: Callable[[Any, Any], bool], count: int) -> dict[str, int]:
-    """What comes of so many changes of the files below a folder, one at a time: told or harmless, anything else fails."""
+def outcomes(
+    original: Path, files: list[Path], read: Read, harmless: Callable[[Any, Any], bool], count: int
+) -> dict[str, int]:
+    """What comes of so many changes of the files below a folder, one at a time: told or harmless, anything else
+    fails.
+    """
     expected, found = read(original), {"told": 0, "harmless": 0}
     for seed in range(count):
         rng = np.random.default_rng(seed)
@@ -100,7 +106,9 @@ def candidates(folder: Path) -> Any:
     for index, unit in enumerate(supernet.space.units):
         for level in range(1, len(unit.levels)):
             values = vars(supernet.candidate(index, level))
-            found.append({name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()})
+            found.append(
+                {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
+            )
     return found
 
 
@@ -125,7 +133,11 @@ def test_of_a_run(undisturbed: tuple[Path, int], tmp_path: Path) -> None:
     spaces = [Supernet(folder, manifest).space for manifest in manifests if manifest is not None]
     space = next(one for one in spaces if one.fingerprint == record["space"])
     settings, identity = (
-        {key: value for key, value in json.loads((folder / f"checkpoint/{name}.json").read_text()).items() if key != "checksum"}
+        {
+            key: value
+            for key, value in json.loads((folder / f"checkpoint/{name}.json").read_text()).items()
+            if key != "checksum"
+        }
         for name in ("settings", "identity")
     )
 
@@ -138,10 +150,16 @@ def test_of_a_run(undisturbed: tuple[Path, int], tmp_path: Path) -> None:
 
     def made_again(result: Any, expected: Any) -> bool:
         """State and rows are what they were; of the rest, what is gone is made again."""
-        return result[:2] == expected[:2] and all(a == b or not a for a, b in zip(result[2:], expected[2:], strict=True))
+        return result[:2] == expected[:2] and all(
+            a == b or not a for a, b in zip(result[2:], expected[2:], strict=True)
+        )
 
     names = ("round-0", "settings", "identity", "costs", "supernets")
-    files = [*(folder / f"checkpoint/{name}.json" for name in names), folder / "metrics.json", folder / "allocation.json"]
+    files = [
+        *(folder / f"checkpoint/{name}.json" for name in names),
+        folder / "metrics.json",
+        folder / "allocation.json",
+    ]
     found = outcomes(folder, [*files, folder / "history.parquet"], everything, made_again, 100)
     assert found["told"] > 70
 

@@ -117,7 +117,9 @@ def untracked(items: Sequence[Any], title: str) -> Iterable[Any]:
 
 
 def space_for(model: PreTrainedModel, pruner: Pruner, kept: Sequence[float]) -> Space:
-    """The units of a pruner, each with all of its members and with these fractions of them, or with the levels that there are."""
+    """The units of a pruner, each with all of its members and with these fractions of them, or with the levels that
+    there are.
+    """
     units = []
     for one in pruner.prunables(sub_blocks(model)):
         counts = (one.total, *(round(fraction * one.total) for fraction in kept))

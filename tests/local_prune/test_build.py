@@ -82,7 +82,13 @@ def writes(most: int | None = None) -> Any:
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize(
     ("pruner", "units"),
-    [(ObsPruner(), 0), (ObsPruner(), 1), (ObsPruner(), 4), (ObsPruner(), 5), *((SparseGptPruner(), n) for n in (1, 4, 12))],
+    [
+        (ObsPruner(), 0),
+        (ObsPruner(), 1),
+        (ObsPruner(), 4),
+        (ObsPruner(), 5),
+        *((SparseGptPruner(), n) for n in (1, 4, 12)),
+    ],
     ids=lambda value: str(value) if isinstance(value, int) else type(value).__name__,
 )
 def test_an_interrupted_build_ends_as_an_undisturbed_one(
@@ -106,7 +112,9 @@ def test_a_finished_supernet_is_not_touched(model: PreTrainedModel, tmp_path: Pa
     assert unit_files(again) == unit_files(first)
 
 
-def test_a_build_finds_what_another_process_has_finished_meanwhile(model: PreTrainedModel, tmp_path: Path, built: Built) -> None:
+def test_a_build_finds_what_another_process_has_finished_meanwhile(
+    model: PreTrainedModel, tmp_path: Path, built: Built
+) -> None:
     """The loser of a race opened the supernet before the winner had written anything."""
     refresh, races = Supernet.refresh, list[Supernet]()
 
@@ -151,7 +159,10 @@ def test_progress_is_drawn_over_all_sub_blocks(model: PreTrainedModel, tmp_path:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"fit": "dens"}, "prune.fit=dens is not known; choose one of pruned, dense, residual"), ({"batch": 0}, "prune.batch=0")],
+    [
+        ({"fit": "dens"}, "prune.fit=dens is not known; choose one of pruned, dense, residual"),
+        ({"batch": 0}, "prune.batch=0"),
+    ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -253,7 +264,9 @@ WEIGHING: dict[str, Pruner] = SEEING | {
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", WEIGHING)
-def test_weights_that_are_not_finite_are_told(model_of: ModelOf, tmp_path: Path, built: Built, name: str, value: float) -> None:
+def test_weights_that_are_not_finite_are_told(
+    model_of: ModelOf, tmp_path: Path, built: Built, name: str, value: float
+) -> None:
     model = model_of("llama")
     model.model.layers[1].mlp.down_proj.weight[3, 5] = value
     with pytest.raises(InputError, match=r"not finite; check the model's weights, or use dtype=float32$") as told:

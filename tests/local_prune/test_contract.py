@@ -51,7 +51,9 @@ UNSTRUCTURED: dict[str, Callable[..., Pruner]] = {
     "apt": AptPruner,
 }
 PATTERNS = {"": None, " 2:4": "2:4", " of several patterns": ("3:4", "2:4")}
-LINEAR: dict[str, Pruner] = {f"{n}{title}": kind(p) for n, kind in UNSTRUCTURED.items() for title, p in PATTERNS.items()}
+LINEAR: dict[str, Pruner] = {
+    f"{n}{title}": kind(p) for n, kind in UNSTRUCTURED.items() for title, p in PATTERNS.items()
+}
 LINEAR |= {"rtn": RtnPruner([4, 2], 16), "gptq": GptqPruner([4, 2], 16)}
 DEPTH: dict[str, Pruner] = {"depth": DepthPruner(), "depth of whole blocks": DepthPruner(whole_blocks=True)}
 PRUNERS = STRUCTURED | LINEAR | DEPTH
@@ -61,7 +63,9 @@ CASES = [("llama", name) for name in PRUNERS] + [("mamba", name) for name in LIN
 
 @dataclass(frozen=True)
 class Case:
-    """A pruner, and what it made of a model: its supernet, of exact accumulation along the first level of every unit."""
+    """A pruner, and what it made of a model: its supernet, of exact accumulation along the first level of every
+    unit.
+    """
 
     model: PreTrainedModel
     pruner: Pruner
@@ -199,7 +203,9 @@ def test_the_manifest_records_seconds_and_the_errors_of_fits(case: Case) -> None
             assert ("errors" in record) == fits
             if fits:
                 X = part.inputs(layer or part.column, hidden, context, weights if layer else None).double()
-                assert record["errors"] == pytest.approx(measured(case, place, index, X, dense.double()), rel=1e-2, abs=1e-5)
+                assert record["errors"] == pytest.approx(
+                    measured(case, place, index, X, dense.double()), rel=1e-2, abs=1e-5
+                )
         hidden = hidden if weights is None else part(hidden, context, weights)
 
 
@@ -208,7 +214,9 @@ def measured(case: Case, place: Place, unit: int, X: Tensor, dense: Tensor) -> l
     errors, T = [], X @ dense.T
     for level in range(1, len(case.space.units[unit].levels)):
         candidate = case.supernet.candidate(unit, level)
-        columns = member_columns(candidate.kept, place.part.groups.width) if isinstance(candidate, Members) else slice(None)
+        columns = (
+            member_columns(candidate.kept, place.part.groups.width) if isinstance(candidate, Members) else slice(None)
+        )
         output = X[:, columns] @ candidate.weight.double().T
         errors.append(float((output - T).square().sum() / T.square().sum()))
     return errors
@@ -220,7 +228,9 @@ def measured(case: Case, place: Place, unit: int, X: Tensor, dense: Tensor) -> l
 def test_families_that_differ(
     model_of: Callable[..., PreTrainedModel], built: Callable[..., Supernet], tmp_path: Path, family: str, name: str
 ) -> None:
-    """Weights that are stored transposed, fused layers, and norms behind the sub-blocks: all that a method can make is sound."""
+    """Weights that are stored transposed, fused layers, and norms behind the sub-blocks: all that a method can make is
+    sound.
+    """
     model, pruner = model_of(family), PRUNERS[name]
     case = Case(model, pruner, built(model, tmp_path, pruner, IDS, weights=first_level))
     test_every_level_keeps_what_was_asked_for(case)
@@ -228,7 +238,9 @@ def test_families_that_differ(
     test_the_survey_speaks_of_units(case)
     dense = assemble(model, case.supernet, [0] * len(case.names))(IDS).logits
     for level in (1, -1):
-        pruned = assemble(model, case.supernet, [range(len(unit.levels))[level] for unit in case.space.units])(IDS).logits
+        pruned = assemble(model, case.supernet, [range(len(unit.levels))[level] for unit in case.space.units])(
+            IDS
+        ).logits
         assert pruned.shape == dense.shape and bool(pruned.isfinite().all()) and not torch.equal(pruned, dense)
 
 
@@ -242,7 +254,11 @@ def unit_files(supernet: Supernet) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("weights", [first_level, even])
 def test_builds_are_alike_even_if_interrupted(
-    case: Case, tmp_path: Path, built: Callable[..., Supernet], monkeypatch: pytest.MonkeyPatch, weights: Callable[..., Any]
+    case: Case,
+    tmp_path: Path,
+    built: Callable[..., Supernet],
+    monkeypatch: pytest.MonkeyPatch,
+    weights: Callable[..., Any],
 ) -> None:
     """In the middle of the second block, between layers that share their inputs where the method prunes those."""
     expected = case.supernet

@@ -52,7 +52,14 @@ PRUNERS: dict[str, Pruner] = {
     "depth": DepthPruner(),
     "depth of whole blocks": DepthPruner(whole_blocks=True),
 }
-UNSEEING = {"taylor", "bonsai", "magnitude", "rtn", "depth", "depth of whole blocks"}  # of the inputs of the pruned model
+UNSEEING = {
+    "taylor",
+    "bonsai",
+    "magnitude",
+    "rtn",
+    "depth",
+    "depth of whole blocks",
+}  # of the inputs of the pruned model
 
 SpaceOf = Callable[..., Space]
 ModelOf = Callable[..., PreTrainedModel]
@@ -66,7 +73,9 @@ def mixture(space: Space) -> Mapping[str, Sequence[float]]:
     return {unit.name: even(unit) for unit in space.units}
 
 
-def estimated(model: PreTrainedModel, space_of: SpaceOf, pruner: Pruner, ids: torch.Tensor = IDS, **settings: Any) -> Estimate:
+def estimated(
+    model: PreTrainedModel, space_of: SpaceOf, pruner: Pruner, ids: torch.Tensor = IDS, **settings: Any
+) -> Estimate:
     space = space_of(model, pruner, KEPT)
     return estimate(model, Calibration(ids, 2, **settings), pruner, space, mixture(space), CPU)
 
@@ -78,7 +87,9 @@ def test_it_is_what_a_build_takes(
     model, pruner = model_of("llama"), PRUNERS[name]
     found = estimated(model, space_of, pruner)
     supernet = built(model, tmp_path, pruner, IDS, kept=KEPT, weights=even)
-    assert found.stored == pytest.approx(sum(file.stat().st_size for file in (supernet.path / "units").iterdir()), rel=0.01)
+    assert found.stored == pytest.approx(
+        sum(file.stat().st_size for file in (supernet.path / "units").iterdir()), rel=0.01
+    )
     assert found.seconds > 0.0
     assert found.model == sum(parameter.nbytes for parameter in model.parameters())
     assert found.streams == (0 if name in UNSEEING else IDS.numel() * 64 * 4)
@@ -103,7 +114,9 @@ def test_fits_to_the_dense_model_take_its_stream_too(model_of: ModelOf, space_of
 
 
 @pytest.mark.parametrize("name", PRUNERS)
-def test_the_survey_takes_its_time(model_of: ModelOf, space_of: SpaceOf, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_the_survey_takes_its_time(
+    model_of: ModelOf, space_of: SpaceOf, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setattr("local_prune.estimate._seconds_per_token", lambda *_: 1.0)  # of each of three blocks
     survey = 3 * PRUNERS[name].survey_tokens(Calibration(IDS, 2))
     assert (survey > 0) == (name in ("taylor", "gblm", "bonsai"))
@@ -113,8 +126,8 @@ def test_the_survey_takes_its_time(model_of: ModelOf, space_of: SpaceOf, monkeyp
 def test_the_time_is_about_right(space_of: SpaceOf, built: Callable[..., Supernet], tmp_path: Path) -> None:
     """Only of the right order: the machine may have other things to do."""
     model = random_llama(
-        seed=0, hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
-        dtype=torch.float32,
+        seed=0, hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=4, dtype=torch.float32,
     ).model  # fmt: skip
     ids = torch.randint(97, (32, 64), generator=torch.Generator().manual_seed(3))
     found = estimated(model, space_of, ObsPruner(), ids)
@@ -124,7 +137,9 @@ def test_the_time_is_about_right(space_of: SpaceOf, built: Callable[..., Superne
     assert taken / 5 < found.seconds < taken * 5
 
 
-def test_it_leaves_nothing_behind(model_of: ModelOf, space_of: SpaceOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_leaves_nothing_behind(
+    model_of: ModelOf, space_of: SpaceOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = model_of("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -178,7 +193,9 @@ WORKING = [
 
 
 @pytest.mark.parametrize(("name", "units"), WORKING, ids=[f"{name}, {units[0]}" for name, units in WORKING])
-def test_the_working_memory_is_about_right(space_of: SpaceOf, tmp_path: Path, name: str, units: tuple[str, ...]) -> None:
+def test_the_working_memory_is_about_right(
+    space_of: SpaceOf, tmp_path: Path, name: str, units: tuple[str, ...]
+) -> None:
     """Of a layer 1536 -> 512, and of two side by side of 512 -> 1536, at eight levels."""
     pruners: dict[str, Pruner] = PRUNERS | {"apt": AptPruner(), "gptq": GptqPruner([8, 7, 6, 5, 4, 3, 2])}
     pruner, sizes = pruners[name], {"num_attention_heads": 16, "num_key_value_heads": 16, "dtype": torch.float32}

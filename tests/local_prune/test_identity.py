@@ -35,7 +35,12 @@ def record(model_of: Callable[..., PreTrainedModel], space_of: SpaceOf, ids: Ten
         model = model_of(name)
         space = space_of(model, pruner, (0.5,))
         return build_record(
-            model, Calibration(ids, **how), pruner, space, {unit.name: weights for unit in space.units}, torch.device(device)
+            model,
+            Calibration(ids, **how),
+            pruner,
+            space,
+            {unit.name: weights for unit in space.units},
+            torch.device(device),
         )
 
     return make
@@ -59,7 +64,10 @@ def test_settings_are_the_real_ones_with_defaults_and_whatever_they_are_written_
     [
         (ObsPruner(), {"damping": 0.02, "first_order": 1.0}),
         (SparseGptPruner(), {"pattern": "2:4", "damping": 0.1, "block": 32, "refit": 0}),
-        (GptqPruner(), {"bits": (4, 2), "group": 32, "symmetric": True, "activation_order": False, "damping": 0.1, "block": 32}),
+        (
+            GptqPruner(),
+            {"bits": (4, 2), "group": 32, "symmetric": True, "activation_order": False, "damping": 0.1, "block": 32},
+        ),
         (GblmPruner(), {"pattern": "2:4", "gradient_weight": 1.0, "norm": 1}),
         (DepthPruner(), {"whole_blocks": True}),
     ],
@@ -70,7 +78,9 @@ def test_each_setting_counts(pruner: Any, changes: dict[str, Any]) -> None:
         assert identity_of(replace(pruner, **{name: value})) != identity_of(pruner)
 
 
-def test_the_method_its_version_and_the_walks_count(record: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_method_its_version_and_the_walks_count(
+    record: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = record(WandaPruner())
     assert record(MagnitudePruner()) != before
     with monkeypatch.context() as patch:
@@ -103,7 +113,9 @@ def test_what_makes_no_difference_does_not_count(record: Callable[..., Any]) -> 
     assert record(ObsPruner(), batch=1) == record(ObsPruner(), batch=4)
     assert record(ObsPruner(), fit="dense") != record(ObsPruner(), fit="residual") != record(ObsPruner())
     dense = (1.0, 0.0)
-    assert record(ObsPruner(), dense, fit="dense") == record(ObsPruner(), dense) != record(ObsPruner())  # no errors, one target
+    assert (
+        record(ObsPruner(), dense, fit="dense") == record(ObsPruner(), dense) != record(ObsPruner())
+    )  # no errors, one target
     assert record(WandaPruner(), fit="dense") == record(WandaPruner())  # fits nothing
     assert record(ObsPruner(), name="gemma2", fit="residual") == record(ObsPruner(), name="gemma2")  # norms in the way
     assert record(MagnitudePruner(), dense, fit="dense") == record(MagnitudePruner())  # sees no inputs

@@ -120,11 +120,15 @@ def test_what_works_at_once_gives_no_warning(layer: MakeLayer, caplog: pytest.Lo
 
 
 def test_damping_is_not_raised_for_ever() -> None:
-    with pytest.raises(InputError, match=r"model\.layers\.3\.mlp: the Hessian is not positive definite even with damping 1000"):
+    with pytest.raises(
+        InputError, match=r"model\.layers\.3\.mlp: the Hessian is not positive definite even with damping 1000"
+    ):
         damped(indefinite(1e9), torch.ones(2, 1), 0.01, "model.layers.3.mlp")
 
 
-def test_what_fails_behind_the_first_factorisation_gets_more_damping(layer: MakeLayer, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_fails_behind_the_first_factorisation_gets_more_damping(
+    layer: MakeLayer, caplog: pytest.LogCaptureFixture
+) -> None:
     case = layer()
     ridges = []
 
@@ -151,7 +155,9 @@ def test_what_fails_with_any_damping_is_told(layer: MakeLayer) -> None:
         calls.append(problem)
         raise torch.linalg.LinAlgError("singular")  # type: ignore[attr-defined]
 
-    with pytest.raises(InputError, match="^unit: the Hessian is not positive definite even with damping 1000; use more"):
+    with pytest.raises(
+        InputError, match="^unit: the Hessian is not positive definite even with damping 1000; use more"
+    ):
         solved(case.problem, case.dense.T, 0.01, "unit", fail)
     assert len(calls) == 6
 

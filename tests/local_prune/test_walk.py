@@ -90,12 +90,14 @@ def inputs_of(modules: Sequence[nn.Module]) -> Any:
 
 @torch.no_grad()
 def streams(model: PreTrainedModel) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """By hooks on whole forward passes of a Llama: the residual stream before every sub-block and behind the last; and what every
-    linear layer gets, by name.
+    """By hooks on whole forward passes of a Llama: the residual stream before every sub-block and behind the last; and
+    what every linear layer gets, by name.
     """
     layers = model.model.layers
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name
+    }
     inputs = {}
     with inputs_of([*norms, model.model.norm]) as residual:
         model(IDS)
@@ -134,7 +136,9 @@ def test_each_fit_solves_its_problem_on_the_pruned_models_own_inputs(
         stream, inputs = streams(assemble(model, supernet, prefix))
         layer = f"{part.name}.{part.column}"
         X, W = inputs[layer], part.weight(part.column).double().T
-        T = {"pruned": X @ W, "dense": dense_inputs[layer] @ W, "residual": dense_stream[index + 1] - stream[index]}[fit]
+        T = {"pruned": X @ W, "dense": dense_inputs[layer] @ W, "residual": dense_stream[index + 1] - stream[index]}[
+            fit
+        ]
         assert_problem(recorder.problem(part.name), X, T)
 
         H, G = X.T @ X, X.T @ T
@@ -145,7 +149,9 @@ def test_each_fit_solves_its_problem_on_the_pruned_models_own_inputs(
             columns = member_columns(candidate.kept, part.groups.width)
             solution = candidate.weight.double().T
             left = H[columns][:, columns] @ solution + ridge * solution
-            torch.testing.assert_close(left, G[columns] + ridge * W[columns], rtol=1e-2, atol=1e-2 * float(G.abs().max()))
+            torch.testing.assert_close(
+                left, G[columns] + ridge * W[columns], rtol=1e-2, atol=1e-2 * float(G.abs().max())
+            )
             assert errors[level - 1] == pytest.approx(relative_error(X[:, columns] @ solution, T), rel=1e-2, abs=1e-5)
 
 
@@ -175,7 +181,9 @@ def test_what_comes_next_sees_the_mean_over_levels(model: PreTrainedModel, tmp_p
     recorder = Recorder()
     supernet = built(model, tmp_path, recorder, IDS, weights=uneven)
     runs = [streams(assemble(model, supernet, [level, *[0] * 7])) for level in range(3)]
-    stream = sum(weight * run[0][1] for weight, run in zip((0.5, 0.2, 0.3), runs, strict=True))  # behind the first attention
+    stream = sum(
+        weight * run[0][1] for weight, run in zip((0.5, 0.2, 0.3), runs, strict=True)
+    )  # behind the first attention
     layer = model.model.layers[0]
     with torch.no_grad():
         normed = layer.post_attention_layernorm(stream.float())
@@ -184,7 +192,9 @@ def test_what_comes_next_sees_the_mean_over_levels(model: PreTrainedModel, tmp_p
     torch.testing.assert_close(second.hessian.double(), X.T @ X, rtol=1e-3, atol=1e-3)
 
 
-def test_a_bias_that_makes_up_for_members_reaches_what_comes_next(model: PreTrainedModel, tmp_path: Path, built: Built) -> None:
+def test_a_bias_that_makes_up_for_members_reaches_what_comes_next(
+    model: PreTrainedModel, tmp_path: Path, built: Built
+) -> None:
     recorder = Recorder(FlapPruner())
     supernet = built(model, tmp_path, recorder, IDS, weights=exact)
     inputs = streams(assemble(model, supernet, (*CHOSEN[:7], 0)))[1]["model.layers.3.mlp.down_proj"]
@@ -210,7 +220,9 @@ def test_single_query_heads_see_the_pruned_model(model: PreTrainedModel, tmp_pat
 def test_linear_layers_see_all_before_them_pruned(
     model_of: ModelOf, tmp_path: Path, built: Built, fit: str, pruner: Pruner
 ) -> None:
-    """Those of the same sub-block, too. Layers inside a sub-block do not reach its residual: with it they fit as `pruned`."""
+    """Those of the same sub-block, too. Layers inside a sub-block do not reach its residual: with it they fit as
+    `pruned`.
+    """
     model = model_of("llama_with_biases")
     recorder = Recorder(pruner)
     supernet = built(model, tmp_path, recorder, IDS, weights=exact, fit=fit)
@@ -236,7 +248,9 @@ def test_linear_layers_see_all_before_them_pruned(
 
 @pytest.mark.parametrize("pruner", [ObsPruner(), TaylorPruner(), GblmPruner()], ids=["members", "surveyed", "weights"])
 @pytest.mark.parametrize("family", ["llama_with_biases", "gpt2"])
-def test_a_pruner_is_told_all_about_a_unit(model_of: ModelOf, tmp_path: Path, built: Built, pruner: Pruner, family: str) -> None:
+def test_a_pruner_is_told_all_about_a_unit(
+    model_of: ModelOf, tmp_path: Path, built: Built, pruner: Pruner, family: str
+) -> None:
     model, recorder = model_of(family), Recorder(pruner)
     built(model, tmp_path, recorder, IDS)
     survey = pruner.survey(model, Calibration(IDS, 2), torch.device("cpu"), lambda items, _: items)
@@ -281,7 +295,9 @@ def test_without_accumulation_all_see_the_dense_model(
 
 @pytest.mark.parametrize("pruner", [WandaPruner(), GptqPruner([4, 3], 16)], ids=["weights", "bits"])
 @torch.no_grad()
-def test_layers_see_the_mean_weights_of_those_before(model_of: ModelOf, tmp_path: Path, built: Built, pruner: Pruner) -> None:
+def test_layers_see_the_mean_weights_of_those_before(
+    model_of: ModelOf, tmp_path: Path, built: Built, pruner: Pruner
+) -> None:
     model = model_of("llama")
     recorder = Recorder(pruner)
     supernet = built(model, tmp_path, recorder, IDS, weights=uneven)
@@ -314,7 +330,9 @@ def test_the_batch_size_does_not_matter_to_linear_layers(
 
 
 @pytest.mark.parametrize("fit", FITS)
-def test_dropped_sub_blocks_leave_the_stream_alone(model: PreTrainedModel, tmp_path: Path, built: Built, fit: str) -> None:
+def test_dropped_sub_blocks_leave_the_stream_alone(
+    model: PreTrainedModel, tmp_path: Path, built: Built, fit: str
+) -> None:
     recorder = Recorder()
     built(model, tmp_path, recorder, IDS, weights=lambda unit, _: on(unit, 1), fit=fit, kept=(0.0,))
     first, last = (recorder.problem(f"model.layers.{block}.self_attn") for block in (0, 3))
@@ -344,7 +362,9 @@ def test_what_a_sub_block_adds_is_taken_as_often_as_it_is_present(
     hidden, contexts = entry(any_model, IDS)
     for part in sub_blocks(any_model):
         name = part.block_name if whole_blocks else part.name
-        if not whole_blocks or part.stages == sub_blocks(any_model)[0].stages:  # blocks are built at their first sub-block
+        if (
+            not whole_blocks or part.stages == sub_blocks(any_model)[0].stages
+        ):  # blocks are built at their first sub-block
             statistics = recorder.tasks[name].statistics
             assert isinstance(statistics, Moments)
             X = part.inputs(part.column, hidden, contexts[part.block]).double()

@@ -7,7 +7,11 @@ WHOLE = "must be a whole number of at least"
 
 # At the level of the settings: nothing is run, all of them follow `+experiment=smoke`.
 SETTINGS: dict[str, list[str]] = {
-    "data=pydoc data.source.path=x.txt": ["no setting data.source.path", "this choice of data has none", "take another"],
+    "data=pydoc data.source.path=x.txt": [
+        "no setting data.source.path",
+        "this choice of data has none",
+        "take another",
+    ],
     "sparsity=0.5": ["there is no setting sparsity", "budget.sparsity"],
     "--budget.sparsity=0.5": ["needs no dashes: budget.sparsity=0.5"],
     "budget.sparsity 0.5": ["'budget.sparsity'", "no equals sign"],
@@ -83,7 +87,10 @@ SETTINGS: dict[str, list[str]] = {
     "prune=wanda prune.pruner.pattern=[2:4,abc]": ["prune.pruner.pattern=abc", "N:M", "2:4"],
     "prune=wanda prune.pruner.pattern=[2:4,1:2]": ["prune.pruner.pattern=2:4,1:2", "same density"],
     "prune=wanda prune.pruner.pattern=24": ["prune.pruner.pattern=24", "quote"],
-    "prune=sparsegpt prune.pruner.pattern=2:3": ["prune.pruner.pattern=2:3", "64 inputs of model.layers.0.self_attn.q_proj"],
+    "prune=sparsegpt prune.pruner.pattern=2:3": [
+        "prune.pruner.pattern=2:3",
+        "64 inputs of model.layers.0.self_attn.q_proj",
+    ],
     "prune=magnitude prune.pruner.pattern=2:4 budget.sparsity=0.6": ["budget.sparsity=0.6", "remove 0.5", "pattern"],
     "prune=sparsegpt prune.pruner.damping=0": ["prune.pruner.damping=0", "above 0"],
     "prune=sparsegpt prune.pruner.block=0": ["prune.pruner.block=0", "at least 1"],
@@ -115,7 +122,11 @@ SETTINGS: dict[str, list[str]] = {
     "budget.bytes=much": ["budget.bytes=much", "4GB"],
     "budget.bytes=1.5": ["budget.bytes=1.5", "4GB"],
     "budget.parameters=1e9": ["budget.parameters=1000000000", "279,232 parameters of the dense model", "fewer"],
-    "budget.parameters=1000": ["budget.parameters=1000", "32,960 parameters of what is not pruned", "32,960 to 279,232"],
+    "budget.parameters=1000": [
+        "budget.parameters=1000",
+        "32,960 parameters of what is not pruned",
+        "32,960 to 279,232",
+    ],
     "budget.parameters=4e4 supernet.levels=3": ["budget.parameters=40000", "supernet.levels"],
     "budget.parameters=0": ["budget.parameters=0", "above 0"],
     "budget.parameters=inf": ["budget.parameters=inf", "finite"],
@@ -333,7 +344,8 @@ SETTINGS: dict[str, list[str]] = {
     "model.hidden_size=abc": ["model.hidden_size=abc", "whole number"],
 }
 
-# Through the real command, with its exit status and all that it prints. Each list is the arguments as a shell gives them.
+# Through the real command, with its exit status and all that it prints. Each list is the arguments as a shell gives
+# them.
 COMMANDS: list[tuple[list[str], list[str]]] = [
     (["+experiment=smke"], ["'smke'", "smoke"]),
     (["+experment=smoke"], ["experment", "+experiment"]),

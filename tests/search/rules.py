@@ -45,7 +45,8 @@ class Smooth:
         self.calls.append((len(allocations), len(chosen)))
         rates = np.random.default_rng(0).lognormal(size=len(self.space.units))
         costs = [
-            [unit.levels[v].cost / unit.levels[0].cost for unit, v in zip(self.space.units, a, strict=True)] for a in allocations
+            [unit.levels[v].cost / unit.levels[0].cost for unit, v in zip(self.space.units, a, strict=True)]
+            for a in allocations
         ]
         return np.array([rates @ (1 - np.array(c)) + 0.01 * chosen for c in costs])
 

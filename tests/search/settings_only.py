@@ -1,6 +1,8 @@
-"""What the command line says of its settings, without a run: some milliseconds a command, where Hydra takes a third of a second.
+"""What the command line says of its settings, without a run: some milliseconds a command, where Hydra takes a third of
+a second.
 
-A configuration is composed once for each choice of groups; what is set besides is laid over a copy of it by Hydra's own code.
+A configuration is composed once for each choice of groups; what is set besides is laid over a copy of it by Hydra's own
+code.
 """
 
 from collections.abc import Iterator, Sequence

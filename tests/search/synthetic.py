@@ -31,7 +31,8 @@ class Synthetic:
         shift: Standard deviation of what each sequence adds to all allocations alike.
         error: Standard deviation of the error of first-order changes.
         overflows: The level of the first unit above which nothing is finite.
-        falling: Rates fall evenly from the first unit to the last, to about a quarter, instead of being drawn at random.
+        falling: Rates fall evenly from the first unit to the last, to about a quarter, instead of being drawn at
+            random.
         calls: What was measured: allocations, and sequences.
         gradients: Sequences that gradients were taken on.
     """

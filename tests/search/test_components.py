@@ -32,7 +32,9 @@ def test_another_version_is_another_method(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_classes_of_others_keep_their_path_and_lists_are_looked_into() -> None:
-    assert recorded([{"_target_": "theirs.Text"}, {"_target_": "search.inputs.data.PydocTopics", "n": [1, {"a": None}]}, 3]) == [
+    assert recorded(
+        [{"_target_": "theirs.Text"}, {"_target_": "search.inputs.data.PydocTopics", "n": [1, {"a": None}]}, 3]
+    ) == [
         {"_target_": "theirs.Text"},
         {"_target_": "PydocTopics", "n": [1, {"a": None}]},
         3,

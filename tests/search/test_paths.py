@@ -83,7 +83,9 @@ def test_an_experiment_only_sets_what_the_groups_it_takes_have(name: str) -> Non
         if not isinstance(there, dict):
             return [path]
         missing = [f"{path}{key}" for key in given if key not in there]
-        return missing + [key for name in given if name in there for key in unknown(given[name], there[name], f"{path}{name}.")]
+        return missing + [
+            key for name in given if name in there for key in unknown(given[name], there[name], f"{path}{name}.")
+        ]
 
     assert unknown(OmegaConf.to_container(recipe), known, "") == []
 
@@ -111,10 +113,14 @@ def test_the_cache_is_where_the_variable_says(tmp_path: Path, monkeypatch: pytes
     assert cache_dir() == Path("~/.cache/sparsity-search").expanduser()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling, which builds wheels, is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("hatchling") is None, reason="hatchling, which builds wheels, is not installed"
+)
 def test_the_wheel_carries_the_configuration(tmp_path: Path) -> None:
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, ROOT], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, ROOT], check=True, timeout=120
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")

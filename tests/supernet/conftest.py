@@ -111,7 +111,8 @@ def draw(part: SubBlock, layer: str, unit: Unit, level: Level, kind: str, genera
     if kind == "bits":
         groups = weight.shape[1] // 16
         codes, zero = (
-            torch.randint(2**level.kept, size, generator=generator).byte() for size in (weight.shape, (weight.shape[0], groups))
+            torch.randint(2**level.kept, size, generator=generator).byte()
+            for size in (weight.shape, (weight.shape[0], groups))
         )
         return Quantised(codes, torch.rand(weight.shape[0], groups, generator=generator) * 0.1, zero, level.kept)
     kept = torch.randperm(unit.total, generator=generator)[: level.kept].sort().values
@@ -121,7 +122,9 @@ def draw(part: SubBlock, layer: str, unit: Unit, level: Level, kind: str, genera
 
 def thinned(prunable: Prunable) -> tuple[Level, ...]:
     """All members, three quarters and half of them."""
-    return tuple(Level(count, count * prunable.each) for count in (prunable.total, prunable.total * 3 // 4, prunable.total // 2))
+    return tuple(
+        Level(count, count * prunable.each) for count in (prunable.total, prunable.total * 3 // 4, prunable.total // 2)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +140,9 @@ def supernet_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTraine
         places |= {f"{part.name}.{n}": (part, n) for part in sub_blocks(model) for stage in part.stages for n in stage}
         for unit in units:
             part, layer = places[unit.name]
-            supernet.write(unit.name, [draw(part, layer, unit, level, kind, generator) for level in unit.levels[1:]], {})
+            supernet.write(
+                unit.name, [draw(part, layer, unit, level, kind, generator) for level in unit.levels[1:]], {}
+            )
         return supernet
 
     return make
@@ -169,7 +174,8 @@ def one_of_each() -> dict[Unit, list[Candidate]]:
             Weights(NUMBERS < 13, values.half() * (NUMBERS < 13)),
         ],
         Unit("2.bits", "bits", 16, (Level(16, 16 * 60), Level(4, 4 * 60), Level(2, 2 * 60))): [
-            Quantised((NUMBERS % 2**bits).byte(), values[:, :3].abs(), torch.ones(D_OUT, 3).byte(), bits) for bits in (4, 2)
+            Quantised((NUMBERS % 2**bits).byte(), values[:, :3].abs(), torch.ones(D_OUT, 3).byte(), bits)
+            for bits in (4, 2)
         ],
         Unit("3", "block", 1, (Level(1, 1), Level(0, 0))): [Dropped()],
     }

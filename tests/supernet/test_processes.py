@@ -1,4 +1,6 @@
-"""Real processes and real file systems: readers beside a writer, writers that die, disks that fill up or cannot be written."""
+"""Real processes and real file systems: readers beside a writer, writers that die, disks that fill up or cannot be
+written.
+"""
 
 import errno
 import json
@@ -132,7 +134,13 @@ def test_two_processes_read_while_one_writes(tmp_path: Path, common: dict[str, A
     ],
 )
 def test_a_killed_writer_leaves_no_lock_and_no_half_unit(
-    tmp_path: Path, common: dict[str, Any], function: str, call: int, whole: int, left: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    common: dict[str, Any],
+    function: str,
+    call: int,
+    whole: int,
+    left: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     process = start(VICTIM, tmp_path, function, call)
     assert process.communicate(timeout=60) == ("", "")
@@ -288,10 +296,14 @@ def test_a_read_only_disk_can_be_read(disk: Path, each_kind: Any, capsys: pytest
     each_kind.read(reader, 0, 1)
     reader.note_use(disk / "run.json")
     assert not (supernet.path / "uses").exists()
-    with pytest.raises(InputError, match=r"^cannot lock .*\.lock: Read-only file system; free some space or choose another"):
+    with pytest.raises(
+        InputError, match=r"^cannot lock .*\.lock: Read-only file system; free some space or choose another"
+    ):
         with reader.building():
             pass
-    with pytest.raises(InputError, match=r"^cannot write .*: Read-only file system; free some space or choose another folder$"):
+    with pytest.raises(
+        InputError, match=r"^cannot write .*: Read-only file system; free some space or choose another folder$"
+    ):
         write_atomic(supernet.path / "manifest.json", b"")
     with pytest.raises(InputError, match=r"^cannot make the folder .*: Read-only file system; choose another one$"):
         Supernet.open_or_create(disk, reader.space, {"model": "b"}).lock()
@@ -317,7 +329,9 @@ def test_a_folder_that_cannot_be_written_is_told(each_kind: Any, monkeypatch: py
     supernet = each_kind.build()
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refused(code))
-        with pytest.raises(InputError, match=f"cannot lock .*{os.strerror(code)}; free some space or choose another folder"):
+        with pytest.raises(
+            InputError, match=f"cannot lock .*{os.strerror(code)}; free some space or choose another folder"
+        ):
             with supernet.building():
                 pass
     with monkeypatch.context() as patch:
@@ -326,5 +340,7 @@ def test_a_folder_that_cannot_be_written_is_told(each_kind: Any, monkeypatch: py
         with pytest.raises(InputError, match=f"cannot write .*{os.strerror(code)}"):
             write_atomic(supernet.path / "manifest.json", b"")
         supernet.note_use(each_kind.root / "run.json")
-    assert json.loads((supernet.path / "manifest.json").read_text())["units"].keys() == {unit.name for unit in each_kind.units}
+    assert json.loads((supernet.path / "manifest.json").read_text())["units"].keys() == {
+        unit.name for unit in each_kind.units
+    }
     each_kind.read(each_kind.open(), 0, 1)

@@ -1,4 +1,6 @@
-"""Candidates come back bit for bit, or not at all: damage, interruption and full disks are seen, and told in one line."""
+"""Candidates come back bit for bit, or not at all: damage, interruption and full disks are seen, and told in
+one line.
+"""
 
 import errno
 import json
@@ -164,7 +166,9 @@ def test_the_same_settings_find_the_same_supernet(finished: Supernet) -> None:
         pytest.param(SPACE, DESCRIPTION | {"more": None}, id="one setting more"),
         pytest.param(Space(SPACE.units[:1]), DESCRIPTION, id="units"),
         pytest.param(
-            Space((SPACE.units[0], Unit("model.layers.0.mlp", "mlp", 4, (Level(4, 36), Level(2, 18))))), DESCRIPTION, id="levels"
+            Space((SPACE.units[0], Unit("model.layers.0.mlp", "mlp", 4, (Level(4, 36), Level(2, 18))))),
+            DESCRIPTION,
+            id="levels",
         ),
     ],
 )
@@ -220,7 +224,9 @@ def test_what_was_released_is_read_and_checked_again(finished: Supernet) -> None
     flip_a_bit(finished.path / "units" / f"{SPACE.units[0].name}.safetensors")
     with pytest.raises(InputError, match="checksum"):
         finished.candidate(0, 1)
-    assert isinstance(before, Members) and torch.equal(before.kept, candidates(0)[0].kept)  # what was read before is still there
+    assert isinstance(before, Members) and torch.equal(
+        before.kept, candidates(0)[0].kept
+    )  # what was read before is still there
 
 
 def manifest_of(supernet: Supernet) -> Path:
@@ -290,7 +296,12 @@ def files_below(folder: Path) -> set[Path]:
 
 @pytest.mark.parametrize(
     ("function", "failing_call"),
-    [("replace", 1), ("replace", 2), ("fsync", 1), ("fsync", 3)],  # of a unit and of the manifest; between them the folder's
+    [
+        ("replace", 1),
+        ("replace", 2),
+        ("fsync", 1),
+        ("fsync", 3),
+    ],  # of a unit and of the manifest; between them the folder's
 )
 def test_a_full_disk_leaves_no_half_written_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, failing_call: int

@@ -13,8 +13,8 @@ from search.inputs.data.leading import own_leading_tokens
 from search.inputs.data.rows import Chat, Document, checked
 from supernet.errors import InputError
 
-# Encoding takes some 250 bytes of memory a character while it lasts. This is more than the test set of WikiText-2, whose
-# joined text is encoded as one, as others do.
+# Encoding takes some 250 bytes of memory a character while it lasts. This is more than the test set of WikiText-2,
+# whose joined text is encoded as one, as others do.
 ENCODED_CHARACTERS = 1 << 21
 LEAST_CHARACTERS = 1 << 14  # encoded at once, where few tokens are needed
 CHARACTERS = 8  # a token has fewer in most texts
@@ -23,7 +23,9 @@ TAIL = 64  # tokens before a cut, which might be others if the text went on
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer; `separator`, the end-of-sequence token, which joins documents; and the tokens that begin each sequence."""
+    """A tokenizer; `separator`, the end-of-sequence token, which joins documents; and the tokens that begin each
+    sequence.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     separator: int
@@ -77,14 +79,16 @@ class Encoder:
     def _templated(self, chat: Chat) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError(
-                f"{chat.where} holds chat messages, but the model's tokenizer has no chat template; take a model tuned for chat, "
+                f"{chat.where} holds chat messages, but the model's tokenizer has no chat template; take a model "
+                "tuned for chat, "
                 "or set data.source.text_column to a column of text"
             )
         try:
             text = self.tokenizer.apply_chat_template([dict(message) for message in chat.messages], tokenize=False)
         except Exception as error:  # templates are programs of their authors, and raise what they like
             raise InputError(
-                f"{chat.where} does not fit the chat template of the model's tokenizer ({reason(error)}); give messages in the "
+                f"{chat.where} does not fit the chat template of the model's tokenizer ({reason(error)}); give "
+                "messages in the "
                 "order and with the roles that it knows"
             ) from error
         # Sequences begin with such tokens already; templates write them once more.

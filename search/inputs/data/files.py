@@ -50,7 +50,8 @@ def text_files(root: str, setting: str) -> list[Path]:
     """The file `root`, or all files with a known ending in the folder `root` and below it, sorted.
 
     Raises:
-        InputError: there is no such path, it is no file or folder, its ending is unknown, or the folder has no text file.
+        InputError: there is no such path, it is no file or folder, its ending is unknown, or the folder has no text
+            file.
     """
     path, known = Path(root).expanduser(), ", ".join(READERS)
     try:
@@ -60,10 +61,14 @@ def text_files(root: str, setting: str) -> list[Path]:
     except FileNotFoundError as error:
         raise InputError(f"{setting}={root} does not exist; give a file or folder with text ({known})") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{setting}={root} cannot be read ({reason(error)}); give a file or folder with text") from error
+        raise InputError(
+            f"{setting}={root} cannot be read ({reason(error)}); give a file or folder with text"
+        ) from error
     for of_kind, words in KINDS.items():
         if of_kind(mode):
-            raise InputError(f"{setting}={root} is {words}, not a file; write the text to a file and give that ({known})")
+            raise InputError(
+                f"{setting}={root} is {words}, not a file; write the text to a file and give that ({known})"
+            )
     if path.suffix.lower() not in READERS:
         raise InputError(f"{setting}={root} has an unknown ending; {_instead(path)}")
     return [path]
@@ -90,7 +95,9 @@ def _files_below(folder: Path, given: str) -> list[Path]:
                 packed += entry.name.lower().endswith((*PACKED, ".json"))
     if not found:
         hint = f" (of its files {packed} are compressed, or .json: unpack them, or call them .jsonl)" if packed else ""
-        raise InputError(f"{given} is a folder without a text file{hint}; give one with files ending in {', '.join(READERS)}")
+        raise InputError(
+            f"{given} is a folder without a text file{hint}; give one with files ending in {', '.join(READERS)}"
+        )
     if packed:
         log.warning("%s: %d files that are compressed, or .json, are passed over", given, packed)
     found.sort(key=lambda name: name.replace(os.sep, "\0"))  # folder by folder
@@ -106,7 +113,9 @@ def read(file: Path, column: str, generator: np.random.Generator) -> Iterator[Do
         except StopIteration:
             return
         except PermissionError as error:
-            raise InputError(f"{file} may not be read ({reason(error)}); give yourself the right to: chmod u+r") from error
+            raise InputError(
+                f"{file} may not be read ({reason(error)}); give yourself the right to: chmod u+r"
+            ) from error
         # What wrong encodings, broken files and pyarrow have in common.
         except (OSError, ValueError, pa.ArrowException, RecursionError, MemoryError) as error:
             raise InputError(f"{file} cannot be read ({reason(error)}); give what its ending says, in UTF-8") from error
@@ -144,7 +153,9 @@ def _text(data: bytes, file: Path, start: int) -> str:
         data = _without_mark(data, file)
     if b"\0" in data:
         line = _line(file, start + data.index(b"\0"))
-        raise InputError(f"{file}, line {line} holds a NUL byte, so this is no UTF-8 text; give a text file (UTF-16: convert it)")
+        raise InputError(
+            f"{file}, line {line} holds a NUL byte, so this is no UTF-8 text; give a text file (UTF-16: convert it)"
+        )
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -162,7 +173,8 @@ def _without_mark(data: bytes, file: Path) -> bytes:
 
 def _not_utf8(file: Path, offset: int, error: UnicodeDecodeError) -> str:
     return (
-        f"{file}, line {_line(file, offset)} cannot be read ({error.reason}, byte {error.object[error.start]:#04x}): it is not "
+        f"{file}, line {_line(file, offset)} cannot be read ({error.reason}, byte "
+        f"{error.object[error.start]:#04x}): it is not "
         "UTF-8; convert it, from Latin-1 with iconv -f LATIN1 -t UTF-8"
     )
 
@@ -220,7 +232,9 @@ def _row(line: bytes, column: str, where: Where) -> Document:
             return _long_row(line.decode(errors="ignore"), column, where)
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise InputError(f"{where()} cannot be read ({error.reason}): it is not UTF-8; convert it with iconv") from error
+        raise InputError(
+            f"{where()} cannot be read ({error.reason}): it is not UTF-8; convert it with iconv"
+        ) from error
     except RecursionError as error:
         raise InputError(f"{where()} is nested too deeply; give one flat object a line") from error
     except ValueError as error:
@@ -252,7 +266,9 @@ def _string_from(line: str, start: int) -> str:
     """The JSON string whose contents begin at `start`, as far as the line goes."""
     try:
         return str(scanstring(line, start, True)[0])
-    except json.JSONDecodeError:  # it goes on behind the end: without an escape that is cut, or half of a surrogate pair
+    except (
+        json.JSONDecodeError
+    ):  # it goes on behind the end: without an escape that is cut, or half of a surrogate pair
         body = line[start:]
         cut = re.search(r"(?:\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{0,3})$", body[-12:])
         body = body[: len(body) - (len(cut.group()) if cut else 0)]

@@ -1,7 +1,7 @@
 """Whether text suits a model: sequences no longer than its positions, ids no larger than its vocabulary.
 
-Checked before any work begins. Beyond its positions a model with learned ones fails in the middle of a pass, and one with
-rotary ones goes on and silently measures what it was never trained for.
+Checked before any work begins. Beyond its positions a model with learned ones fails in the middle of a pass, and one
+with rotary ones goes on and silently measures what it was never trained for.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from supernet.errors import InputError
 def longest_sequence(config: PreTrainedConfig) -> int | None:
     """How many tokens a model knows positions for; None where it has no such limit (Mamba).
 
-    Sliding windows are no limit. Where rotary positions are stretched by a factor, what they were stretched from times the
-    factor counts, if it is more than what the config announces.
+    Sliding windows are no limit. Where rotary positions are stretched by a factor, what they were stretched from times
+    the factor counts, if it is more than what the config announces.
     """
     announced = getattr(config, "max_position_embeddings", None)
     if type(announced) is not int or announced < 1:
@@ -31,7 +31,9 @@ def _stretched(config: PreTrainedConfig, announced: int) -> Iterator[int]:
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if not isinstance(ropes, Mapping):
         return
-    of_layers = [rope for rope in ropes.values() if isinstance(rope, Mapping)]  # one for each type of layer, or one for all
+    of_layers = [
+        rope for rope in ropes.values() if isinstance(rope, Mapping)
+    ]  # one for each type of layer, or one for all
     for rope in of_layers or [ropes]:
         factor: Any = rope.get("factor")
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -44,7 +46,8 @@ def check_sequence_length(model: PreTrainedModel, sequence_length: int) -> None:
     longest = longest_sequence(model.config)
     if longest is not None and sequence_length > longest:
         raise InputError(
-            f"data.sequence_length={sequence_length} is more than the {longest} tokens that the model knows positions for; "
+            f"data.sequence_length={sequence_length} is more than the {longest} tokens that the model knows "
+            "positions for; "
             f"use data.sequence_length={longest} or less"
         )
 
@@ -56,6 +59,7 @@ def check_ids(model: PreTrainedModel, parts: Mapping[str, TokenSet]) -> None:
         largest = int(tokens.ids.max())
         if largest >= rows:
             raise InputError(
-                f"the tokenizer makes token {largest} of the {part} text, but the model has embeddings for 0 to {rows - 1} only; "
+                f"the tokenizer makes token {largest} of the {part} text, but the model has embeddings for 0 to "
+                f"{rows - 1} only; "
                 "give the model's own tokenizer"
             )

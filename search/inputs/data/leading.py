@@ -1,7 +1,7 @@
 """How a sequence begins: with the special tokens that the model's tokenizer puts before every text, such as BOS.
 
-Models that were trained with such a token depend on it: without it, Gemma 3 270M's perplexity on Wikipedia is four times as
-high, and whatever is pruned and measured then is a state of the model that never occurs in use.
+Models that were trained with such a token depend on it: without it, Gemma 3 270M's perplexity on Wikipedia is four
+times as high, and whatever is pruned and measured then is a state of the model that never occurs in use.
 """
 
 from transformers import PreTrainedTokenizerBase
@@ -17,8 +17,8 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase, bos: object = "auto") -> 
 
     Args:
         tokenizer: of the model.
-        bos: `data.bos`. "auto": what the tokenizer itself puts before a text, often nothing; True: the same, with the BOS
-            token first if it is not among them; False: nothing.
+        bos: `data.bos`. "auto": what the tokenizer itself puts before a text, often nothing; True: the same, with the
+            BOS token first if it is not among them; False: nothing.
 
     Raises:
         InputError: `bos` is something else, or True although the tokenizer has no BOS token.
@@ -43,7 +43,8 @@ def own_leading_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return tuple(whole[:start])
-    # Some tokenizers encode a text differently behind a special token; then those of the first tokens that are special count.
+    # Some tokenizers encode a text differently behind a special token; then those of the first tokens that are special
+    # count.
     special = set(tokenizer.all_special_ids)
     count = next((index for index, token in enumerate(whole) if token not in special), len(whole))
     return tuple(whole[:count])

@@ -34,7 +34,8 @@ class TokenSet:
     """The tokens of one part.
 
     Attributes:
-        ids: int64 [sequences, sequence_length]: the leading tokens, then documents joined with the end-of-sequence token.
+        ids: int64 [sequences, sequence_length]: the leading tokens, then documents joined with the end-of-sequence
+            token.
         documents: how many documents, or pieces of cut ones, the tokens come from.
         fingerprint: a hash of `ids` and `leading`.
         leading: how many special tokens (BOS) begin every sequence.
@@ -49,7 +50,8 @@ class TokenSet:
     def unscored(self) -> int:
         """How many first positions of each sequence are left out of losses: those that predict a leading token.
 
-        Position i predicts token i + 1. Nothing predicts the first token, so that a single BOS leaves every position scored.
+        Position i predicts token i + 1. Nothing predicts the first token, so that a single BOS leaves every position
+        scored.
         """
         return max(0, self.leading - 1)
 
@@ -134,7 +136,9 @@ class _Filling:
         self.tokens += len(chunk)
 
     def pack(self, room: int, leading: Sequence[int]) -> TokenSet:
-        """The tokens as whole sequences, `room` of them behind the leading ones in each; what is left over is dropped."""
+        """The tokens as whole sequences, `room` of them behind the leading ones in each; what is left over is
+        dropped.
+        """
         tokens = torch.cat([torch.empty(0, dtype=torch.int64), *self.chunks])
         whole = int(min(self.tokens, self.need)) // room
         first = torch.tensor(leading, dtype=torch.int64).expand(whole, -1)
@@ -146,8 +150,12 @@ class _Filling:
         return TokenSet(ids, self.documents, digest.hexdigest(), len(leading))
 
 
-def _fill(source: TextSource, needs: Mapping[str, float], encode: Encoder, seed: int, *, cutting: bool) -> dict[str, _Filling]:
-    """Deal the source's documents to the parts; with `cutting`, long ones of a split that feeds several parts in pieces."""
+def _fill(
+    source: TextSource, needs: Mapping[str, float], encode: Encoder, seed: int, *, cutting: bool
+) -> dict[str, _Filling]:
+    """Deal the source's documents to the parts; with `cutting`, long ones of a split that feeds several parts in
+    pieces.
+    """
     fillings = {part: _Filling(need=need) for part, need in needs.items()}
     generator = np.random.default_rng(seed)
     seen: set[int] = set()
@@ -200,7 +208,8 @@ def _check_request(sequences: Mapping[str, int | str], sequence_length: int, lea
     if sequence_length < least:
         beside = f" beside the {leading} that the tokenizer puts first" if leading else ""
         raise InputError(
-            f"data.sequence_length={sequence_length} leaves no token to predict{beside}; give {least} or more, such as 2048"
+            f"data.sequence_length={sequence_length} leaves no token to predict{beside}; give {least} or more, "
+            "such as 2048"
         )
     for part in PARTS:
         count = sequences.get(part)
@@ -214,7 +223,9 @@ def _check_all(needs: Mapping[str, float], source: TextSource) -> None:
     """Refuse "all" where it makes no sense: for parts that the model is pruned with, and where a split is shared."""
     for part, need in needs.items():
         if need == ALL and part != "evaluation":
-            raise InputError(f"data.sequences.{part}=all is only for the evaluation; give a number of sequences, such as 128")
+            raise InputError(
+                f"data.sequences.{part}=all is only for the evaluation; give a number of sequences, such as 128"
+            )
     others = {source.splits[part] for part in PARTS if part != "evaluation"}
     if needs["evaluation"] == ALL and source.splits["evaluation"] in others:
         raise InputError(

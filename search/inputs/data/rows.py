@@ -47,14 +47,18 @@ def checked(text: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X}"
-        raise InputError(f"{where} holds {half}, half of a surrogate pair, which is no character; take it out") from error
+        raise InputError(
+            f"{where} holds {half}, half of a surrogate pair, which is no character; take it out"
+        ) from error
     return text
 
 
 def _chat(value: list[Any], column: str, where: str) -> Chat:
     if not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in value):
         example = '[{"role": "user", "content": "..."}, ...]'
-        raise InputError(f"{where}: {column} is a list, but not of chat messages; give texts, or messages such as {example}")
+        raise InputError(
+            f"{where}: {column} is a list, but not of chat messages; give texts, or messages such as {example}"
+        )
     # Parquet fills keys that only other messages have with null, which templates would take for given.
     messages = [{key: part for key, part in message.items() if part is not None} for message in value]
     return Chat(messages, where)

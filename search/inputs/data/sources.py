@@ -60,14 +60,14 @@ class PydocTopics:
 class LocalText:
     """A `.txt` file (one document), a `.jsonl` or `.parquet` file (a document per row), or a folder of such.
 
-    Files are taken in an order that the seed gives and read one at a time; rows are shuffled within theirs. Of files beyond
-    16 MiB only as much is read as is needed: a `.txt` is then taken as sections of 64 KiB, a document each, and of rows
-    those that are stored side by side are shuffled together.
+    Files are taken in an order that the seed gives and read one at a time; rows are shuffled within theirs. Of files
+    beyond 16 MiB only as much is read as is needed: a `.txt` is then taken as sections of 64 KiB, a document each, and
+    of rows those that are stored side by side are shuffled together.
 
     Attributes:
         path: the file or folder; relative paths start at the working directory.
-        text_column: the key (`.jsonl`) or column (`.parquet`) that holds the text, or a chat: a list of messages with role
-            and content, which the chat template of the model's tokenizer makes a text.
+        text_column: the key (`.jsonl`) or column (`.parquet`) that holds the text, or a chat: a list of messages with
+            role and content, which the chat template of the model's tokenizer makes a text.
         evaluation_path: a file or folder for the evaluation part alone; by default `path` is divided among
             all parts.
     """
@@ -139,7 +139,9 @@ class HubText:
         if self.join is not None and type(self.join) is not str:
             raise InputError(f"data.source.join={self.join} must be the text to put between rows, or null")
         if type(self.shuffle_buffer) is not int or self.shuffle_buffer < 1:
-            raise InputError(f"data.source.shuffle_buffer={self.shuffle_buffer} must be a whole number of rows from 1 on")
+            raise InputError(
+                f"data.source.shuffle_buffer={self.shuffle_buffer} must be a whole number of rows from 1 on"
+            )
 
     def documents(self, split: str, seed: int) -> Iterator[Document]:
         """The documents of the split's rows, or their texts joined to one document."""

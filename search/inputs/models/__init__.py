@@ -1,6 +1,7 @@
 """Loading models: from the hub or a folder, from Python packages that carry one, or made at random for tests.
 
-The configuration names one of `from_pretrained`, `from_wheel` and `random_llama` as `_target_`; each gives a `LoadedModel`.
+The configuration names one of `from_pretrained`, `from_wheel` and `random_llama` as `_target_`; each gives a
+`LoadedModel`.
 """
 
 from search.inputs.models.loaded import LoadedModel as LoadedModel

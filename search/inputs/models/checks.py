@@ -1,6 +1,7 @@
 """What a model's config.json says is checked before anything is made of it, and before any weight is read.
 
-It comes from strangers: nothing in it may run code, ask for kernels of the hub, or make this process build a billion layers.
+It comes from strangers: nothing in it may run code, ask for kernels of the hub, or make this process build a billion
+layers.
 """
 
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ SIZES = (
     "n_groups", "expand", "conv_kernel", "d_inner",
 )  # fmt: skip
 LAYERS = ("num_hidden_layers", "n_layer")
-# What a loaded model must not take from the file: code and kernels, other files that stand for the usual ones, the shape of
-# what forward returns, and labels, of which transformers makes a dictionary of any size.
+# What a loaded model must not take from the file: code and kernels, other files that stand for the usual ones, the
+# shape of what forward returns, and labels, of which transformers makes a dictionary of any size.
 DROPPED = (
     "auto_map", "configuration_files", "transformers_weights", "_name_or_path", "_commit_hash", "output_attentions",
     "output_hidden_states", "return_dict", "use_return_dict", "torchscript", "num_labels", "id2label", "label2id",
@@ -38,7 +39,9 @@ def check_config(raw: object, where: str) -> dict[str, Any]:
         where: what to call the model in messages.
     """
     if not isinstance(raw, dict):
-        raise InputError(f"{where} has a config.json that holds no object {{...}}; give the config.json of a language model")
+        raise InputError(
+            f"{where} has a config.json that holds no object {{...}}; give the config.json of a language model"
+        )
     check_dense(raw, where)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or not model_type:
@@ -48,7 +51,9 @@ def check_config(raw: object, where: str) -> dict[str, Any]:
         value = raw.get(key)
         most = DEEPEST if key in LAYERS else LARGEST
         if value is not None and (type(value) is not int or not 1 <= value <= most):
-            raise InputError(f"{where} has {key}={shown(value)} in its config.json; it must be a whole number from 1 to {most}")
+            raise InputError(
+                f"{where} has {key}={shown(value)} in its config.json; it must be a whole number from 1 to {most}"
+            )
     return raw
 
 
@@ -59,20 +64,25 @@ def check_dense(raw: object, where: str) -> None:
             if inner.get(key):
                 raise quantised(where, _method(inner[key]))
         if "per_layer_config" in inner:
-            raise InputError(f"{where} is pruned already: its layers differ in size; prune the dense model it was made from")
+            raise InputError(
+                f"{where} is pruned already: its layers differ in size; prune the dense model it was made from"
+            )
 
 
 def quantised(where: str, method: str) -> InputError:
     """What to say of a quantised checkpoint."""
     return InputError(
-        f"{where} is quantised ({method}): what is pruned are the weights themselves, so give the unquantised model it was "
+        f"{where} is quantised ({method}): what is pruned are the weights themselves, so give the unquantised "
+        "model it was "
         "made from"
     )
 
 
 def cleaned(raw: dict[str, Any]) -> dict[str, Any]:
     """The settings of a config.json without those that a stranger must not decide."""
-    return {key: _cleaned(value) for key, value in raw.items() if key not in DROPPED + QUANTISED and not _names_code(key)}
+    return {
+        key: _cleaned(value) for key, value in raw.items() if key not in DROPPED + QUANTISED and not _names_code(key)
+    }
 
 
 def shown(value: object) -> str:
@@ -82,12 +92,18 @@ def shown(value: object) -> str:
 
 
 def _cleaned(value: Any) -> Any:
-    return {key: _cleaned(inner) for key, inner in value.items() if not _names_code(key)} if isinstance(value, dict) else value
+    return (
+        {key: _cleaned(inner) for key, inner in value.items() if not _names_code(key)}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _names_code(key: str) -> bool:
     """Whether a setting may name an implementation of the hub ("org/kernel"): the project chooses its own."""
-    return key.endswith(("_implementation", "_implementation_internal")) or "kernel_config" in key or "use_kernel" in key
+    return (
+        key.endswith(("_implementation", "_implementation_internal")) or "kernel_config" in key or "use_kernel" in key
+    )
 
 
 def _objects(value: object) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""A model's files, in a local folder or out of the hub, and what the headers of its weights say before they are read."""
+"""A model's files, in a local folder or out of the hub, and what the headers of its weights say before they are
+read.
+"""
 
 import json
 import os
@@ -60,7 +62,9 @@ class Source:
 
     def config(self) -> Any:
         """The contents of config.json, without which there is no model."""
-        cached_file(self.place, "config.json", revision=self.revision)  # says what is wrong: no hub, no such repository, no right
+        cached_file(
+            self.place, "config.json", revision=self.revision
+        )  # says what is wrong: no hub, no such repository, no right
         return self.json("config.json")
 
     def json(self, name: str) -> Any:
@@ -74,13 +78,16 @@ class Source:
             with path.open(encoding="utf-8") as file:
                 return json.load(file)
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{self.where} has a {name} that cannot be read ({reason(error)}); give a sound one") from error
+            raise InputError(
+                f"{self.where} has a {name} that cannot be read ({reason(error)}); give a sound one"
+            ) from error
 
     def check_files(self) -> None:
         """InputError for files beside the weights by which the model is more, or other, than config and weights say."""
         if self.file("adapter_config.json"):
             raise InputError(
-                f"{self.where} has an adapter (adapter_config.json); merge it into the model first (PEFT's merge_and_unload), "
+                f"{self.where} has an adapter (adapter_config.json); merge it into the model first (PEFT's "
+                "merge_and_unload), "
                 "save that, and give its folder"
             )
         for name, method in QUANTISED_FILES.items():
@@ -102,7 +109,9 @@ class Source:
         for name in sorted(set(names.values())):
             # A name with a folder in it would read files from elsewhere.
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise InputError(f"{self.where} has a {INDEX} that names {name!r}; it must name .safetensors files beside it")
+                raise InputError(
+                    f"{self.where} has a {INDEX} that names {name!r}; it must name .safetensors files beside it"
+                )
             path = self.file(name)
             if path is None:
                 raise InputError(f"{self.where} lacks {name}, which its {INDEX} names; give a complete checkpoint")
@@ -111,16 +120,21 @@ class Source:
 
     def _no_weights(self) -> InputError:
         folder = Path(self.place)
-        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [n for n in PICKLES if self.file(n)]
+        names = (
+            sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [n for n in PICKLES if self.file(n)]
+        )
         if pickles := [name for name in names if name in PICKLES or name.endswith(PICKLED)]:
             return InputError(
-                f"{self.where} has its weights in {pickles[0]}, which is not read: such files can run code; if you trust it, "
-                "load it elsewhere with transformers and write it anew with save_pretrained, which makes model.safetensors"
+                f"{self.where} has its weights in {pickles[0]}, which is not read: such files can run code; if you "
+                "trust it, "
+                "load it elsewhere with transformers and write it anew with save_pretrained, which makes "
+                "model.safetensors"
             )
         if ggufs := [name for name in names if name.endswith(".gguf")]:
             return quantised(self.where, f"GGUF, {ggufs[0]}")
         return InputError(
-            f"{self.where} has no weights: no file named {WEIGHTS} or {INDEX}; give a folder with config.json, weights and "
+            f"{self.where} has no weights: no file named {WEIGHTS} or {INDEX}; give a folder with config.json, "
+            "weights and "
             "tokenizer"
         )
 
@@ -136,9 +150,12 @@ def headers(files: list[Path], where: str) -> dict[str, Tensor]:
                 for name in file.keys():
                     part = file.get_slice(name)
                     found[name] = Tensor(part.get_dtype(), tuple(part.get_shape()))
-        except Exception as error:  # of safetensors' own class, which is no OSError, or whatever a damaged header leads to
+        except (
+            Exception
+        ) as error:  # of safetensors' own class, which is no OSError, or whatever a damaged header leads to
             raise InputError(
-                f"{where}: {path.name} cannot be read as safetensors ({reason(error)}); it is damaged or cut off, so fetch it "
+                f"{where}: {path.name} cannot be read as safetensors ({reason(error)}); it is damaged or cut off, "
+                "so fetch it "
                 "again"
             ) from error
     return found
@@ -157,7 +174,9 @@ def check_headers(tensors: Mapping[str, Tensor], layers: int, blocks: str, where
         if tensor.dtype.startswith("F8") or (name.endswith(("weight", "weight_packed")) and tensor.dtype not in FLOATS):
             raise quantised(where, f"{name} is of {tensor.dtype}")
     *outer, inner = blocks.split(".")
-    numbers = re.compile("".join(rf"(?:{part}\.)?" for part in outer) + rf"{inner}\.(\d+)\.")  # a base model's lack the first
+    numbers = re.compile(
+        "".join(rf"(?:{part}\.)?" for part in outer) + rf"{inner}\.(\d+)\."
+    )  # a base model's lack the first
     held = 1 + max((int(match[1]) for name in tensors if (match := numbers.match(name))), default=-1)
     if held != layers:
         raise InputError(

@@ -19,9 +19,17 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MANY_ZEROS = 0.01  # a share that rounding to a few bits does not leave by chance
-# In no weight, and nothing that a forward pass without dropout looks at: where a model comes from, what wrote it, how text is
-# generated with it and how it was trained. The dtype counts with each weight.
-PASSING = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache", "initializer_range")
+# In no weight, and nothing that a forward pass without dropout looks at: where a model comes from, what wrote it, how
+# text is generated with it and how it was trained. The dtype counts with each weight.
+PASSING = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+    "initializer_range",
+)
 PASSING_ENDINGS = ("_token_id", "dropout", "_pdrop")
 
 
@@ -34,8 +42,10 @@ class LoadedModel:
         tokenizer: its tokenizer.
         name: what to call it in reports: a hub id, a path, or the name in the configuration.
         fingerprint: a hash of configuration, weights and code; see `fingerprint`.
-        folder: where the files that it was loaded from lie on this machine (licence and notices, too); None without any.
-        stored_dtype: of most of the numbers in the checkpoint, which the run may compute with in another; None without any.
+        folder: where the files that it was loaded from lie on this machine (licence and notices, too); None without
+            any.
+        stored_dtype: of most of the numbers in the checkpoint, which the run may compute with in another; None without
+            any.
     """
 
     model: PreTrainedModel
@@ -47,7 +57,9 @@ class LoadedModel:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that a run computes in: `auto` is bfloat16, but float32 on CPUs that would emulate it, up to ten times slower."""
+    """The dtype that a run computes in: `auto` is bfloat16, but float32 on CPUs that would emulate it, up to ten times
+    slower.
+    """
     if name == "auto":
         return torch.bfloat16 if device.type != "cpu" or _multiplies_bfloat16() else torch.float32
     if name not in DTYPES:
@@ -63,7 +75,9 @@ def _multiplies_bfloat16() -> bool:
         return False
 
 
-def made_ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, folder: Path | None = None) -> LoadedModel:
+def made_ready(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, folder: Path | None = None
+) -> LoadedModel:
     """The model in eval mode and without gradients, checked and with its fingerprint."""
     model.eval().requires_grad_(False)
     _check_tokenizer(model, tokenizer, name)
@@ -73,11 +87,11 @@ def made_ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of all that determines the model's output: configuration, names, shapes, dtypes and bytes of the weights, and code
-    that the model brought along.
+    """A hash of all that determines the model's output: configuration, names, shapes, dtypes and bytes of the weights,
+    and code that the model brought along.
 
-    The configuration counts because some of it (the base of the rotary embedding, say) is in no weight. The tokenizer does not:
-    all it does is to choose tokens, and those have a fingerprint of their own.
+    The configuration counts because some of it (the base of the rotary embedding, say) is in no weight. The tokenizer
+    does not: all it does is to choose tokens, and those have a fingerprint of their own.
     """
     config = {key: value for key, value in model.config.to_dict().items() if not _is_passing(key)}
     digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
@@ -95,7 +109,9 @@ def _is_passing(key: str) -> bool:
 
 
 def _own_code(model: PreTrainedModel) -> list[bytes]:
-    """The Python files that the model brought along and that were loaded with it; transformers' own classes have none."""
+    """The Python files that the model brought along and that were loaded with it; transformers' own classes
+    have none.
+    """
     package = type(model).__module__.rpartition(".")[0]
     if not package.startswith("transformers_modules"):
         return []
@@ -118,7 +134,9 @@ def check_sizes(config: PreTrainedConfig, where: str) -> None:
         return
     groups = getattr(config, "num_key_value_heads", None) or heads
     if type(heads) is not int or heads < 1 or type(groups) is not int or groups < 1:
-        raise InputError(f"{where}num_attention_heads={heads} and num_key_value_heads={groups}; both must be at least 1")
+        raise InputError(
+            f"{where}num_attention_heads={heads} and num_key_value_heads={groups}; both must be at least 1"
+        )
     if heads % groups:
         raise InputError(f"{where}num_key_value_heads={groups}; it must divide num_attention_heads={heads}")
     if not getattr(config, "head_dim", None) and config.hidden_size % heads:
@@ -134,11 +152,14 @@ def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     assert isinstance(embeddings, Tensor)
     rows = embeddings.shape[0]
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows and index not in special)
+    beyond = sorted(
+        (index, token) for token, index in tokenizer.get_vocab().items() if index >= rows and index not in special
+    )
     if beyond:
         index, token = beyond[-1]
         raise InputError(
-            f"{name}: its tokenizer has {len(beyond)} tokens that its embeddings have no row for ({token!r} is {index}, and "
+            f"{name}: its tokenizer has {len(beyond)} tokens that its embeddings have no row for ({token!r} is "
+            f"{index}, and "
             f"there are {rows} rows); give the tokenizer that belongs to the model"
         )
 
@@ -158,8 +179,12 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _tell_zeros(model: PreTrainedModel, name: str) -> None:
-    """Say so where a good part of what can be pruned is zero already: such a model is not the dense one it seems to be."""
-    weights = {part.state_name(layer): part.weight(layer) for part in sub_blocks(model) for layer in sum(part.stages, ())}
+    """Say so where a good part of what can be pruned is zero already: such a model is not the dense one it
+    seems to be.
+    """
+    weights = {
+        part.state_name(layer): part.weight(layer) for part in sub_blocks(model) for layer in sum(part.stages, ())
+    }
     zeros = {layer: weight.numel() - int(weight.count_nonzero()) for layer, weight in weights.items()}
     share = sum(zeros.values()) / sum(weight.numel() for weight in weights.values())
     if share > MANY_ZEROS:

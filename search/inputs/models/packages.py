@@ -32,7 +32,9 @@ PRE_TOKENIZERS = {
 }
 
 
-def from_wheel(packages: Sequence[str], file: str, name: str, notices: Sequence[str] = (), *, dtype: torch.dtype) -> LoadedModel:
+def from_wheel(
+    packages: Sequence[str], file: str, name: str, notices: Sequence[str] = (), *, dtype: torch.dtype
+) -> LoadedModel:
     """Load a model that installed Python packages carry as a GGUF file, in one piece or in several.
 
     The first call converts it to an ordinary bfloat16 folder, `models/<name>-<version>` in the cache, which
@@ -51,14 +53,18 @@ def from_wheel(packages: Sequence[str], file: str, name: str, notices: Sequence[
     found = [path for package in packages for path in _files_of(package, packages, file)]
     folder = cache_dir() / "models" / f"{name}-{packages[0].partition('==')[2]}"
     if not folder.exists():
-        pieces = sorted((path for path in found if path.name == file or path.name.startswith(f"{file}.part")), key=_name)
+        pieces = sorted(
+            (path for path in found if path.name == file or path.name.startswith(f"{file}.part")), key=_name
+        )
         if not pieces:
             raise _not_installed(file, packages, "it is not in them")
         _convert_once(pieces, file, [path for path in found if path.name in notices], folder)
     try:
         return replace(from_pretrained(str(folder), dtype=dtype), name=name)
     except InputError as error:
-        raise InputError(f"{error} (converted from a Python package: delete that folder, and it is converted again)") from error
+        raise InputError(
+            f"{error} (converted from a Python package: delete that folder, and it is converted again)"
+        ) from error
 
 
 def _name(path: Path) -> str:
@@ -108,7 +114,9 @@ def _convert_once(pieces: Sequence[Path], file: str, notices: Sequence[Path], fo
                 shutil.copy(notice, draft)
             os.replace(draft, folder)
         except (ValueError, KeyError, IndexError, AttributeError) as error:  # what reading a damaged GGUF file leads to
-            raise InputError(f"{file} cannot be converted ({reason(error)}); install its Python packages anew") from error
+            raise InputError(
+                f"{file} cannot be converted ({reason(error)}); install its Python packages anew"
+            ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 

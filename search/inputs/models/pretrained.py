@@ -1,7 +1,7 @@
 """Loading a model from a local folder, or from the hub.
 
-In this order: config.json is checked, then the headers of the weights, and only then is anything loaded. What is loaded is what
-is in the checkpoint, or there is one line that says why not.
+In this order: config.json is checked, then the headers of the weights, and only then is anything loaded. What is loaded
+is what is in the checkpoint, or there is one line that says why not.
 """
 
 import logging
@@ -35,7 +35,8 @@ from supernet.system.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-# What older versions saved of masks and rotary embeddings, which are computed today; else what a model's class itself ignores.
+# What older versions saved of masks and rotary embeddings, which are computed today; else what a model's class itself
+# ignores.
 COMPUTED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".position_ids")
 ADVICE = "give a folder with config.json, weights and tokenizer, or a hub id that this machine can reach"
 MANY = 2  # times as many numbers as a checkpoint holds: a config that describes more was not written for it
@@ -96,7 +97,8 @@ def _check_arguments(path: object, revision: object, trust_remote_code: object) 
         raise InputError(f"model.path={path} must be a folder or a hub id")
     if revision is not None and not isinstance(revision, str):
         raise InputError(
-            f"model.revision={revision} must be a branch, tag or commit; quote a number: 'model.revision=\"{revision}\"'"
+            f"model.revision={revision} must be a branch, tag or commit; quote a number: "
+            f"'model.revision=\"{revision}\"'"
         )
     if not isinstance(trust_remote_code, bool):
         raise InputError(f"model.trust_remote_code={trust_remote_code} must be true or false")
@@ -108,7 +110,9 @@ def _local_folder(path: str) -> str:
     try:
         there, has_config = folder.exists(), (folder / "config.json").is_file()
     except (OSError, ValueError) as error:  # no right to look into it, a name too long, a NUL
-        raise InputError(f"model.path={path} cannot be read ({reason(error)}); give a folder that you may read") from error
+        raise InputError(
+            f"model.path={path} cannot be read ({reason(error)}); give a folder that you may read"
+        ) from error
     # A hub id is "name" or "org/name"; anything that looks otherwise was meant as a path.
     if not there and (path.startswith((".", "~", "/")) or path.count("/") > 1):
         raise InputError(f"model.path={path} does not exist; give a folder with a model, or a hub id")
@@ -120,7 +124,9 @@ def _local_folder(path: str) -> str:
 def _instead(folder: Path) -> str:
     """What to do about a folder, or file, that is no model of transformers."""
     if (folder / "adapter_config.json").is_file():
-        return "it is an adapter, no model: merge it into its model (PEFT's merge_and_unload), and give the folder of that"
+        return (
+            "it is an adapter, no model: merge it into its model (PEFT's merge_and_unload), and give the folder of that"
+        )
     if folder.suffix == ".gguf" or next(folder.glob("*.gguf"), None):
         return "it is a quantised model (GGUF): give the unquantised model it was made from"
     return "give a folder with a model in it"
@@ -136,8 +142,12 @@ def _config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
         and isinstance(raw.get("auto_map"), dict)
         and "AutoModelForCausalLM" in raw["auto_map"]
     ):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, revision=source.revision, trust_remote_code=True)
-        config._attn_implementation = config._experts_implementation = None  # trusted is the model's code, no kernel of others
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.place, revision=source.revision, trust_remote_code=True
+        )
+        config._attn_implementation = config._experts_implementation = (
+            None  # trusted is the model's code, no kernel of others
+        )
     else:
         settings = cleaned(check_config(raw, source.where))
         with _translated(f"{source.where} has a config.json that does not describe a model", "correct it"):
@@ -154,29 +164,33 @@ def _check_amount(config: PreTrainedConfig, tensors: dict[str, Tensor], where: s
     count, held = sum(parameter.numel() for parameter in described.parameters()), elements(tensors)
     if count > MANY * held:
         raise InputError(
-            f"{where}: config.json describes {count:,} parameters, and the weights hold {held:,}; give the config.json that "
+            f"{where}: config.json describes {count:,} parameters, and the weights hold {held:,}; give the "
+            "config.json that "
             "belongs to them"
         )
 
 
 def _check_report(report: Any, where: str) -> None:
-    """InputError if what transformers loaded is not what the checkpoint holds: it fills what is absent with random numbers,
-    leaves out what has no place, and says so in warnings only.
+    """InputError if what transformers loaded is not what the checkpoint holds: it fills what is absent with random
+    numbers, leaves out what has no place, and says so in warnings only.
     """
     if mismatched := sorted(report["mismatched_keys"]):
         name, held, described = mismatched[0]
         raise InputError(
-            f"{where}: {name} is {_by(held)} in the weights and {_by(described)} by config.json; give the config.json that "
+            f"{where}: {name} is {_by(held)} in the weights and {_by(described)} by config.json; give the "
+            "config.json that "
             "belongs to them"
         )
     if report["missing_keys"]:
         raise InputError(
-            f"{where} lacks {len(report['missing_keys'])} of the weights, among them {min(report['missing_keys'])}; give a "
+            f"{where} lacks {len(report['missing_keys'])} of the weights, among them "
+            f"{min(report['missing_keys'])}; give a "
             "complete checkpoint of a causal language model"
         )
     if unexpected := sorted(name for name in report["unexpected_keys"] if not name.endswith(COMPUTED)):
         raise InputError(
-            f"{where} has {len(unexpected)} weights that its config.json has no place for, among them {unexpected[0]}; they "
+            f"{where} has {len(unexpected)} weights that its config.json has no place for, among them "
+            f"{unexpected[0]}; they "
             "would be lost, so give the config.json that belongs to them, or leave them out of the checkpoint"
         )
     if report.get("error_msgs"):
@@ -195,7 +209,10 @@ def _note_untied(model: PreTrainedModel, where: str) -> None:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings and head is not None and head.weight is not embeddings.weight:
         model.config.tie_word_embeddings = False
-        log.info("%s: its head differs from its embeddings, so they stay two weights, although its config.json ties them", where)
+        log.info(
+            "%s: its head differs from its embeddings, so they stay two weights, although its config.json ties them",
+            where,
+        )
 
 
 @contextmanager

@@ -72,7 +72,9 @@ def _check_arguments(given: dict[str, Any]) -> None:
 
 def _check_heads(hidden: int, heads: int, groups: int) -> None:
     if hidden % heads or hidden // heads % 2:
-        raise InputError(f"model.num_attention_heads={heads} must divide model.hidden_size={hidden} into heads of an even size")
+        raise InputError(
+            f"model.num_attention_heads={heads} must divide model.hidden_size={hidden} into heads of an even size"
+        )
     if heads % groups:
         raise InputError(f"model.num_key_value_heads={groups} must divide model.num_attention_heads={heads}")
 

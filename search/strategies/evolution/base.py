@@ -1,7 +1,8 @@
 """(1 + lambda) evolution with multi-step selection: what EvoPress, Týr-the-Pruner and plain random search share.
 
-They differ in what they propose. All offspring of a generation are measured on few tokens, the best of them on more, and the last
-ones together with the parent, which stays unless it is beaten there. Every step draws sequences of its own, as published.
+They differ in what they propose. All offspring of a generation are measured on few tokens, the best of them on more,
+and the last ones together with the parent, which stays unless it is beaten there. Every step draws sequences of its
+own, as published.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def exchange(
 ) -> Allocation | None:
     """The parent after `count` switches: each a random unit a level denser, and another one a level sparser.
 
-    Where their levels differ in cost, random others pay for the rest with a level, or spend it, until the budget is met.
+    Where their levels differ in cost, random others pay for the rest with a level, or spend it, until the budget is
+    met.
 
     Args:
         problem: Whose budget is to be met.
@@ -132,7 +134,9 @@ def exchange(
         denser = _one((i for i, level in enumerate(levels) if level > 0), rng)
         if denser is None:
             return None
-        partners = (i for i, kind in enumerate(kinds) if kind == kinds[denser] and i != denser and levels[i] < highest[i])
+        partners = (
+            i for i, kind in enumerate(kinds) if kind == kinds[denser] and i != denser and levels[i] < highest[i]
+        )
         sparser = _one(partners, rng)
         if sparser is None:
             return None
@@ -157,7 +161,9 @@ def exchange(
 def affordable(budget: Budget, levels: Sequence[int], units: Iterable[int]) -> list[int]:
     """Those of the units that can go a level denser with what is left of the budget."""
     rooms = [(limit.costs, limit.target - limit.cost(levels)) for limit in budget.limits]
-    return [i for i in units if levels[i] > 0 and all(c[i][levels[i] - 1] - c[i][levels[i]] <= room for c, room in rooms)]
+    return [
+        i for i in units if levels[i] > 0 and all(c[i][levels[i] - 1] - c[i][levels[i]] <= room for c, room in rooms)
+    ]
 
 
 def few(most: int, rng: np.random.Generator) -> int:

@@ -1,7 +1,8 @@
-"""EvoPress (Sieberling, Kuznedelev, Kurtic and Alistarh 2024, arXiv:2410.14649): evolution by switches between any units.
+"""EvoPress (Sieberling, Kuznedelev, Kurtic and Alistarh 2024, arXiv:2410.14649): evolution by switches between any
+units.
 
-As in their code, an offspring makes min(a, b) switches, a and b uniform in 1..3. There, all levels of all layers lie as many
-weights apart; here levels may differ in cost, and random units pay or spend the difference.
+As in their code, an offspring makes min(a, b) switches, a and b uniform in 1..3. There, all levels of all layers lie as
+many weights apart; here levels may differ in cost, and random units pay or spend the difference.
 """
 
 from __future__ import annotations

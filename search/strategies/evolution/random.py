@@ -1,7 +1,8 @@
 """Random search: allocations drawn around the start, measured as evolution measures its offspring, the best one kept.
 
-Every unit wishes for a point between the start's level and a level drawn uniformly from all of its own, and what all wish for is
-moved to the budget by about the same sparsity everywhere. What a guided search finds beyond this is due to its guidance.
+Every unit wishes for a point between the start's level and a level drawn uniformly from all of its own, and what all
+wish for is moved to the budget by about the same sparsity everywhere. What a guided search finds beyond this is due to
+its guidance.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Random(Evolution):
     def __post_init__(self) -> None:
         super().__post_init__()
         if type(self.spread) not in (int, float) or not 0.0 < self.spread <= 1.0:
-            raise InputError(f"strategy.spread={self.spread} must be a number above 0 and at most 1; 1 draws from all levels")
+            raise InputError(
+                f"strategy.spread={self.spread} must be a number above 0 and at most 1; 1 draws from all levels"
+            )
 
     def propose(self, problem: Problem, parent: Allocation, rng: np.random.Generator) -> Allocation | None:
         """See `Evolution`; the parent does not matter."""

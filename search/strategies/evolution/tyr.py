@@ -1,7 +1,8 @@
 """Týr-the-Pruner's search (Li et al. 2025, arXiv:2503.09657): EvoPress within one kind of unit at a time.
 
-As in their code, an offspring makes min(a, b) exchanges, a and b uniform in 1..4, attention with attention and MLP with MLP: each
-kind keeps the share of the budget that it began with. Their rounds from coarse to fine around what was found are the run's.
+As in their code, an offspring makes min(a, b) exchanges, a and b uniform in 1..4, attention with attention and MLP with
+MLP: each kind keeps the share of the budget that it began with. Their rounds from coarse to fine around what was found
+are the run's.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def keeps_shares(problem: Problem, child: Allocation) -> bool:
     """
     gained: defaultdict[str, int] = defaultdict(int)
     steps: defaultdict[str, list[int]] = defaultdict(list)
-    for unit, costs, now, before in zip(problem.space.units, problem.budget.first.costs, child, problem.start, strict=True):
+    for unit, costs, now, before in zip(
+        problem.space.units, problem.budget.first.costs, child, problem.start, strict=True
+    ):
         gained[unit.kind] += costs[now] - costs[before]
         steps[unit.kind] += [a - b for a, b in zip(costs, costs[1:], strict=False) if a > b]
     return all(abs(gain) < min(steps[kind], default=1) for kind, gain in gained.items())

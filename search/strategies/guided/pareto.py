@@ -1,10 +1,10 @@
 """A front of loss against cost in one run, from which any budget is taken later without a search (ours).
 
 The points of the front are budgets, evenly from the run's own to the dense model. A generation of guided search
-(`search.strategies.guided.search`) works at one of them, from the densest to the sparsest and again. What it predicts there for every
-level of every unit holds for any budget near by, so offspring are made for the point and for its neighbours; they race against
-what the point of their budget has, on the same sequences. What a point has is tried at its neighbours, too, repaired to their
-budgets. In the end all points are measured on the same sequences.
+(`search.strategies.guided.search`) works at one of them, from the densest to the sparsest and again. What it predicts
+there for every level of every unit holds for any budget near by, so offspring are made for the point and for its
+neighbours; they race against what the point of their budget has, on the same sequences. What a point has is tried at
+its neighbours, too, repaired to their budgets. In the end all points are measured on the same sequences.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ class Pareto(Guided):
         front = [Point.from_json(content) for content in state.memory["front"]]
         known: dict[Allocation, dict[int, float]] = {}
         for point in front:  # two points may have the same allocation
-            known.setdefault(point.allocation, {}).update({int(sequence): loss for sequence, loss in point.known.items()})
+            known.setdefault(point.allocation, {}).update(
+                {int(sequence): loss for sequence, loss in point.known.items()}
+            )
         work = _Generation(self, problem, front, Measured(problem, state.generation, known), order, rng)
         first = self._point_of(state.generation)
         exhausted = not any(work.visit((first - step) % self.points) for step in range(self.points))
@@ -122,7 +124,9 @@ class Pareto(Guided):
         return after, work.measured.rows
 
     def _point_of(self, generation: int) -> int:
-        """Where a generation works: from the densest point to the sparsest, and again; too few for that are spread evenly."""
+        """Where a generation works: from the densest point to the sparsest, and again; too few for that are spread
+        evenly.
+        """
         if self.generations < self.points:
             return (self.generations - 1 - generation) * self.points // self.generations
         return self.points - 1 - generation % self.points
@@ -142,7 +146,8 @@ class _Generation:
     def __post_init__(self) -> None:
         budgets = budgets_of(self.problem.budget, self.settings.points)
         self.problems = [
-            replace(self.problem, budget=budget, start=point.start) for budget, point in zip(budgets, self.front, strict=True)
+            replace(self.problem, budget=budget, start=point.start)
+            for budget, point in zip(budgets, self.front, strict=True)
         ]
 
     def visit(self, at: int) -> bool:
@@ -170,7 +175,9 @@ class _Generation:
             raced.append(self._race(index, self._with_repaired(index, offspring, [at]), unseen))
         return any(one is not None for one in raced)
 
-    def _with_repaired(self, at: int, offspring: Mapping[Allocation, float], others: Sequence[int]) -> dict[Allocation, float]:
+    def _with_repaired(
+        self, at: int, offspring: Mapping[Allocation, float], others: Sequence[int]
+    ) -> dict[Allocation, float]:
         """What may be raced at a point: its offspring, and what other points have, repaired to its budget."""
         repaired = [closest(self.front[index].allocation, self.problems[at].budget) for index in others]
         found = dict(offspring) | {child: self.front[at].damping for child in repaired if child not in offspring}
@@ -202,8 +209,12 @@ class _Generation:
 
 
 def budgets_of(budget: Budget, points: int) -> list[Budget]:
-    """Evenly from this budget, which comes first, to the dense model, which is left out; each limit as much as the others."""
+    """Evenly from this budget, which comes first, to the dense model, which is left out; each limit as much as the
+    others.
+    """
     return [
-        Budget(tuple(replace(one, target=one.target + (one.dense - one.target) * index // points) for one in budget.limits))
+        Budget(
+            tuple(replace(one, target=one.target + (one.dense - one.target) * index // points) for one in budget.limits)
+        )
         for index in range(points)
     ]

@@ -1,9 +1,10 @@
 """Predictions of what each level of each unit would change, for `search.strategies.guided.search`.
 
-`Gradient` takes one gradient of the fitness at the parent. `Forward` runs forward passes only, as Bonsai does (Dery et al. 2024):
-complementary pairs of allocations, which move many units at once, and a regression of fitness on what moved, over all that has
-been measured so far. What a unit's levels cost is taken from the errors that its candidates had when they were built; how much
-a unit's error weighs is what is learned (SPDY, Frantar and Alistarh 2022, searches such weights at random).
+`Gradient` takes one gradient of the fitness at the parent. `Forward` runs forward passes only, as Bonsai does (Dery et
+al. 2024): complementary pairs of allocations, which move many units at once, and a regression of fitness on what moved,
+over all that has been measured so far. What a unit's levels cost is taken from the errors that its candidates had when
+they were built; how much a unit's error weighs is what is learned (SPDY, Frantar and Alistarh 2022, searches such
+weights at random).
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class Proposal(Protocol):
     def predict(
         self, problem: Problem, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
     ) -> tuple[list[Changes], dict[str, Any]]:
-        """Predicted changes of the fitness, one prediction or several, and what is to be remembered for the next generation."""
+        """Predicted changes of the fitness, one prediction or several, and what is to be remembered for the next
+        generation.
+        """
         ...
 
     def learn(
@@ -85,7 +88,10 @@ class Gradient:
         """See `Proposal`; where the gradient overflows, what the candidates' errors say takes its place."""
         changes = measured.changes(state.parent, sequences)
         if not all(np.isfinite(one).all() for one in changes):
-            log.warning("the gradient is not finite; this generation goes by the errors that candidates had when they were built")
+            log.warning(
+                "the gradient is not finite; this generation goes by the errors that candidates had when they were "
+                "built"
+            )
             changes = [curve - curve[level] for curve, level in zip(curves_of(problem), state.parent, strict=True)]
         return [changes], {}
 
@@ -100,11 +106,11 @@ class Gradient:
 class Forward:
     """Ridge regression of the difference within complementary pairs on what differs.
 
-    The loss is taken for a weighted sum over units of the errors of their candidates (`curves_of`). The logarithms of the weights
-    have a prior under which units of a kind, and units of like depth, are alike. A pair is what the knapsack takes under weights
-    drawn from it around what is known so far, and under the opposite ones; it is run on a sequence of its own. What both sides
-    share drops out of their difference. How far to believe in the data is chosen by the rank correlation of predictions with
-    pairs that were left out.
+    The loss is taken for a weighted sum over units of the errors of their candidates (`curves_of`). The logarithms of
+    the weights have a prior under which units of a kind, and units of like depth, are alike. A pair is what the
+    knapsack takes under weights drawn from it around what is known so far, and under the opposite ones; it is run on a
+    sequence of its own. What both sides share drops out of their difference. How far to believe in the data is chosen
+    by the rank correlation of predictions with pairs that were left out.
     """
 
     cost: int = 2
@@ -143,7 +149,9 @@ class Forward:
             after = measured.known(child)
             both = [one for one in sorted(before.keys() & after.keys()) if np.isfinite([before[one], after[one]]).all()]
             if both:
-                pairs.append([list(child), list(parent), float(np.mean([after[one] - before[one] for one in both])), len(both)])
+                pairs.append(
+                    [list(child), list(parent), float(np.mean([after[one] - before[one] for one in both])), len(both)]
+                )
         return {"pairs": pairs}
 
 
@@ -151,10 +159,12 @@ PROPOSALS: dict[str, Proposal] = {"gradient": Gradient(), "forward": Forward()}
 
 
 def curves_of(problem: Problem) -> list[np.ndarray]:
-    """(levels,) of each unit: what its candidates lose, their recorded errors by the unit's size; together 1 at the start.
+    """(levels,) of each unit: what its candidates lose, their recorded errors by the unit's size; together 1 at the
+    start.
 
-    A candidate that makes up for errors in front of its unit misses a part of its target at every level: what the first step
-    loses is at most what the second one shows. Units without recorded errors lose the square of the share that is removed.
+    A candidate that makes up for errors in front of its unit misses a part of its target at every level: what the first
+    step loses is at most what the second one shows. Units without recorded errors lose the square of the share that is
+    removed.
     """
     curves = []
     errors = problem.errors or [None] * len(problem.space.units)
@@ -173,7 +183,9 @@ def curves_of(problem: Problem) -> list[np.ndarray]:
 
 
 def prior_of(problem: Problem) -> np.ndarray:
-    """Covariance of the logarithms of the units' weights, (units, units): a unit's own, its kind's, its depth's, that of both."""
+    """Covariance of the logarithms of the units' weights, (units, units): a unit's own, its kind's, its depth's, that
+    of both.
+    """
     units = problem.space.units
     kinds = [(unit.kind, "".join(letter for letter in unit.name if not letter.isdigit())) for unit in units]
     depth = np.array([_block(unit.name) for unit in units], dtype=float)
@@ -198,13 +210,18 @@ def learned(pairs: Sequence[Sequence[Any]], curves: Changes, root: np.ndarray) -
 
     A pair is plus, minus, the mean difference of their losses, and the sequences that it was measured on.
 
-    The loss is linear in the weights; their logarithms are taken for how far they are from 1, which keeps them positive.
+    The loss is linear in the weights; their logarithms are taken for how far they are from 1, which keeps them
+    positive.
     """
     if not pairs:
         return [np.zeros(len(curves)) for _ in CAUTION]
-    lost = np.array([[[curve[level] for curve, level in zip(curves, one, strict=True)] for one in pair[:2]] for pair in pairs])
+    lost = np.array(
+        [[[curve[level] for curve, level in zip(curves, one, strict=True)] for one in pair[:2]] for pair in pairs]
+    )
     moved, differences = lost[:, 0] - lost[:, 1], np.array([pair[2] for pair in pairs])
-    squares = (moved.sum(1) ** 2 + ((moved @ root) ** 2).sum(1)).mean()  # of the differences, by the prior, at a scale of 1
+    squares = (
+        moved.sum(1) ** 2 + ((moved @ root) ** 2).sum(1)
+    ).mean()  # of the differences, by the prior, at a scale of 1
     scale = float((differences**2).mean() / squares) ** 0.5 if squares > 0 else 0.0
     if scale == 0.0:
         return [np.zeros(len(curves)) for _ in CAUTION]

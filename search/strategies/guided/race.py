@@ -1,9 +1,11 @@
-"""Racing offspring against their parent: paired on the same sequences, few of them for most, more for those that are close.
+"""Racing offspring against their parent: paired on the same sequences, few of them for most, more for those that are
+close.
 
-Losses differ much more from sequence to sequence than from offspring to parent, so only differences on the same sequences count.
-What is measured on few sequences is carried to the next step, which doubles them; there, whoever is clearly behind the leader is
-dropped, and half of the field in any case. The last one is judged against the parent on sequences that it was not chosen on.
-A single sequence proves nothing, whatever the difference is on it. An allocation whose loss is not finite has lost.
+Losses differ much more from sequence to sequence than from offspring to parent, so only differences on the same
+sequences count. What is measured on few sequences is carried to the next step, which doubles them; there, whoever is
+clearly behind the leader is dropped, and half of the field in any case. The last one is judged against the parent on
+sequences that it was not chosen on. A single sequence proves nothing, whatever the difference is on it. An allocation
+whose loss is not finite has lost.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ def race(
 ) -> Outcome:
     """The best offspring, and whether it is to be the parent.
 
-    The leader is found on some sequences and judged on others: the best of many on the same sequences looks better than it is.
+    The leader is found on some sequences and judged on others: the best of many on the same sequences looks better than
+    it is.
 
     Args:
         measured: Measures, counts, and keeps what is known.
@@ -61,7 +64,8 @@ def race(
         order: Sequences to measure on, the first ones first.
         enough: How many of them the leader is found on at most.
         most: How many it is judged on at most.
-        errors: Standard errors that a gain must exceed to be clear, if they were known exactly; half as many at the last look.
+        errors: Standard errors that a gain must exceed to be clear, if they were known exactly; half as many at the
+            last look.
     """
     alive, sequences = list(offspring), 1
     enough = min(enough, max(1, len(order) // 2))
@@ -96,10 +100,12 @@ def _clearly_above(differences: np.ndarray, errors: float) -> bool:
 
 
 def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: Sequence[int], errors: float) -> Outcome:
-    """Parent and leader on sequences that the leader was not found on: a few first, twice as many until the answer is clear.
+    """Parent and leader on sequences that the leader was not found on: a few first, twice as many until the answer is
+    clear.
 
-    At the last look half of the errors are enough: a gain that is more likely real than not is worth having, once all that may be
-    spent on the question has been. A leader whose gain would not be clear there if it stayed what it is has lost at once.
+    At the last look half of the errors are enough: a gain that is more likely real than not is worth having, once all
+    that may be spent on the question has been. A leader whose gain would not be clear there if it stayed what it is has
+    lost at once.
     """
     sequences = min(FEWEST, len(fresh))
     while True:
@@ -123,11 +129,15 @@ def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: S
 
 
 def standard_error(differences: np.ndarray) -> float:
-    """Standard error of the mean of paired differences, (sequences,); infinite for a single one, which says nothing of others."""
+    """Standard error of the mean of paired differences, (sequences,); infinite for a single one, which says nothing of
+    others.
+    """
     return float(differences.std(ddof=1) / len(differences) ** 0.5) if len(differences) > 1 else math.inf
 
 
 def critical(errors: float, sequences: int) -> float:
-    """How many estimated standard errors are as rare as so many known ones: Student's t of few sequences (Cornish-Fisher)."""
+    """How many estimated standard errors are as rare as so many known ones: Student's t of few sequences
+    (Cornish-Fisher).
+    """
     z, freedom = errors, max(1, sequences - 1)
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -1,15 +1,16 @@
 """Search whose proposals know where to go (ours).
 
-For every level of every unit a proposal predicts what it would change (`search.strategies.guided.proposals`). To first order every
-change looks better than it is: taken by the prediction alone, all units would move at once and the loss would multiply. So a
-change has a price, quadratic in how far it goes and in proportion to what the unit has at stake,
+For every level of every unit a proposal predicts what it would change (`search.strategies.guided.proposals`). To first
+order every change looks better than it is: taken by the prediction alone, all units would move at once and the loss
+would multiply. So a change has a price, quadratic in how far it goes and in proportion to what the unit has at stake,
 
     minimise  sum_u  g_u(l_u) + damping * stake_u * distance_u(l_u)^2     within the budget,
 
-which the knapsack solves in milliseconds: a small damping moves everything, a large one a few units a little. Offspring are the
-solutions at dampings around the one that won last, some with the prices of units drawn at random. They race against the parent on
-the same tokens (`search.strategies.guided.race`), and the parent is left only for what is clearly better. So the size of the steps
-follows how well predictions hold, and when gains shrink, more tokens are spent to see them.
+which the knapsack solves in milliseconds: a small damping moves everything, a large one a few units a little. Offspring
+are the solutions at dampings around the one that won last, some with the prices of units drawn at random. They race
+against the parent on the same tokens (`search.strategies.guided.race`), and the parent is left only for what is clearly
+better. So the size of the steps follows how well predictions hold, and when gains shrink, more tokens are spent to see
+them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ DENSER = 0.2  # price of going denser, of that of going sparser
 SPREAD = 0.7  # of the logarithm of a unit's price, in those offspring whose prices are drawn
 EXCHANGES = 3  # at most, of a blind offspring
 HIGHEST, LOWEST = 1e4, 1e-2  # dampings
-# Times `tokens` that finding the leader of a race costs, about; judging it costs `growth` times, and so does its parent.
+# Times `tokens` that finding the leader of a race costs, about; judging it costs `growth` times, and so does its
+# parent.
 LEADER = 4
 
 
@@ -69,7 +71,9 @@ class Guided:
         if self.proposal not in PROPOSALS:
             raise InputError(f"strategy.proposal={self.proposal} is not known; choose one of {', '.join(PROPOSALS)}")
         if type(self.errors) not in (int, float) or not 0 <= self.errors < 100:
-            raise InputError(f"strategy.errors={self.errors} must be a number of standard errors of at least 0, such as 2")
+            raise InputError(
+                f"strategy.errors={self.errors} must be a number of standard errors of at least 0, such as 2"
+            )
 
     @property
     def predicted_on(self) -> int:
@@ -128,7 +132,9 @@ class Guided:
             if len(found) >= self.offspring:
                 break
             damping = state.memory["damping"] * RATIO ** (attempt % self.offspring - self.offspring / 2)
-            drawn = np.exp(SPREAD * rng.standard_normal(len(state.parent)))  # also where unused: each attempt draws as much
+            drawn = np.exp(
+                SPREAD * rng.standard_normal(len(state.parent))
+            )  # also where unused: each attempt draws as much
             factors = drawn if attempt % 2 or attempt >= self.offspring else np.ones(len(state.parent))
             changes, prices = priced[(3 * attempt + state.generation) % len(priced)]  # each meets all dampings in time
             losses = [g + damping * factor * price for g, price, factor in zip(changes, prices, factors, strict=True)]
@@ -143,21 +149,26 @@ class Guided:
 
 
 def next_damping(before: float, outcome: Outcome, winning: float) -> float:
-    """Where the next generation's dampings lie: towards that of the best offspring, or higher where all of them lost."""
+    """Where the next generation's dampings lie: towards that of the best offspring, or higher where all of them
+    lost.
+    """
     after = (before * winning) ** 0.5 if outcome.gain > 0 else before * RATIO
     return float(np.clip(after, LOWEST, HIGHEST))
 
 
-def _add(found: dict[Allocation, float], problem: Problem, parent: Allocation, child: Allocation, damping: float) -> None:
+def _add(
+    found: dict[Allocation, float], problem: Problem, parent: Allocation, child: Allocation, damping: float
+) -> None:
     if child != parent and problem.allows(child):
         found.setdefault(child, damping)
 
 
 def prices_of(problem: Problem, parent: Allocation, changes: Changes) -> list[np.ndarray]:
-    """For each unit and level the price of going there at a damping of 1: what is at stake, by the squared distance in costs.
+    """For each unit and level the price of going there at a damping of 1: what is at stake, by the squared distance in
+    costs.
 
-    At stake is the largest predicted change; the distance is 1 from the uniform allocation's level to the dense one. Going
-    denser is cheaper: what was removed comes back at most once, while the loss of going sparser has no bound.
+    At stake is the largest predicted change; the distance is 1 from the uniform allocation's level to the dense one.
+    Going denser is cheaper: what was removed comes back at most once, while the loss of going sparser has no bound.
     """
     found, share = [], max(LEAST, 1.0 - problem.budget.leading.target / max(1, problem.budget.leading.dense))
     for costs, level, change in zip(problem.budget.leading.costs, parent, changes, strict=True):

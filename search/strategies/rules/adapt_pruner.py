@@ -1,12 +1,14 @@
-"""Adapt-Pruner (Pan et al. 2025): many small steps, each of which prunes blocks more that change the residual stream less.
+"""Adapt-Pruner (Pan et al. 2025): many small steps, each of which prunes blocks more that change the residual stream
+less.
 
 In each step the sparsity of a block grows by (budget's sparsity) / steps - amplitude * importance, where importance is
--cos(x_in, x_out), centred and divided by its largest magnitude. As in the authors' code (research4pan/AdaptPruner): similarities
-are measured again on the pruned model before each step, sparsities stay between 0 and 0.99, and the steps end where the budget is
-met, or with the last one.
+-cos(x_in, x_out), centred and divided by its largest magnitude. As in the authors' code (research4pan/AdaptPruner):
+similarities are measured again on the pruned model before each step, sparsities stay between 0 and 0.99, and the steps
+end where the budget is met, or with the last one.
 
-Different from it: the pruned model is that of the supernet's candidates of the nearest levels, instead of one pruned step by step
-by Taylor scores. With `remeasure=false` the dense model's similarities serve all steps, for one pass over the text.
+Different from it: the pruned model is that of the supernet's candidates of the nearest levels, instead of one pruned
+step by step by Taylor scores. With `remeasure=false` the dense model's similarities serve all steps, for one pass over
+the text.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ class AdaptPruner(Rule):
     Attributes:
         steps: Of pruning.
         amplitude: Of the differences between blocks within a step.
-        remeasure: Whether similarities are measured before each step, on the supernet's candidates, or once on the dense model.
+        remeasure: Whether similarities are measured before each step, on the supernet's candidates, or once on the
+            dense model.
         sequences: Of the calibration text, that they are measured on.
     """
 
@@ -123,7 +126,9 @@ class AdaptPruner(Rule):
             return None
         supernet = getattr(problem.evaluate, "supernet", None)
         if not isinstance(supernet, Supernet):
-            raise InputError("strategy.remeasure=true needs a supernet's candidates; use strategy.remeasure=false without one")
+            raise InputError(
+                "strategy.remeasure=true needs a supernet's candidates; use strategy.remeasure=false without one"
+            )
         return supernet
 
 
@@ -143,7 +148,9 @@ def _candidates(problem: Problem, supernet: Supernet, levels: Allocation) -> Cal
 
     def weights(part: SubBlock) -> Weights:
         place = by_name[part.name]
-        chosen = [supernet.candidate(unit, levels[unit], dense.device) if levels[unit] else None for unit, _ in place.units]
+        chosen = [
+            supernet.candidate(unit, levels[unit], dense.device) if levels[unit] else None for unit, _ in place.units
+        ]
         return place.weights(chosen)
 
     return weights

@@ -1,8 +1,10 @@
-"""AlphaPruning (Lu et al. 2024): layers whose spectrum has a heavy tail are trained well and keep more. Looks at weights alone.
+"""AlphaPruning (Lu et al. 2024): layers whose spectrum has a heavy tail are trained well and keep more. Looks at
+weights alone.
 
-The exponent alpha of the tail of the eigenvalues of W^T W is Hill's estimate; the larger it is, the more may go. Formulas as in
-the authors' code (haiquanlu/AlphaPruning), `alpha_peak` and `alpha_mid`, with its linear mapping. Different from it: eigenvalues
-that are zero are left out, and a sparsity above 1 is cut there and made up for by the others.
+The exponent alpha of the tail of the eigenvalues of W^T W is Hill's estimate; the larger it is, the more may go.
+Formulas as in the authors' code (haiquanlu/AlphaPruning), `alpha_peak` and `alpha_mid`, with its linear mapping.
+Different from it: eigenvalues that are zero are left out, and a sparsity above 1 is cut there and made up for by the
+others.
 """
 
 from __future__ import annotations
@@ -49,9 +51,9 @@ def hill(eigenvalues: np.ndarray, tail: str = "peak") -> float:
 
     Args:
         eigenvalues: Rising, above 0.
-        tail: Where it begins: `half`, at the median; `peak`, where a power law fits best (by the Kolmogorov-Smirnov distance) of
-            the places up to 1.5 times the peak of the histogram of logarithms. The authors' lower end compares an eigenvalue
-            with the logarithm of 0.95 times the peak; it is kept, as their results come from it.
+        tail: Where it begins: `half`, at the median; `peak`, where a power law fits best (by the Kolmogorov-Smirnov
+            distance) of the places up to 1.5 times the peak of the histogram of logarithms. The authors' lower end
+            compares an eigenvalue with the logarithm of 0.95 times the peak; it is kept, as their results come from it.
     """
     logs = np.log(eigenvalues)
     n = len(logs)
@@ -60,7 +62,12 @@ def hill(eigenvalues: np.ndarray, tail: str = "peak") -> float:
         alphas = 1.0 + np.arange(n, 0, -1) / np.maximum(sums - np.arange(n, 0, -1) * logs, 0.0)
     places = _places_near_peak(eigenvalues) if tail == "peak" else []
     distances = [
-        (float(np.abs(1.0 - (eigenvalues[i:] / eigenvalues[i]) ** (1.0 - alphas[i]) - np.arange(n - i) / (n - i)).max()), i)
+        (
+            float(
+                np.abs(1.0 - (eigenvalues[i:] / eigenvalues[i]) ** (1.0 - alphas[i]) - np.arange(n - i) / (n - i)).max()
+            ),
+            i,
+        )
         for i in places
         if np.isfinite(alphas[i])
     ]
@@ -76,7 +83,8 @@ def _places_near_peak(eigenvalues: np.ndarray) -> list[int]:
 
 
 def alpha_sparsities(alphas: np.ndarray, sizes: np.ndarray, sparsity: float, epsilon: float) -> np.ndarray:
-    """Exponents as sparsities: linear from 1 - epsilon to 1 + epsilon, then scaled so that the mean by size is the budget's.
+    """Exponents as sparsities: linear from 1 - epsilon to 1 + epsilon, then scaled so that the mean by size is the
+    budget's.
 
     Args:
         alphas: (units,).
@@ -145,5 +153,7 @@ class AlphaPruning(Rule):
         eigenvalues = spectrum(finite(part.weight(layer), name))
         alpha = hill(eigenvalues, self.tail) if len(eigenvalues) > 1 else float("nan")
         if not np.isfinite(alpha):
-            raise InputError(f"{name}: the spectrum of its weights has no tail to fit; use strategy=owl or strategy=uniform")
+            raise InputError(
+                f"{name}: the spectrum of its weights has no tail to fit; use strategy=owl or strategy=uniform"
+            )
         return alpha

@@ -1,7 +1,9 @@
-"""What allocation rules share: strategies that search for nothing and compute their allocation once, from the dense model.
+"""What allocation rules share: strategies that search for nothing and compute their allocation once, from the dense
+model.
 
-A rule wishes a sparsity for every unit; `towards` finds the allocation of the space nearest to that which the budget allows.
-`walk` takes a rule through the dense model on the calibration text, one block at a time on the device, in a single pass.
+A rule wishes a sparsity for every unit; `towards` finds the allocation of the space nearest to that which the budget
+allows. `walk` takes a rule through the dense model on the calibration text, one block at a time on the device, in a
+single pass.
 """
 
 from __future__ import annotations
@@ -28,9 +30,13 @@ from supernet.models.architecture import SubBlock
 from supernet.models.placement import places
 from supernet.space import Allocation, Space, Unit
 
-TIE = 1e-6  # weight of the distance to the uniform allocation: it decides where a wish is as near to several allocations
+TIE = (
+    1e-6  # weight of the distance to the uniform allocation: it decides where a wish is as near to several allocations
+)
 
-Weights = Mapping[str, Tensor] | None  # of a sub-block's module, that stand for its own; None where the sub-block is absent
+Weights = (
+    Mapping[str, Tensor] | None
+)  # of a sub-block's module, that stand for its own; None where the sub-block is absent
 Visit = Callable[[SubBlock, Tensor, Mapping[str, Tensor], Tensor], None]
 
 
@@ -81,7 +87,9 @@ class Rule:
 
 
 def only_allocation(problem: Problem) -> Allocation | None:
-    """The allocation of a space that leaves no choice: the dense one where it fits, the sparsest where no other one does."""
+    """The allocation of a space that leaves no choice: the dense one where it fits, the sparsest where no other one
+    does.
+    """
     budget, units = problem.budget, problem.space.units
     dense = (0,) * len(units)
     sparsest = tuple(len(unit.levels) - 1 for unit in units)
@@ -104,8 +112,8 @@ def unit_sizes(budget: Budget) -> np.ndarray:
 def towards(problem: Problem, sparsities: Sequence[float] | np.ndarray) -> Allocation:
     """The allocation nearest to the sparsities wished for that the budget allows.
 
-    Distance is the squared difference of sparsities, weighted by the size of the unit, so that what must give way for the budget
-    does so in proportion. Where several are as near, the one nearest to the uniform allocation.
+    Distance is the squared difference of sparsities, weighted by the size of the unit, so that what must give way for
+    the budget does so in proportion. Where several are as near, the one nearest to the uniform allocation.
 
     Args:
         problem: Its budget's leading limit says what sparsity is of.
@@ -123,7 +131,9 @@ def towards(problem: Problem, sparsities: Sequence[float] | np.ndarray) -> Alloc
 
 
 def allowed(losses: Losses, problem: Problem) -> Allocation:
-    """The knapsack's allocation; where it leaves more of the budget than the problem allows, the start, improved step by step."""
+    """The knapsack's allocation; where it leaves more of the budget than the problem allows, the start, improved step
+    by step.
+    """
     found = knapsack(losses, problem.budget)
     if problem.allows(found):
         return found
@@ -135,7 +145,9 @@ def allowed(losses: Losses, problem: Problem) -> Allocation:
 
 
 def _better(losses: Losses, levels: Sequence[int], problem: Problem) -> list[tuple[int, int]]:
-    """The change of one unit, or of two at once, that lowers the loss most of those that the problem allows; empty for none."""
+    """The change of one unit, or of two at once, that lowers the loss most of those that the problem allows; empty for
+    none.
+    """
     budget = problem.budget
     # The first change is none, so that a pair with it is a change of one unit.
     changes = [(-1, 0)] + [(u, v) for u, of_unit in enumerate(losses) for v in range(len(of_unit)) if v != levels[u]]
@@ -158,7 +170,9 @@ def _better(losses: Losses, levels: Sequence[int], problem: Problem) -> list[tup
 def dense_of(problem: Problem) -> Dense:
     """The dense model of a problem, which this rule looks at."""
     if problem.dense is None:
-        raise InputError("this strategy computes its allocation from the dense model, which this problem does not come with")
+        raise InputError(
+            "this strategy computes its allocation from the dense model, which this problem does not come with"
+        )
     return problem.dense
 
 
@@ -209,13 +223,16 @@ def by_block(of_units: Sequence[Site], sizes: np.ndarray) -> dict[int, float]:
 
 
 @torch.no_grad()
-def walk(dense: Dense, visit: Visit, ids: Tensor | None = None, replaced: Callable[[SubBlock], Weights] | None = None) -> int:
+def walk(
+    dense: Dense, visit: Visit, ids: Tensor | None = None, replaced: Callable[[SubBlock], Weights] | None = None
+) -> int:
     """Pass the calibration text through the model once.
 
     Args:
         dense: The model, its text, and where to work.
-        visit: Called for each sub-block and batch with the residual stream (batch, tokens, hidden) before it, the inputs (tokens,
-            d_in) of its linear layers by name, and the residual stream behind it. The block is on the device meanwhile.
+        visit: Called for each sub-block and batch with the residual stream (batch, tokens, hidden) before it, the
+            inputs (tokens, d_in) of its linear layers by name, and the residual stream behind it. The block is on the
+            device meanwhile.
         ids: Other text, (sequences, tokens).
         replaced: Weights of a sub-block that stand for its own.
 
@@ -256,7 +273,9 @@ def _recorded(part: SubBlock) -> Iterator[dict[str, Tensor]]:
 
 
 def input_moments(dense: Dense) -> tuple[dict[str, Moments], int]:
-    """Of the inputs of every linear layer, by `<sub-block>.<layer>` (shared where inputs are the same); forward tokens."""
+    """Of the inputs of every linear layer, by `<sub-block>.<layer>` (shared where inputs are the same); forward
+    tokens.
+    """
     found: dict[str, Moments] = {}
 
     def visit(part: SubBlock, _: Tensor, inputs: Mapping[str, Tensor], __: Tensor) -> None:
@@ -264,7 +283,9 @@ def input_moments(dense: Dense) -> tuple[dict[str, Moments], int]:
             X = inputs[stage[0]]
             name = f"{part.name}.{stage[0]}"
             if name not in found:
-                found.update(dict.fromkeys((f"{part.name}.{layer}" for layer in stage), Moments.zeros(X.shape[1], X.device)))
+                found.update(
+                    dict.fromkeys((f"{part.name}.{layer}" for layer in stage), Moments.zeros(X.shape[1], X.device))
+                )
             found[name].add(X)
 
     tokens = walk(dense, visit)

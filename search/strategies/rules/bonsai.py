@@ -1,12 +1,14 @@
-"""Bonsai's perturb and regress (Dery et al. 2024, "Everybody Prune Now") as an allocator: what units are worth, measured.
+"""Bonsai's perturb and regress (Dery et al. 2024, "Everybody Prune Now") as an allocator: what units are worth,
+measured.
 
-Sub-models around the start are measured in pairs, one of which is sparser where the other is denser, in many units at once. The
-differences within pairs are regressed on the differences in cost by ridge regression, towards a prior that all parameters are
-worth the same and with a strength chosen by Kendall's tau over pairs left out (`local_prune.methods.bonsai`). The allocation is the
-knapsack's optimum of the losses so predicted. Pairs are measured in portions, between which a killed run can be resumed.
+Sub-models around the start are measured in pairs, one of which is sparser where the other is denser, in many units at
+once. The differences within pairs are regressed on the differences in cost by ridge regression, towards a prior that
+all parameters are worth the same and with a strength chosen by Kendall's tau over pairs left out
+(`local_prune.methods.bonsai`). The allocation is the knapsack's optimum of the losses so predicted. Pairs are measured
+in portions, between which a killed run can be resumed.
 
-Different from the paper: it takes 5 % of all members a round; here the units are what the space has, and a linear prediction is
-trusted no further than sub-models were measured, `reach` levels from the start.
+Different from the paper: it takes 5 % of all members a round; here the units are what the space has, and a linear
+prediction is trusted no further than sub-models were measured, `reach` levels from the start.
 """
 
 from __future__ import annotations
@@ -31,10 +33,14 @@ from supernet.space import Allocation
 PORTION = 10  # pairs of a generation
 FEWEST = 2  # pairs that a regression needs
 
-Pair = tuple[Allocation, Allocation, float]  # by how much the loss of the first is higher; NaN where either is not finite
+Pair = tuple[
+    Allocation, Allocation, float
+]  # by how much the loss of the first is higher; NaN where either is not finite
 
 
-def pair_around(start: Sequence[int], most: np.ndarray, reach: int, rng: np.random.Generator) -> tuple[Allocation, Allocation]:
+def pair_around(
+    start: Sequence[int], most: np.ndarray, reach: int, rng: np.random.Generator
+) -> tuple[Allocation, Allocation]:
     """Two allocations that mirror each other about the start, up to `reach` levels away in every unit.
 
     Args:
@@ -96,7 +102,9 @@ class Bonsai(Rule):
         check_whole("tokens", self.tokens, 1, "2048")
         check_whole("reach", self.reach, 1, "2")
         if self.samples % 2:
-            raise InputError(f"strategy.samples={self.samples} must be even: sub-models come in pairs; 200 is the usual choice")
+            raise InputError(
+                f"strategy.samples={self.samples} must be even: sub-models come in pairs; 200 is the usual choice"
+            )
 
     @property
     def needs_candidates(self) -> bool:
@@ -145,7 +153,9 @@ class Bonsai(Rule):
             raise InputError(
                 "the losses of nearly all sub-models are not finite; check the model's weights, or use dtype=float32"
             )
-        costs = np.array([[limit.table[range(len(one)), one] for one in pair[:2]] for pair in pairs])  # (pairs, 2, units)
+        costs = np.array(
+            [[limit.table[range(len(one)), one] for one in pair[:2]] for pair in pairs]
+        )  # (pairs, 2, units)
         removed, differences = (costs[:, 1] - costs[:, 0]) / limit.dense, np.array([pair[2] for pair in pairs])
         losses = predicted(worths(removed, differences), limit.costs, limit.dense, start, self.reach)
         return allowed(losses, problem)

@@ -1,12 +1,12 @@
 """FLAP (An et al. 2024): one global order of all heads and neurons by standardised fluctuation; the lowest go.
 
-The metric of an input column j is Var(x_j) ||W_:,j||^2 (WIFV) or the mean over outputs of |W_ij| ||X_j||_2 (WIFN), squared for
-attention as in the authors' code (CASIA-IVA-Lab/FLAP, AL-AM), and standardised within its layer; a head's is the mean over its
-columns.
+The metric of an input column j is Var(x_j) ||W_:,j||^2 (WIFV) or the mean over outputs of |W_ij| ||X_j||_2 (WIFN),
+squared for attention as in the authors' code (CASIA-IVA-Lab/FLAP, AL-AM), and standardised within its layer; a head's
+is the mean over its columns.
 
-Different from it: the code counts a head as 512 / 3 neurons, here each member counts what the budget counts of it, whatever the
-model's sizes (KV groups with their query heads as one). And the same is done with single weights, by |W_ij| ||X_j||_2 (WIFN) or
-Var(x_j) W_ij^2 (WIFV), standardised within their layer, which FLAP leaves out.
+Different from it: the code counts a head as 512 / 3 neurons, here each member counts what the budget counts of it,
+whatever the model's sizes (KV groups with their query heads as one). And the same is done with single weights, by
+|W_ij| ||X_j||_2 (WIFN) or Var(x_j) W_ij^2 (WIFV), standardised within their layer, which FLAP leaves out.
 """
 
 from __future__ import annotations
@@ -103,12 +103,17 @@ def rank_weights(pieces: Callable[[], Iterator[Tensor]]) -> Ranked:
     deviation = (squares / max(1, number - 1)) ** 0.5
     filled = np.flatnonzero(counts)
     # A bin's middle stands for its members.
-    middles = ((filled << SHIFT) + (1 << (SHIFT - 1)) * (filled > 0)).astype(np.int32).view(np.float32).astype(np.float64)
-    return Ranked((middles - mean) / deviation if deviation else np.zeros(len(filled)), counts[filled].astype(np.float64))
+    middles = (
+        ((filled << SHIFT) + (1 << (SHIFT - 1)) * (filled > 0)).astype(np.int32).view(np.float32).astype(np.float64)
+    )
+    return Ranked(
+        (middles - mean) / deviation if deviation else np.zeros(len(filled)), counts[filled].astype(np.float64)
+    )
 
 
 def sparsities_of(ranked: Sequence[Ranked], sizes: np.ndarray, target: float) -> np.ndarray:
-    """The fraction of each unit that goes when all members of all units are sorted at once, the lowest first, down to `target`.
+    """The fraction of each unit that goes when all members of all units are sorted at once, the lowest first, down to
+    `target`.
 
     Args:
         ranked: Of each unit.

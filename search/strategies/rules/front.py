@@ -1,9 +1,10 @@
-"""An allocation taken from the front of an earlier run (`search.strategies.guided.pareto`) at any of its budgets: no search.
+"""An allocation taken from the front of an earlier run (`search.strategies.guided.pareto`) at any of its budgets: no
+search.
 
-Between two points of the front each unit keeps what lies between the two allocations, in proportion to cost. What comes of that
-has not been measured by the earlier run, so it is measured beside what the two points have, repaired to the budget, and the
-allocation that the round starts at (uniform in the first): the best of these is taken. `front.json`, which holds a front, is
-written and read here.
+Between two points of the front each unit keeps what lies between the two allocations, in proportion to cost. What comes
+of that has not been measured by the earlier run, so it is measured beside what the two points have, repaired to the
+budget, and the allocation that the round starts at (uniform in the first): the best of these is taken. `front.json`,
+which holds a front, is written and read here.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Front(Rule):
 
     Attributes:
         file: A `front.json`.
-        tokens: Of the search text, that allocations between two points are measured on; 0 takes the one in between as it is.
+        tokens: Of the search text, that allocations between two points are measured on; 0 takes the one in between as
+            it is.
     """
 
     looks_at = "strategy.file alone"
@@ -91,7 +93,9 @@ class Front(Rule):
         return np.asarray(1.0 - wish / np.maximum(1, costs[-1]))
 
     def place(self, space: Space, budget: Budget) -> float:
-        """How far along the front the budget goes: 1.5 is half way from point 1 to point 2; InputError where it has no answer."""
+        """How far along the front the budget goes: 1.5 is half way from point 1 to point 2; InputError where it has no
+        answer.
+        """
         totals = {unit.name: unit.total for unit in space.units}
         if self.points[-1] != totals:
             other = _difference(self.points[-1], totals)
@@ -116,7 +120,11 @@ class Front(Rule):
 
 
 def front_json(
-    space: Space, front: Sequence[Mapping[str, Any]], budget: Budget, model: Mapping[str, str], dense_fitness: float | None = 0.0
+    space: Space,
+    front: Sequence[Mapping[str, Any]],
+    budget: Budget,
+    model: Mapping[str, str],
+    dense_fitness: float | None = 0.0,
 ) -> dict[str, Any]:
     """The content of `front.json`: the points that a search remembers, and the dense model.
 
@@ -166,7 +174,9 @@ def _is_file(path: Path) -> bool:
 
 def _fits(point: Kept, dense: Kept) -> bool:
     """Whether a point is of the units of the dense one."""
-    return point.keys() == dense.keys() and all(type(kept) is int and 0 <= kept <= dense[name] for name, kept in point.items())
+    return point.keys() == dense.keys() and all(
+        type(kept) is int and 0 <= kept <= dense[name] for name, kept in point.items()
+    )
 
 
 def _difference(there: Kept, here: Kept) -> str:
@@ -179,7 +189,9 @@ def _difference(there: Kept, here: Kept) -> str:
 
 
 def _costs(points: Sequence[Kept], space: Space, limit: Limit) -> np.ndarray:
-    """What a limit counts of each unit at each point, (points, units): in proportion between the levels of the space."""
+    """What a limit counts of each unit at each point, (points, units): in proportion between the levels of the
+    space.
+    """
     found = np.empty((len(points), len(space.units)))
     for index, (unit, costs) in enumerate(zip(space.units, limit.costs, strict=True)):
         # What keeps nothing costs nothing: below the lowest level of a window.

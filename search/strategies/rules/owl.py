@@ -1,10 +1,11 @@
 """OWL (Yin et al. 2023, "Outlier Weighed Layerwise Sparsity"): blocks with more outliers keep more.
 
-An outlier is an entry of |W_ij| ||X_j||_2, over all linear layers of a block together, above M times their mean. Read in the
-authors' code (luuyin/OWL): the shares of outliers, scaled to a width of 2 lambda, are the blocks' keep ratios around that of the
-budget, and every layer of a block gets the same.
+An outlier is an entry of |W_ij| ||X_j||_2, over all linear layers of a block together, above M times their mean. Read
+in the authors' code (luuyin/OWL): the shares of outliers, scaled to a width of 2 lambda, are the blocks' keep ratios
+around that of the budget, and every layer of a block gets the same.
 
-Different from it: blocks count by their size in the mean, which is the same where they are alike; a ratio stays within 0 and 1.
+Different from it: blocks count by their size in the mean, which is the same where they are alike; a ratio stays within
+0 and 1.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def outlier_share(layers: Iterable[tuple[Tensor, Tensor]], outlier: float) -> fl
 
 
 def owl_sparsities(shares: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float) -> np.ndarray:
-    """Shares of outliers as sparsities: between the extreme ones lie 2 * spread, and the mean by size is that of the budget.
+    """Shares of outliers as sparsities: between the extreme ones lie 2 * spread, and the mean by size is that of the
+    budget.
 
     Args:
         shares: (blocks,).
@@ -98,5 +100,9 @@ class Owl(Rule):
     def _share(self, dense: Dense, block: int, moments: Mapping[str, Moments]) -> float:
         with on_device(blocks(dense.model)[block], dense.device):
             parts = [part for part in sub_blocks(dense.model) if part.block == block]
-            layers = [(part.weight(layer), moments[f"{part.name}.{layer}"].norms) for part in parts for layer in layers_of(part)]
+            layers = [
+                (part.weight(layer), moments[f"{part.name}.{layer}"].norms)
+                for part in parts
+                for layer in layers_of(part)
+            ]
             return outlier_share(layers, self.outlier)

@@ -1,8 +1,9 @@
 """ShortGPT (Men et al. 2024): blocks that change the residual stream least are dropped, by block influence.
 
-BI = 1 - E[cos(x_in, x_out)] over tokens. The paper drops whole blocks; single attentions and MLPs get the influence of their own
-sub-block. Where dropping the lowest one after the other ends further below the budget than may be, the units to drop are those of
-least summed influence that meet it. How influence would say how sparse a layer should be is not published.
+BI = 1 - E[cos(x_in, x_out)] over tokens. The paper drops whole blocks; single attentions and MLPs get the influence of
+their own sub-block. Where dropping the lowest one after the other ends further below the budget than may be, the units
+to drop are those of least summed influence that meet it. How influence would say how sparse a layer should be is not
+published.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def cosines(before: Tensor, behind: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Similarities:
-    """Mean cosine of the residual stream before and behind sub-blocks, by name, and blocks, by index; tokens that it took."""
+    """Mean cosine of the residual stream before and behind sub-blocks, by name, and blocks, by index; tokens that it
+    took.
+    """
 
     parts: dict[str, float]
     blocks: dict[int, float]
@@ -40,7 +43,9 @@ class Similarities:
         return self.parts[site.parts[0].name] if len(site.parts) == 1 else self.blocks[site.block]
 
 
-def similarities(dense: Dense, ids: Tensor | None = None, replaced: Callable[[SubBlock], Weights] | None = None) -> Similarities:
+def similarities(
+    dense: Dense, ids: Tensor | None = None, replaced: Callable[[SubBlock], Weights] | None = None
+) -> Similarities:
     """Pass the calibration text (or other `ids`) through the model; arguments as for `walk`."""
     parts: dict[str, float] = {}
     blocks: dict[int, float] = {}
@@ -82,7 +87,9 @@ class ShortGPT(Rule):
         """See `Rule`."""
         for unit in space.units:
             if unit.total != 1:
-                instead = "use prune=depth, or strategy=adapt_pruner, which gives blocks sparsities by the same similarity"
+                instead = (
+                    "use prune=depth, or strategy=adapt_pruner, which gives blocks sparsities by the same similarity"
+                )
                 raise wrong_kind("shortgpt", "blocks and sub-blocks that are there or not", unit, instead)
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
@@ -94,12 +101,16 @@ class ShortGPT(Rule):
         dropped = drop_lowest(influences, problem)
         if problem.allows(dropped):
             return dropped, found.tokens
-        losses = [np.arange(len(u.levels)) * max(0.0, bi) for u, bi in zip(problem.space.units, influences, strict=True)]
+        losses = [
+            np.arange(len(u.levels)) * max(0.0, bi) for u, bi in zip(problem.space.units, influences, strict=True)
+        ]
         return allowed(losses, problem), found.tokens
 
 
 def drop_lowest(influences: np.ndarray, problem: Problem) -> Allocation:
-    """Units dropped in the order of their influence until the budget is kept; of equal ones the first. influences: (units,)."""
+    """Units dropped in the order of their influence until the budget is kept; of equal ones the first. influences:
+    (units,).
+    """
     levels = [0] * len(influences)
     for unit in np.argsort(influences, kind="stable"):
         if problem.budget.fits(levels):

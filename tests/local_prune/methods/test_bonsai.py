@@ -156,7 +156,8 @@ def test_the_loss_of_a_sub_model_is_that_of_the_model_with_zeros(any_model: PreT
 
 @pytest.fixture
 def decoy(tiny_llama: LoadedModel) -> PreTrainedModel:
-    """A model that wants one token always, put in by neurons 40 to 47 of block 1, and that all other neurons tell nothing.
+    """A model that wants one token always, put in by neurons 40 to 47 of block 1, and that all other neurons tell
+    nothing.
 
     Those neurons are weak by weight and activation, others loud in a direction that the head does not read.
     """
@@ -196,7 +197,8 @@ def test_the_survey_finds_the_neurons_that_matter(decoy: PreTrainedModel) -> Non
 def test_surveys_are_reproducible_and_differ_with_the_seed(tiny_llama: LoadedModel) -> None:
     calibration = Calibration(torch.randint(200, (4, 10), generator=torch.Generator().manual_seed(0)), batch=2)
     surveys = [
-        BonsaiPruner(samples=8, sequences=3, seed=seed).survey(tiny_llama.model, calibration, CPU, track) for seed in (1, 1, 2)
+        BonsaiPruner(samples=8, sequences=3, seed=seed).survey(tiny_llama.model, calibration, CPU, track)
+        for seed in (1, 1, 2)
     ]
     names = [part.name for part in sub_blocks(tiny_llama.model)]
     assert all(list(survey) == names for survey in surveys)
@@ -209,7 +211,9 @@ def test_surveys_are_reproducible_and_differ_with_the_seed(tiny_llama: LoadedMod
 def test_surveys_leave_the_model_and_the_global_generator_alone(tiny_llama: LoadedModel) -> None:
     before = {name: tensor.clone() for name, tensor in tiny_llama.model.state_dict().items()}
     state = torch.random.get_rng_state()
-    BonsaiPruner(samples=4, sequences=1).survey(tiny_llama.model, Calibration(torch.ones(2, 6, dtype=torch.int64)), CPU, track)
+    BonsaiPruner(samples=4, sequences=1).survey(
+        tiny_llama.model, Calibration(torch.ones(2, 6, dtype=torch.int64)), CPU, track
+    )
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_llama.model.state_dict().items())
 

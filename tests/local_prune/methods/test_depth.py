@@ -21,7 +21,9 @@ from supernet.store import Supernet
 def test_units_are_all_that_is_residual(any_model: PreTrainedModel, whole_blocks: bool) -> None:
     parts = sub_blocks(any_model)
     found = DepthPruner(whole_blocks).prunables(parts)
-    assert [one.name for one in found] == list(dict.fromkeys(part.block_name if whole_blocks else part.name for part in parts))
+    assert [one.name for one in found] == list(
+        dict.fromkeys(part.block_name if whole_blocks else part.name for part in parts)
+    )
     for one in found:
         cost = sum(part.parameters for part in parts if one.name in (part.name, part.block_name))
         assert one.choices == (Level(1, cost), Level(0, 0))

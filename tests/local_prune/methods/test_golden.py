@@ -1,8 +1,9 @@
 """Every pruner's candidates of a tiny model are those on record, so that no formula changes without a raised version.
 
-`golden.json` has a few numbers of each case: the length of what candidates hold and its projections on random directions, with a
-tolerance that last bits stay far below, and one changed mask bit or code far above. Where a change is meant: raise `version` of
-the pruner's class (or `VERSION` in local_prune/walk.py if the walk has changed), and then renew the record:
+`golden.json` has a few numbers of each case: the length of what candidates hold and its projections on random
+directions, with a tolerance that last bits stay far below, and one changed mask bit or code far above. Where a change
+is meant: raise `version` of the pruner's class (or `VERSION` in local_prune/walk.py if the walk has changed), and then
+renew the record:
 
     RENEW_GOLDEN=1 python -m pytest tests/local_prune/methods/test_golden.py
 
@@ -121,7 +122,9 @@ def tiny_model(model_of: Callable[..., PreTrainedModel], case: Case, disturbed: 
 
 
 def numbers_of(supernet: Supernet) -> Numbers:
-    """By block and kind of tensor: the length of all that the candidates hold, and its projections on two directions."""
+    """By block and kind of tensor: the length of all that the candidates hold, and its projections on two
+    directions.
+    """
     found: dict[str, list[np.ndarray]] = defaultdict(list)
     for index, unit in enumerate(supernet.space.units):
         block = next(part for part in unit.name.split(".") if part.isdigit())
@@ -160,7 +163,9 @@ def test_candidates_are_those_on_record(
     changed = differences(before["numbers"], numbers)
     if before["versions"] == versions and changed:
         where = f"{type(case.pruner).__name__}.version (or VERSION of local_prune/walk.py)"
-        pytest.fail(f"the same settings give other candidates than before: raise {where}, see this file's docstring\n{changed}")
+        pytest.fail(
+            f"the same settings give other candidates than before: raise {where}, see this file's docstring\n{changed}"
+        )
     if "RENEW_GOLDEN" in os.environ:
         if changed or before["versions"] != versions:
             record[name] = {"versions": versions, "numbers": numbers}

@@ -123,7 +123,9 @@ SCORES: dict[str, tuple[Any, Callable[[Layer, int], float]]] = {
 @pytest.mark.parametrize(("pruner", "score"), SCORES.values(), ids=SCORES)
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_members_of_the_highest_scores_stay(pruner: Any, score: Callable[[Layer, int], float], width: int, seed: int) -> None:
+def test_members_of_the_highest_scores_stay(
+    pruner: Any, score: Callable[[Layer, int], float], width: int, seed: int
+) -> None:
     layer = make_layer(width=width, seed=seed)
     ranking = sorted(range(layer.members), key=lambda m: -score(layer, m))
     for count, candidate in zip(LEVELS, pruner.candidates(layer.task(pruner), LEVELS), strict=True):
@@ -141,7 +143,9 @@ def test_heads_are_ranked_by_the_squares_of_what_fluctuates() -> None:
 
 
 def test_wanda_sp_takes_the_mean_of_absolute_values() -> None:
-    dense = torch.tensor([[3.0, 2.5], [0.0, 2.5]])  # by the L2 norm the first column comes second, too; by the mean 1.5 < 2.5
+    dense = torch.tensor(
+        [[3.0, 2.5], [0.0, 2.5]]
+    )  # by the L2 norm the first column comes second, too; by the mean 1.5 < 2.5
     torch.testing.assert_close(wanda_sp(dense, torch.tensor([2.0, 1.0]), 1), torch.tensor([3.0, 2.5]))
     torch.testing.assert_close(wanda_sp(dense, torch.tensor([2.0, 1.0]), 2), torch.tensor([2.75]))
 
@@ -262,7 +266,9 @@ class TestEveryRanking:
         for value in (torch.nan, torch.inf):
             broken = replace(layer, X=layer.X.clone())
             broken.X[0, 0] = value
-            with pytest.raises(InputError, match="^unit: (activations|weights, or the gradients of the survey,) are not finite"):
+            with pytest.raises(
+                InputError, match="^unit: (activations|weights, or the gradients of the survey,) are not finite"
+            ):
                 pruner.candidates(broken.task(pruner), [0])
 
     def test_no_levels_give_no_candidates(self, pruner: Any, layer: Layer) -> None:
@@ -296,7 +302,9 @@ def test_of_equal_scores_the_first_stay(scores: list[int], data: st.DataObject) 
         assert members.tolist() == sorted(expected)
 
 
-def written_out_magnitudes(part: SubBlock, rows: dict[str, list[tuple[int, int]]], width: int, members: int) -> list[float]:
+def written_out_magnitudes(
+    part: SubBlock, rows: dict[str, list[tuple[int, int]]], width: int, members: int
+) -> list[float]:
     """Norms of each member's parameters; rows: layer -> (offset, rows a member) of each of its sections."""
     found = []
     for m in range(members):
@@ -312,7 +320,9 @@ def written_out_magnitudes(part: SubBlock, rows: dict[str, list[tuple[int, int]]
 
 
 SEPARATE = {"q_proj": [(0, 16)], "k_proj": [(0, 8)], "v_proj": [(0, 8)]}, {"gate_proj": [(0, 1)], "up_proj": [(0, 1)]}
-ROWS: dict[str, Any] = {  # of a model of 4 KV groups, 8 query heads of 8 channels and 96 neurons; GPT-2 has 4 heads of 16
+ROWS: dict[
+    str, Any
+] = {  # of a model of 4 KV groups, 8 query heads of 8 channels and 96 neurons; GPT-2 has 4 heads of 16
     "llama": SEPARATE,
     "llama_with_biases": SEPARATE,
     "phi3": ({"qkv_proj": [(0, 16), (64, 8), (96, 8)]}, {"gate_up_proj": [(0, 1), (96, 1)]}),
@@ -352,7 +362,9 @@ def test_surveys_of_query_heads(tiny_llama: LoadedModel, ids: Tensor) -> None:
 
 def test_what_surveys_cost() -> None:
     calibration = Calibration(torch.zeros(6, 10, dtype=torch.int64))
-    costs = [pruner.survey_tokens(calibration) for pruner in (MagnitudeMembersPruner(), WandaSpPruner(), TaylorPruner())]
+    costs = [
+        pruner.survey_tokens(calibration) for pruner in (MagnitudeMembersPruner(), WandaSpPruner(), TaylorPruner())
+    ]
     assert costs == [0, 0, 4 * 60]
 
 

@@ -27,7 +27,8 @@ def normal_equations(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def brute_force_order(A: Tensor, B: Tensor, width: int, count: int, first_order: float) -> list[int]:
     """Greedy removal that refits for every removal that is possible, by least squares on the data themselves.
 
-    The score of a group P is the increase of 1/2 ||A W - B||^2 plus `first_order` times |sum(W_P * G_P)| before its removal.
+    The score of a group P is the increase of 1/2 ||A W - B||^2 plus `first_order` times |sum(W_P * G_P)| before its
+    removal.
     """
     moment = A.T @ B
     left = list(range(A.shape[1] // width))
@@ -124,13 +125,17 @@ def test_levels_are_the_least_squares_optimum(layer: MakeLayer, width: int, kept
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 def test_impossible_damping_is_refused(value: float) -> None:
-    with pytest.raises(InputError, match=rf"^prune\.pruner\.damping={value} must be finite and above 0; 0\.01 is the usual"):
+    with pytest.raises(
+        InputError, match=rf"^prune\.pruner\.damping={value} must be finite and above 0; 0\.01 is the usual"
+    ):
         ObsPruner(damping=value)
 
 
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
 def test_an_impossible_first_order_term_is_refused(value: float) -> None:
-    with pytest.raises(InputError, match=rf"^prune\.pruner\.first_order={value} must be finite and not below 0; 0 is the usual"):
+    with pytest.raises(
+        InputError, match=rf"^prune\.pruner\.first_order={value} must be finite and not below 0; 0 is the usual"
+    ):
         ObsPruner(first_order=value)
 
 
@@ -263,7 +268,9 @@ class TestEveryPruner:
             if len(candidate.kept) <= int((~dead_members).sum()):
                 assert not dead_members[candidate.kept].any()
 
-    def test_runs_are_alike_and_leave_the_problem_alone(self, pruner: Pruner, case: Any, candidates: list[Members]) -> None:
+    def test_runs_are_alike_and_leave_the_problem_alone(
+        self, pruner: Pruner, case: Any, candidates: list[Members]
+    ) -> None:
         before = case.problem.upper.clone(), case.problem.moment.clone(), case.dense.clone()
         again = pruner.candidates(case.task, levels_of(case.members))
         for first, second in zip(candidates, again, strict=True):
@@ -273,7 +280,9 @@ class TestEveryPruner:
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-    def test_weights_have_the_dtype_of_the_dense_one(self, pruner: Pruner, layer: MakeLayer, dtype: torch.dtype) -> None:
+    def test_weights_have_the_dtype_of_the_dense_one(
+        self, pruner: Pruner, layer: MakeLayer, dtype: torch.dtype
+    ) -> None:
         case = layer(dtype=dtype)
         for candidate in pruner.candidates(case.task, [16, 8]):
             assert candidate.weight.dtype == dtype

@@ -41,8 +41,12 @@ def same(codes: Tensor, expected: Tensor) -> float:
     return float((codes.double() == expected.double()).double().mean())
 
 
-def best_grid(weights: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, cost: Tensor | None) -> tuple[float, float]:
-    """Scale and zero of one group of one output, (group,) float64, with every shrink factor tried; `cost`: of squared errors."""
+def best_grid(
+    weights: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, cost: Tensor | None
+) -> tuple[float, float]:
+    """Scale and zero of one group of one output, (group,) float64, with every shrink factor tried; `cost`: of squared
+    errors.
+    """
     top, found = 2**bits - 1, (1.0, 0.0)
     least = torch.inf
     for shrink in SHRINKS if bits <= CLIPPED_BITS else [1.0]:
@@ -74,7 +78,9 @@ def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def textbook(case: Any, bits: int, layout: Layout, damping: float, activation_order: bool) -> Tensor:
-    """Codes (d_in, d_out) by the two equations of OBQ (Frantar et al. 2023, 2 and 3) in float64, one input after the other."""
+    """Codes (d_in, d_out) by the two equations of OBQ (Frantar et al. 2023, 2 and 3) in float64, one input after the
+    other.
+    """
     A, B = case.augmented(damping)
     inverse = torch.linalg.inv(A.T @ A)
     W = inverse @ (A.T @ B)
@@ -97,7 +103,9 @@ def textbook(case: Any, bits: int, layout: Layout, damping: float, activation_or
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
-def test_rtn_is_the_nearest_point_of_the_best_grid(layer: MakeLayer, bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+def test_rtn_is_the_nearest_point_of_the_best_grid(
+    layer: MakeLayer, bits: int, symmetric: bool, dtype: torch.dtype
+) -> None:
     case = layer(members=24, d_out=5, dtype=dtype)
     layout = Layout(8, symmetric, dtype)
     W = case.dense.double().T
@@ -107,7 +115,9 @@ def test_rtn_is_the_nearest_point_of_the_best_grid(layer: MakeLayer, bits: int, 
     assert torch.equal(found.zero.double().repeat_interleave(8, 1), zero.T)
     expected = (scale * (nearest(W, scale, zero, bits) - zero)).to(dtype).double().T
     error = (found.weight.double() - W.T).abs()
-    torch.testing.assert_close(error, (expected - W.T).abs(), rtol=1e-4, atol=1e-6)  # of two codes at equal distance, either
+    torch.testing.assert_close(
+        error, (expected - W.T).abs(), rtol=1e-4, atol=1e-6
+    )  # of two codes at equal distance, either
 
 
 @pytest.mark.parametrize("activation_order", [True, False], ids=["by activation", "as they come"])
@@ -188,7 +198,9 @@ def test_shrunk_ranges_are_better_than_full_ones(layer: MakeLayer, bits: int, sy
 
 
 def test_prunables_follow_the_settings() -> None:
-    part = SimpleNamespace(name="mlp", stages=(("down",),), weight=lambda layer: torch.zeros(4, 48, dtype=torch.bfloat16))
+    part = SimpleNamespace(
+        name="mlp", stages=(("down",),), weight=lambda layer: torch.zeros(4, 48, dtype=torch.bfloat16)
+    )
     for pruner in (RtnPruner(bits=[4, 3], group=32), GptqPruner(bits=[4, 3], group=32)):
         (unit,) = pruner.prunables([part])  # type: ignore[list-item]
         assert unit.name == "mlp.down"
@@ -213,15 +225,21 @@ class TestSettings:
 
     @pytest.mark.parametrize("bits", [[], [1], [4, 9], [4.5], ["4"], "48", 4, None, [True]], ids=str)
     def test_impossible_widths_are_refused(self, kind: Any, bits: Any) -> None:
-        with pytest.raises(InputError, match=r"^prune\.pruner\.bits=.* must be a list of whole widths from 2 to 8, such as"):
+        with pytest.raises(
+            InputError, match=r"^prune\.pruner\.bits=.* must be a list of whole widths from 2 to 8, such as"
+        ):
             kind(bits=bits)
 
     def test_impossible_groups_are_refused(self, kind: Any) -> None:
-        with pytest.raises(InputError, match=r"^prune\.pruner\.group=0 must be at least 1 input; 128 is the usual choice$"):
+        with pytest.raises(
+            InputError, match=r"^prune\.pruner\.group=0 must be at least 1 input; 128 is the usual choice$"
+        ):
             kind(group=0)
 
 
-@pytest.mark.parametrize("settings", [*({"damping": x} for x in (0.0, -1.0, math.nan, math.inf)), {"block": 0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [*({"damping": x} for x in (0.0, -1.0, math.nan, math.inf)), {"block": 0}], ids=str
+)
 def test_impossible_settings_of_gptq_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"^prune\.pruner\.(damping|block)=.* must be .*is the usual choice$"):
         GptqPruner(**settings)
@@ -333,7 +351,9 @@ class TestEveryQuantiser:
         assert all(more >= less * 0.98 - 1e-6 for less, more in zip(errors, errors[1:], strict=False))
         assert errors[-1] < 1.0
 
-    def test_runs_are_alike_and_leave_their_inputs_alone(self, pruner: Any, case: Any, candidates: list[Quantised]) -> None:
+    def test_runs_are_alike_and_leave_their_inputs_alone(
+        self, pruner: Any, case: Any, candidates: list[Quantised]
+    ) -> None:
         before = case.problem.upper.clone(), case.problem.moment.clone(), case.dense.clone()
         for first, second in zip(candidates, quantised(pruner, case), strict=True):
             assert torch.equal(first.codes, second.codes)
@@ -344,7 +364,9 @@ class TestEveryQuantiser:
 
     def test_zero_weights_stay_zero(self, pruner: Any, case: Any, candidates: list[Quantised]) -> None:
         """Those of dead inputs, where inputs are looked at, and those of outputs that are all zero."""
-        dead = torch.zeros_like(case.X[0], dtype=torch.bool) if isinstance(pruner, RtnPruner) else case.X.abs().sum(0) == 0
+        dead = (
+            torch.zeros_like(case.X[0], dtype=torch.bool) if isinstance(pruner, RtnPruner) else case.X.abs().sum(0) == 0
+        )
         none = ~case.dense.any(1) & (case.T.abs().sum(0) == 0)
         for candidate in candidates:
             assert not candidate.weight[:, dead].any()
@@ -358,5 +380,7 @@ class TestEveryQuantiser:
     def test_weights_that_are_not_finite_are_refused(self, pruner: Any, layer: MakeLayer) -> None:
         case = layer()
         case.dense[1, 2] = torch.nan
-        with pytest.raises(InputError, match="^unit: weights are not finite; check the model's weights, or use dtype=float32$"):
+        with pytest.raises(
+            InputError, match="^unit: weights are not finite; check the model's weights, or use dtype=float32$"
+        ):
             pruner.candidates(task_of(case), [4])

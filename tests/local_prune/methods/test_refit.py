@@ -1,4 +1,6 @@
-"""Conjugate gradients on the weights that stay: towards the least-squares optimum of each output, and never away from it."""
+"""Conjugate gradients on the weights that stay: towards the least-squares optimum of each output, and never away from
+it.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +19,19 @@ MakeLayer = Callable[..., Any]
 DAMPING = 0.01
 
 
-def problem(layer: MakeLayer, levels: int = 3, **settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The damped problem's data A, B, its Hessian and solution, random masks and what is left of the solution: float64."""
+def problem(
+    layer: MakeLayer, levels: int = 3, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The damped problem's data A, B, its Hessian and solution, random masks and what is left of the solution:
+    float64.
+    """
     case = layer(members=20, d_out=5, **settings)
     A, B = case.augmented(DAMPING)
     H, solution = A.T @ A, torch.linalg.lstsq(A, B).solution
-    mask = torch.rand(20, levels, 5, generator=torch.Generator().manual_seed(0)) < torch.tensor([0.7, 0.4, 0.1])[:levels, None]
+    mask = (
+        torch.rand(20, levels, 5, generator=torch.Generator().manual_seed(0))
+        < torch.tensor([0.7, 0.4, 0.1])[:levels, None]
+    )
     mask[:, -1, 0] = False  # an output of which nothing stays
     return A, B, H, solution, mask, solution.unsqueeze(1) * mask
 

@@ -1,4 +1,6 @@
-"""A model may be sparse before it is pruned: its zeros go first and stay zero at every level, or it is told that they do not."""
+"""A model may be sparse before it is pruned: its zeros go first and stay zero at every level, or it is told that they
+do not.
+"""
 
 import logging
 import re
@@ -46,7 +48,9 @@ GRIDS: dict[str, Any] = {
 
 
 def sparse_task(pruner: Pruner, dtype: torch.dtype = torch.float32) -> Task:
-    """A layer with 70 % zeros, an input that is always 0, and a target that is not its own output: a fit would fill the zeros."""
+    """A layer with 70 % zeros, an input that is always 0, and a target that is not its own output: a fit would fill the
+    zeros.
+    """
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(300, IN, generator=generator) @ torch.randn(IN, IN, generator=generator)
     X[:, 3] = 0.0
@@ -61,7 +65,9 @@ def sparse_task(pruner: Pruner, dtype: torch.dtype = torch.float32) -> Task:
 
 def weight_of(candidate: Candidate, dense: Tensor) -> Tensor:
     if isinstance(candidate, Quantised):
-        groups = candidate.codes.float().view(OUT, -1, IN // candidate.scale.shape[1]) - candidate.zero.float().unsqueeze(2)
+        groups = candidate.codes.float().view(
+            OUT, -1, IN // candidate.scale.shape[1]
+        ) - candidate.zero.float().unsqueeze(2)
         return (groups * candidate.scale.float().unsqueeze(2)).view(OUT, IN)
     assert isinstance(candidate, Weights)
     weight = dense * candidate.mask if candidate.weight is None else candidate.weight
@@ -74,7 +80,9 @@ def test_zeros_go_first(name: str) -> None:
     pruner = (WHOLE | ROWS)[name]
     task = sparse_task(pruner)
     valued = task.dense != 0
-    if isinstance(task.statistics, LeastSquares):  # where weights of an input that is always 0 become 0, and so no better
+    if isinstance(
+        task.statistics, LeastSquares
+    ):  # where weights of an input that is always 0 become 0, and so no better
         valued &= torch.arange(IN) != 3
     counts = [OUT * IN * 3 // 4, OUT * IN // 2, int((task.dense != 0).sum()), OUT * IN // 8]
     for kept, candidate in zip(counts, pruner.candidates(task, counts), strict=True):
@@ -133,7 +141,11 @@ def test_what_stays_is_fitted_with_the_zeros_where_they_are(kind: type[Any]) -> 
 def test_of_the_choices_with_all_zeros_among_the_removed_the_best_is_taken() -> None:
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(9, 6, generator=generator)
-    A, group, zero = root.T @ root, torch.randn(6, 50, generator=generator), torch.rand(6, 50, generator=generator) < 0.35
+    A, group, zero = (
+        root.T @ root,
+        torch.randn(6, 50, generator=generator),
+        torch.rand(6, 50, generator=generator) < 0.35,
+    )
     stays = keep_least_loss(group, A, 3, zero)
     different = keep_least_loss(group, A, 3)
     assert not torch.equal(stays, different)  # zeros are not what costs least here
@@ -143,7 +155,9 @@ def test_of_the_choices_with_all_zeros_among_the_removed_the_best_is_taken() -> 
             P = list(removed)
             if int(zero[P, one].sum()) == min(3, int(zero[:, one].sum())):
                 w = group[P, one]
-                losses[removed] = float(w @ torch.cholesky_solve(w.unsqueeze(1), torch.linalg.cholesky(A[P][:, P])).flatten())
+                losses[removed] = float(
+                    w @ torch.cholesky_solve(w.unsqueeze(1), torch.linalg.cholesky(A[P][:, P])).flatten()
+                )
         assert tuple((~stays[:, one]).nonzero().flatten().tolist()) == min(losses, key=lambda P: losses[P])
 
 

@@ -45,7 +45,9 @@ def textbook_sparsegpt(W: Tensor, U: Tensor, kept: int, block: int, pattern: Pat
             stay = kept * last // d_in - given
             given += stay
             removed = lowest(scores, scores.numel() - stay)
-            mask[:, first:last] = torch.ones(scores.numel(), dtype=torch.bool).index_fill(0, removed, False).view_as(scores)
+            mask[:, first:last] = (
+                torch.ones(scores.numel(), dtype=torch.bool).index_fill(0, removed, False).view_as(scores)
+            )
         for j in range(first, last):
             if pattern is not None and j % pattern.of == 0:
                 group = slice(j, j + pattern.of)
@@ -64,7 +66,9 @@ def damped_case(layer: MakeLayer, **settings: Any) -> tuple[Tensor, Tensor, Tens
     return A, B, torch.linalg.lstsq(A, B).solution, factor_of_inverse(A)
 
 
-@pytest.mark.parametrize(("d_in", "block"), [(40, 40), (2 * STEP + 9, 2 * STEP + 9), (70, 30), (71, STEP), (12, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("d_in", "block"), [(40, 40), (2 * STEP + 9, 2 * STEP + 9), (70, 30), (71, STEP), (12, 1)], ids=str
+)
 def test_sparsegpt_is_the_textbook_loop(layer: MakeLayer, d_in: int, block: int) -> None:
     _, _, W, U = damped_case(layer, members=d_in, d_out=5, tokens=3 * d_in, shift=1.0)
     kept = [5 * d_in - 1, 4 * d_in, 2 * d_in + 3, d_in, 0]
@@ -106,7 +110,9 @@ def joint_block(A: Tensor, target: Tensor, w: Tensor, first: int, stays: Tensor)
 
 
 def best_of_group(A: Tensor, target: Tensor, w: Tensor, first: int, group: int, pattern: Pattern) -> Tensor:
-    """What of a group of a row is to stay, of all choices, if nothing else of the block from `first` on goes: (of,) bool."""
+    """What of a group of a row is to stay, of all choices, if nothing else of the block from `first` on goes: (of,)
+    bool.
+    """
     losses = []
     for stays in combinations(range(pattern.of), pattern.keep):
         choice = torch.ones(group - first + pattern.of, dtype=torch.bool)
@@ -117,7 +123,9 @@ def best_of_group(A: Tensor, target: Tensor, w: Tensor, first: int, group: int, 
 
 
 def joint_sweep(A: Tensor, B: Tensor, kept: int, block: int, pattern: Pattern | None) -> tuple[Tensor, Tensor]:
-    """The multiple-removal problem by least squares on the data, a row and a block at a time: mask and weights (d_out, d_in)."""
+    """The multiple-removal problem by least squares on the data, a row and a block at a time: mask and weights (d_out,
+    d_in).
+    """
     d_in, d_out, given = A.shape[1], B.shape[1], 0
     W = torch.linalg.lstsq(A, B).solution.T.contiguous()
     mask = torch.ones_like(W, dtype=torch.bool)
@@ -129,7 +137,9 @@ def joint_sweep(A: Tensor, B: Tensor, kept: int, block: int, pattern: Pattern | 
             given += stay
             scores = W[:, first:last] ** 2 / inverse.diagonal()[: last - first]
             removed = lowest(scores, scores.numel() - stay)
-            mask[:, first:last] = torch.ones(scores.numel(), dtype=torch.bool).index_fill(0, removed, False).view_as(scores)
+            mask[:, first:last] = (
+                torch.ones(scores.numel(), dtype=torch.bool).index_fill(0, removed, False).view_as(scores)
+            )
         for row in range(d_out):
             for group in range(first, last, pattern.of) if pattern else ():
                 mask[row, group : group + pattern.of] = best_of_group(A, B[:, row], W[row], first, group, pattern)
@@ -249,7 +259,9 @@ def test_a_singular_problem_is_named(kind: type[Any], layer: MakeLayer, monkeypa
 
     monkeypatch.setattr(sparsegpt, "sweep", fail)
     case, pruner = layer(), kind()
-    with pytest.raises(InputError, match=r"^unit: the Hessian is not positive definite even with damping 1000; use more calib"):
+    with pytest.raises(
+        InputError, match=r"^unit: the Hessian is not positive definite even with damping 1000; use more calib"
+    ):
         pruner.candidates(Task("unit", case.dense, case.problem), [12])
 
 

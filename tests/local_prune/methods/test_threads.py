@@ -1,4 +1,6 @@
-"""Numbers stay right in a process where another library has called `torch.set_num_threads`, which breaks torch's batched LU."""
+"""Numbers stay right in a process where another library has called `torch.set_num_threads`, which breaks torch's
+batched LU.
+"""
 
 import re
 import subprocess
@@ -34,7 +36,8 @@ def order(H, G, width):
         gone.append(names.pop(int(np.argmin([np.sum(W[p] * np.linalg.solve(inverse[p, p], W[p])) for p in parts]))))
     return gone
 
-for members, width, outputs in ((3, 192, 576), (9, 64, 576), (4, 256, 64)):  # SmolLM2's KV groups and query heads, and wider ones
+# SmolLM2's KV groups and query heads, and wider ones
+for members, width, outputs in ((3, 192, 576), (9, 64, 576), (4, 256, 64)):
     H, W = hessian(members * width), normal(members * width, outputs)
     G, exact = H @ W, order(H.double().numpy(), (H.double() @ W.double()).numpy(), width)
     found = structured.removal_order(torch.cholesky_inverse(torch.linalg.cholesky(H)), G, width, members - 1)

@@ -37,7 +37,9 @@ def test_synthetic_layers(tyr: ModuleType, members: int, width: int, seed: int) 
 
 
 def test_the_rule_is_the_one_by_hand(tyr: ModuleType) -> None:
-    """Two neurons of three with H = diag(3, 1, 2) scaled: scores are |G_p W_p| + W_p^2 / (2 [H^-1]_pp) = 1.5 H_pp W_p^2."""
+    """Two neurons of three with H = diag(3, 1, 2) scaled: scores are |G_p W_p| + W_p^2 / (2 [H^-1]_pp) = 1.5 H_pp
+    W_p^2.
+    """
     hessian, dense = torch.diag(torch.tensor([3.0, 1.0, 2.0])), torch.tensor([[1.0, 2.0, 1.0]])
     assert tyr.tyr_weight(hessian, dense, 2, 1, 1).tolist() == [[1.0, 2.0, 0.0]]  # energies 3, 4, 2
     assert tyr.tyr_weight(hessian, dense, 1, 1, 1).tolist() == [[0.0, 2.0, 0.0]]
@@ -58,6 +60,8 @@ def test_smollm2(tyr: ModuleType, smollm2_cases: dict[str, Any], kind: str) -> N
     assert max(ratios) <= MOST
 
 
-def test_files_hold_the_kept_values_and_little_else(tyr: ModuleType, smollm2_cases: dict[str, Any], tmp_path: Path) -> None:
+def test_files_hold_the_kept_values_and_little_else(
+    tyr: ModuleType, smollm2_cases: dict[str, Any], tmp_path: Path
+) -> None:
     for case in smollm2_cases.values():
         assert 1.0 <= tyr.bytes_ratio(case, tmp_path) < 1.05

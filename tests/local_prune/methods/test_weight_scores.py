@@ -17,7 +17,14 @@ from local_prune.methods import sparsegpt
 from local_prune.methods import weight_scores as unstructured
 from local_prune.methods.apt import AptPruner
 from local_prune.methods.sparsegpt import BlockwisePruner, SparseGptPruner
-from local_prune.methods.weight_scores import GblmPruner, MagnitudePruner, ScoredPruner, WandaPruner, pattern_of, rank_in_rows
+from local_prune.methods.weight_scores import (
+    GblmPruner,
+    MagnitudePruner,
+    ScoredPruner,
+    WandaPruner,
+    pattern_of,
+    rank_in_rows,
+)
 from local_prune.pruner import Calibration, Pruner, Task
 from local_prune.statistics import LeastSquares, Moments
 from supernet.encodings.encoding import Candidate
@@ -89,14 +96,18 @@ def test_the_best_scores_stay(kind: type[Any], layer: MakeLayer) -> None:
             expected = sorted((s, i, j) for i, row in enumerate(scores) for j, s in enumerate(row))[140 - count :]
         else:
             expected = [
-                x for i, row in enumerate(scores) for x in sorted((s, i, j) for j, s in enumerate(row))[20 - count // 7 :]
+                x
+                for i, row in enumerate(scores)
+                for x in sorted((s, i, j) for j, s in enumerate(row))[20 - count // 7 :]
             ]
         assert {(i, j) for _, i, j in expected} == {(i, j) for i, j in candidate.mask.nonzero().tolist()}
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:5", "7:10"])
 @pytest.mark.parametrize("kind", SCORED.values(), ids=SCORED)
-def test_the_best_of_each_group_stay(kind: type[Any], text: str, layer: MakeLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_of_each_group_stay(
+    kind: type[Any], text: str, layer: MakeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(unstructured, "PAIRS", 300)  # several chunks of groups
     case, pruner, pattern = layer(members=20, d_out=7), kind(text), Pattern.parse(text)
     scores = reference_scores(pruner, case)
@@ -156,7 +167,9 @@ def test_gblm_weighs_activations_and_gradients_as_the_authors_do(
     (candidate,) = pruner.candidates(Task("unit", case.dense, moments(case.X), survey["unit"]), [180])
     expected = torch.zeros(6, 60, dtype=torch.bool).scatter_(1, scores.topk(30, 1).indices, True)
     assert torch.equal(candidate.mask, expected)
-    sums = case.dense.double().abs() * (case.X.norm(dim=0) + 30.0 * gradients)  # what differs from it with many sequences
+    sums = case.dense.double().abs() * (
+        case.X.norm(dim=0) + 30.0 * gradients
+    )  # what differs from it with many sequences
     other = torch.zeros(6, 60, dtype=torch.bool).scatter_(1, sums.topk(30, 1).indices, True)
     assert torch.equal(other, expected) == (sequences == 1)
 
@@ -199,7 +212,9 @@ def test_a_pattern_is_found_by_what_it_keeps() -> None:
 # What every pruner of weights keeps to: add new ones to this list.
 KINDS: dict[str, Callable[..., Any]] = {**SCORED, "sparsegpt": SparseGptPruner, "apt": AptPruner}
 PATTERNS: tuple[Any, ...] = (None, "2:4", "4:8", "1:3", ("3:4", "1:3", "1:4"))
-UNSTRUCTURED: dict[str, Any] = {f"{name} {pattern}": kind(pattern) for name, kind in KINDS.items() for pattern in PATTERNS}
+UNSTRUCTURED: dict[str, Any] = {
+    f"{name} {pattern}": kind(pattern) for name, kind in KINDS.items() for pattern in PATTERNS
+}
 UNSTRUCTURED |= {f"{kind.__name__} in small blocks": kind(block=10) for kind in (SparseGptPruner, AptPruner)}
 UNSTRUCTURED |= {f"{kind.__name__} 1:3 in small blocks": kind("1:3", block=10) for kind in (SparseGptPruner, AptPruner)}
 LAYERS: dict[str, dict[str, Any]] = {
@@ -217,7 +232,9 @@ def levels_of(pruner: Any, dense: Tensor) -> list[int]:
     total = dense.numel()
     if pruner.patterns:
         return sorted((pattern.kept(total) for pattern in pruner.patterns), reverse=True)
-    return sorted({total - 1, 0, 7, total // 2 + 1, *(len(dense) * k for k in range(3, dense.shape[1], 5))}, reverse=True)
+    return sorted(
+        {total - 1, 0, 7, total // 2 + 1, *(len(dense) * k for k in range(3, dense.shape[1], 5))}, reverse=True
+    )
 
 
 def output_error(case: Any, weight: Tensor) -> float:
@@ -291,7 +308,10 @@ class TestEveryPruner:
                 assert not candidate.weight[:, dead].any()
             if pruner.patterns:
                 of = pattern_of(int(candidate.mask.sum()), case.dense.numel(), pruner.patterns).of
-                kept, gone = candidate.mask.view(len(case.dense), -1, of), (~candidate.mask & ~dead).view(len(case.dense), -1, of)
+                kept, gone = (
+                    candidate.mask.view(len(case.dense), -1, of),
+                    (~candidate.mask & ~dead).view(len(case.dense), -1, of),
+                )
                 assert not ((kept & dead.view(-1, of)).any(2) & gone.any(2)).any()
         if not pruner.patterns:
             room = len(case.dense) * int((~dead).sum())
@@ -367,13 +387,19 @@ def test_errors_are_below_those_of_wanda(pruner: Any, layer: MakeLayer) -> None:
     case = layer(members=96, d_out=32, tokens=600)
     kept = [k for k in levels_of(pruner, case.dense) if 0 < k < case.dense.numel() - 1]
     plain = WandaPruner(pruner.pattern)
-    pairs = zip(pruner.candidates(task_of(pruner, case), kept), plain.candidates(task_of(plain, case), kept), strict=True)
+    pairs = zip(
+        pruner.candidates(task_of(pruner, case), kept), plain.candidates(task_of(plain, case), kept), strict=True
+    )
     for fitted, other in pairs:
         assert output_error(case, fitted.weight) < output_error(case, final_weight(case, other))
 
 
-@pytest.mark.parametrize("name", ["sparsegpt None", "apt None", "sparsegpt ('3:4', '1:3', '1:4')", "apt ('3:4', '1:3', '1:4')"])
-def test_levels_do_not_depend_on_those_they_run_with(name: str, layer: MakeLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["sparsegpt None", "apt None", "sparsegpt ('3:4', '1:3', '1:4')", "apt ('3:4', '1:3', '1:4')"]
+)
+def test_levels_do_not_depend_on_those_they_run_with(
+    name: str, layer: MakeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case, pruner = layer(members=48, d_out=16), UNSTRUCTURED[name]
     kept, task = levels_of(pruner, case.dense), task_of(pruner, case)
     together = pruner.candidates(task, kept)

@@ -32,7 +32,9 @@ def double(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def reference(model: PreTrainedModel, ids: Tensor, first: int = 0) -> tuple[float, dict[str, Tensor]]:
-    """The mean loss from a position on, and the gradients by sub-block and layer, of a backward pass through the whole model."""
+    """The mean loss from a position on, and the gradients by sub-block and layer, of a backward pass through the whole
+    model.
+    """
     model.zero_grad()
     logits = model(input_ids=ids, use_cache=False).logits
     loss = cross_entropy(logits[:, first:-1].flatten(0, 1), ids[:, first + 1 :].flatten())
@@ -64,7 +66,9 @@ def assert_equal_gradients(model: PreTrainedModel, ids: Tensor, unscored: int = 
     for name in expected:
         assert expected[name].any()
         scale = float(expected[name].abs().max())
-        torch.testing.assert_close(found[name], expected[name], rtol=0.0, atol=2e-6 * scale)  # norms work in float32 all the same
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=0.0, atol=2e-6 * scale
+        )  # norms work in float32 all the same
 
 
 def test_gradients_are_those_of_the_whole_model(any_model: PreTrainedModel, ids: Tensor) -> None:
@@ -85,7 +89,9 @@ def test_leading_tokens_are_no_targets(tiny_llama: LoadedModel, ids: Tensor) -> 
     assert all(not torch.allclose(saliencies[name], unlike[name]) for name in unlike)
 
 
-def test_many_predictions_are_taken_in_chunks(tiny_llama: LoadedModel, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_predictions_are_taken_in_chunks(
+    tiny_llama: LoadedModel, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(passes, "PREDICTIONS", 7)
     assert_equal_gradients(double(tiny_llama.model), ids)
 
@@ -101,7 +107,9 @@ def test_the_model_is_left_alone(tiny_llama: LoadedModel, ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_of_small_dtypes_are_float32_and_near(tiny_llama: LoadedModel, ids: Tensor, dtype: torch.dtype) -> None:
+def test_gradients_of_small_dtypes_are_float32_and_near(
+    tiny_llama: LoadedModel, ids: Tensor, dtype: torch.dtype
+) -> None:
     _, expected = reference(double(tiny_llama.model), ids)
     _, found = walk(tiny_llama.model.to(dtype), ids)
     for name in expected:
@@ -182,7 +190,9 @@ def test_saliencies_of_fused_rows(model_of: Callable[..., PreTrainedModel], ids:
     gradient = reference(exact, ids)[1]
     found = member_saliencies(model, sub_blocks(model), Calibration(ids), CPU, track)
     part = sub_blocks(exact)[0]
-    qkv, out = ((gradient[f"{part.name}.{layer}"] * part.weight(layer)).abs().detach() for layer in ("qkv_proj", "o_proj"))
+    qkv, out = (
+        (gradient[f"{part.name}.{layer}"] * part.weight(layer)).abs().detach() for layer in ("qkv_proj", "o_proj")
+    )
     for m in range(4):
         rows = [*range(16 * m, 16 * m + 16), *range(64 + 8 * m, 72 + 8 * m), *range(96 + 8 * m, 104 + 8 * m)]
         expected = float(qkv[rows].sum() + out[:, 16 * m : 16 * m + 16].sum())

@@ -1,4 +1,6 @@
-"""The stream of the calibration text, on whatever device and disk, and what the next sub-block sees of a unit's levels."""
+"""The stream of the calibration text, on whatever device and disk, and what the next sub-block sees of a unit's
+levels.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -48,7 +50,10 @@ def dense(unit: Unit, index: int) -> list[float]:
 
 def test_what_blocks_share_is_moved_once_and_what_differs_stays_apart() -> None:
     shared, other, table = torch.zeros(3), torch.zeros(3), (torch.zeros(2), torch.ones(2))
-    contexts = [{"mask": shared, "rotary": table, "flag": True}, {"mask": other, "rotary": (table[0], table[1]), "flag": None}]
+    contexts = [
+        {"mask": shared, "rotary": table, "flag": True},
+        {"mask": other, "rotary": (table[0], table[1]), "flag": None},
+    ]
     first, second, third = moved([*contexts, {"mask": shared}], META)
     assert first["mask"] is third["mask"] is not second["mask"]
     assert first["rotary"][0] is second["rotary"][0] is not first["rotary"][1] is second["rotary"][1]
@@ -73,7 +78,9 @@ def test_windowed_blocks_keep_masks_and_tables_of_their_own(model_of: ModelOf, f
 
 
 @pytest.mark.parametrize(("batch", "lengths"), [(2, [2, 1]), (5, [5]), (50, [5])])
-def test_only_a_short_last_batch_has_masks_of_its_own(model_of: ModelOf, tmp_path: Path, batch: int, lengths: list[int]) -> None:
+def test_only_a_short_last_batch_has_masks_of_its_own(
+    model_of: ModelOf, tmp_path: Path, batch: int, lengths: list[int]
+) -> None:
     model = model_of("llama")
     model.set_attn_implementation("eager")
     found = Streams(model, Calibration(IDS, batch), "pruned", CPU, tmp_path)

@@ -95,10 +95,16 @@ def test_limits_of_the_whole_model_are_told_as_they_were_asked_for() -> None:
 
 
 def test_latencies_are_told_in_milliseconds() -> None:
-    assert str(Limit("latency", 1_500_000, 6_000_000, ((6_000_000, 0),))) == "1.500 of 6.000 ms of all units to keep, 25.0%"
+    assert (
+        str(Limit("latency", 1_500_000, 6_000_000, ((6_000_000, 0),)))
+        == "1.500 of 6.000 ms of all units to keep, 25.0%"
+    )
 
 
 def test_a_budget_below_the_narrowest_width_is_refused_in_bits() -> None:
-    expected = r"budget\.bits=2 \(budget\.sparsity=0\.875\) cannot be met: .* take 2\.188 bits a weight, .*prune\.pruner\.bits$"
+    expected = (
+        r"budget\.bits=2 \(budget\.sparsity=0\.875\) cannot be met: "
+        r".* take 2\.188 bits a weight, .*prune\.pruner\.bits$"
+    )
     with pytest.raises(InputError, match=expected):
         Budget.from_sparsity(1 - 2 / DENSE_BITS, bits_space(6), "bits")

@@ -1,4 +1,6 @@
-"""What levels take, against the models that are assembled from them: parameters, bytes, and the FLOPs that torch counts."""
+"""What levels take, against the models that are assembled from them: parameters, bytes, and the FLOPs that torch
+counts.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -20,7 +22,9 @@ from supernet.space import Allocation, Level, Space, Unit
 from supernet.store import Supernet
 
 TOKENS = 12  # of `ids`
-WINDOW = 5  # of the random models that have one: where a sequence is no longer, masks hide nothing that the counter counts
+WINDOW = (
+    5  # of the random models that have one: where a sequence is no longer, masks hide nothing that the counter counts
+)
 TABLES: dict[str, Callable[[PreTrainedModel, Space], CostTable]] = {
     "parameters": costs.parameters,
     "bytes": lambda m, s: costs.size(m, s, m.dtype),
@@ -88,7 +92,9 @@ def test_of_depth_they_are_those_of_the_assembled_model(
 @pytest.mark.parametrize(
     ("name", "windowed"), [("llama", 0), ("mistral", 3), ("qwen2", 2), ("gemma2", 2), ("gemma3", 2), ("phi3", 3)]
 )
-def test_a_window_is_all_that_a_token_looks_at(name: str, windowed: int, model_of: Callable[..., PreTrainedModel]) -> None:
+def test_a_window_is_all_that_a_token_looks_at(
+    name: str, windowed: int, model_of: Callable[..., PreTrainedModel]
+) -> None:
     model = model_of(name)
     space = space_of_presence(model, False)
     table = costs.flops(model, space, TOKENS)
@@ -120,7 +126,11 @@ def test_of_single_weights_those_that_stay_count(model_of: Callable[..., PreTrai
 def test_of_bits_nothing_falls_as_they_are_written_at_full_width(model_of: Callable[..., PreTrainedModel]) -> None:
     model = model_of("llama").bfloat16()
     space = space_of_choices(model, bits=True)
-    for table in (costs.parameters(model, space), costs.flops(model, space, TOKENS), costs.size(model, space, torch.bfloat16)):
+    for table in (
+        costs.parameters(model, space),
+        costs.flops(model, space, TOKENS),
+        costs.size(model, space, torch.bfloat16),
+    ):
         assert all(len(set(row)) == 1 for row in table.costs)
     assert costs.size(model, space, torch.bfloat16).dense == 2 * parameter_count(model)
 
@@ -143,21 +153,29 @@ def test_a_bias_that_makes_up_for_members_counts(model_of: Callable[..., PreTrai
     model = model_of("llama")
     prunables = member_prunables(sub_blocks(model), 1, bias=True)
     space = Space(tuple(Unit(p.name, p.kind, p.total, tuple(p.level(k) for k in (p.total, 1, 0))) for p in prunables))
-    plain = Space(tuple(Unit(p.name, p.kind, p.total, tuple(Level(k, k * p.each) for k in (p.total, 1, 0))) for p in prunables))
+    plain = Space(
+        tuple(Unit(p.name, p.kind, p.total, tuple(Level(k, k * p.each) for k in (p.total, 1, 0))) for p in prunables)
+    )
     for row, without in zip(costs.parameters(model, space).costs, costs.parameters(model, plain).costs, strict=True):
         assert [a - b for a, b in zip(row, without, strict=True)] == [0, 64, 0]
 
 
 @settings(deadline=None, max_examples=30)
 @given(kept=st.lists(st.integers(0, 95), unique=True), tokens=st.integers(1, 5000), data=st.data())
-def test_costs_never_rise(model_of: Callable[..., PreTrainedModel], kept: list[int], tokens: int, data: st.DataObject) -> None:
+def test_costs_never_rise(
+    model_of: Callable[..., PreTrainedModel], kept: list[int], tokens: int, data: st.DataObject
+) -> None:
     model = model_of(data.draw(st.sampled_from(["llama", "gpt2", "gemma2"])))
     units = []
     for p in member_prunables(sub_blocks(model), 1):
         counts = sorted({k % p.total for k in kept} | {p.total}, reverse=True)
         units.append(Unit(p.name, p.kind, p.total, tuple(p.level(k) for k in counts)))
     space = Space(tuple(units))
-    for table in (costs.parameters(model, space), costs.size(model, space, model.dtype), costs.flops(model, space, tokens)):
+    for table in (
+        costs.parameters(model, space),
+        costs.size(model, space, model.dtype),
+        costs.flops(model, space, tokens),
+    ):
         assert table.rest > 0
         for row in table.costs:
             assert list(row) == sorted(row, reverse=True)

@@ -1,4 +1,6 @@
-"""Budgets as they are set: each is a limit, all that are given are kept, and the impossible is refused with the possible."""
+"""Budgets as they are set: each is a limit, all that are given are kept, and the impossible is refused with the
+possible.
+"""
 
 import math
 from collections.abc import Callable
@@ -140,14 +142,19 @@ def test_all_that_are_given_are_kept(sparsity: Any, parameters: Any, size: Any, 
         table = tables[name]
         assert table.rest + sum(row[level] for row, level in zip(table.costs, allocation, strict=True)) <= most
     if sparsity is not None:
-        assert space.cost(allocation) <= round((1 - sparsity) * space.dense_cost, 6)  # 0.1 is a little less in floating point
+        assert space.cost(allocation) <= round(
+            (1 - sparsity) * space.dense_cost, 6
+        )  # 0.1 is a little less in floating point
     assert budget.met(allocation)
 
 
 @pytest.mark.parametrize(
     ("given_settings", "expected"),
     [
-        ({"parameters": 279_232}, r"budget\.parameters=279232 is no less than the 279,232 parameters of the dense model"),
+        (
+            {"parameters": 279_232},
+            r"budget\.parameters=279232 is no less than the 279,232 parameters of the dense model",
+        ),
         ({"parameters": 5e9}, r"no less than the 279,232 parameters"),
         ({"parameters": 30_000}, r"is below the 32,960 parameters of what is not pruned .*can have 32,960 to 279,232"),
         ({"bytes": "2MB"}, r"budget\.bytes=2MB is no less than the 1,116,928 bytes"),
@@ -183,7 +190,9 @@ def head_space(model: PreTrainedModel) -> Space:
 
 @pytest.mark.parametrize("name", ["phi3", "opt", "gpt2"])
 @pytest.mark.parametrize("kind", ["parameters", "bytes", "flops"])
-def test_what_the_file_would_not_have_is_not_promised(name: str, kind: str, model_of: Callable[..., PreTrainedModel]) -> None:
+def test_what_the_file_would_not_have_is_not_promised(
+    name: str, kind: str, model_of: Callable[..., PreTrainedModel]
+) -> None:
     given = {kind: 150_000, "sequence_length": 64}
     with pytest.raises(InputError, match=rf"budget\.{kind}=150000: .*budget\.bits or budget\.sparsity"):
         budget_of(bit_space(), **given)
@@ -191,7 +200,9 @@ def test_what_the_file_would_not_have_is_not_promised(name: str, kind: str, mode
     with pytest.raises(InputError, match=rf"budget\.{kind}=150000: single query heads of '{name}' .*query_heads=false"):
         make_budget(given, model, head_space(model), no_latencies)
     if kind == "bytes":
-        with pytest.raises(InputError, match=r"single weights that are zero are written all the same; use budget\.sparsity"):
+        with pytest.raises(
+            InputError, match=r"single weights that are zero are written all the same; use budget\.sparsity"
+        ):
             budget_of(weight_space(), **given)
 
 
@@ -240,7 +251,11 @@ def test_a_search_that_lost_by_more_than_the_error_is_flagged(
     searched: float, error: float | None, lost: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     apart = {"kl_divergence": searched - 0.5, "kl_divergence_error": error}
-    metrics = {"searched": {"kl_divergence": searched}, "uniform": {"kl_divergence": 0.5}, "searched_minus_uniform": apart}
+    metrics = {
+        "searched": {"kl_divergence": searched},
+        "uniform": {"kl_divergence": 0.5},
+        "searched_minus_uniform": apart,
+    }
     warn_if_worse(metrics, rule=False)
     warn_if_worse(metrics, rule=True)
     advice = ["search longer (strategy.generations)", "use another strategy"] if lost else []

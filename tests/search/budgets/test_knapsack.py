@@ -143,7 +143,9 @@ def test_uniform_spreads_what_the_grid_has_not(space_of: SpaceOf, sparsity: floa
     allocation = uniform(space, budget)
     assert budget.met(allocation)
     for kind in (0, 1):
-        sparsities = np.array([unit.sparsity(level) for unit, level in zip(space.units, allocation, strict=True)][kind::2])
+        sparsities = np.array(
+            [unit.sparsity(level) for unit, level in zip(space.units, allocation, strict=True)][kind::2]
+        )
         # Two neighbouring levels, and for the last bit of the budget a unit or two that are a level off.
         assert np.abs(sparsities - sparsity).max() <= 0.125 + 0.0625
         assert abs(sparsities.mean() - sparsity) <= 0.125 / 6
@@ -195,7 +197,9 @@ def test_several_limits_are_solved_nearly_as_well_as_by_brute_force(random_space
     excess, unmet, cases = [], 0, 0
     for seed in range(150):
         space, rng = random_space(seed, 5, 4), np.random.default_rng(seed)
-        second = tuple(tuple(sorted((int(c) for c in rng.integers(0, 50, len(row))), reverse=True)) for row in costs_of(space))
+        second = tuple(
+            tuple(sorted((int(c) for c in rng.integers(0, 50, len(row))), reverse=True)) for row in costs_of(space)
+        )
         limits = []
         for costs in (costs_of(space), second):
             dense, lowest = sum(row[0] for row in costs), sum(row[-1] for row in costs)
@@ -214,7 +218,9 @@ def test_several_limits_are_solved_nearly_as_well_as_by_brute_force(random_space
 
 @settings(deadline=None, max_examples=100)
 @given(described=SPACES, sparsity=st.floats(0.01, 0.99))
-def test_prices_come_near_the_optimum_of_convex_losses(random_space: SpaceOf, described: dict[str, int], sparsity: float) -> None:
+def test_prices_come_near_the_optimum_of_convex_losses(
+    random_space: SpaceOf, described: dict[str, int], sparsity: float
+) -> None:
     space = random_space(**described)
     budget = draw_budget(space, sparsity)
     rng = np.random.default_rng(described["seed"])
@@ -268,12 +274,16 @@ def test_an_average_of_bits_counts_scales_and_zeros(bits: float) -> None:
     assert bits - average < budget.first.smallest_step / weights + 1e-9
 
 
-@pytest.mark.parametrize(("bits", "level"), [(16 - 1e-9, 0), (8.1875, 1), (6.1875, 2), (4.1875, 3), (3.1875, 4), (2.1875, 5)])
+@pytest.mark.parametrize(
+    ("bits", "level"), [(16 - 1e-9, 0), (8.1875, 1), (6.1875, 2), (4.1875, 3), (3.1875, 4), (2.1875, 5)]
+)
 def test_uniform_bits_are_the_same_width_everywhere_where_it_costs_just_that(bits: float, level: int) -> None:
     """Of every 128 codes there are a scale of 16 and a zero of 8 bits: 0.1875 a code."""
     space = bits_space(6)
     allocation = uniform(space, Budget.from_sparsity(1 - bits / DENSE_BITS, space, "bits"))
-    assert allocation == (level,) * 6 or (level == 0 and sum(allocation) == 1)  # one less than dense costs a level somewhere
+    assert allocation == (level,) * 6 or (
+        level == 0 and sum(allocation) == 1
+    )  # one less than dense costs a level somewhere
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.44, 0.5])
@@ -300,7 +310,8 @@ def test_uniform_gives_layers_of_each_size_the_same_on_average(sparsity: float) 
     """Taking turns over all layers, the small ones would all get one level here, and the large ones the next."""
     sizes = [64 * D_IN, 128 * D_IN] * 20
     units = [
-        Unit(f"{i}", WEIGHTS, n, tuple(Level(n * k // 8, n * k // 8) for k in range(8, -1, -1))) for i, n in enumerate(sizes)
+        Unit(f"{i}", WEIGHTS, n, tuple(Level(n * k // 8, n * k // 8) for k in range(8, -1, -1)))
+        for i, n in enumerate(sizes)
     ]
     space = Space(tuple(units))
     allocation = uniform(space, Budget.from_sparsity(sparsity, space))

@@ -49,7 +49,9 @@ REQUEST = Request(batch=1, prompt=16, generated=10)
 
 def space_of(model: PreTrainedModel, kept: Mapping[str, Sequence[int]]) -> Space:
     prunables = member_prunables(sub_blocks(model), 1)
-    return Space(tuple(Unit(p.name, p.kind, p.total, tuple(p.level(count) for count in kept[p.kind])) for p in prunables))
+    return Space(
+        tuple(Unit(p.name, p.kind, p.total, tuple(p.level(count) for count in kept[p.kind])) for p in prunables)
+    )
 
 
 def heads_and_neurons(model: PreTrainedModel) -> tuple[int, int]:
@@ -106,7 +108,9 @@ def test_units_take_what_the_timer_says(noise: float, model: PreTrainedModel) ->
     table.measure(space, untracked)
     costs = table.costs(space)
     assert table.dense is not None
-    scale = table.dense.prefill / (1e-3 + 16e-3 + 10.24e-3) * (1 + 10 / 16)  # how slow it was meanwhile; with the decoded tokens
+    scale = (
+        table.dense.prefill / (1e-3 + 16e-3 + 10.24e-3) * (1 + 10 / 16)
+    )  # how slow it was meanwhile; with the decoded tokens
     expected = [[4, 3, 2, 0], [2.56, 1.92, 0.64]] * BLOCKS
     for row, of_unit in zip(milliseconds(costs), expected, strict=True):
         np.testing.assert_allclose(row, np.array(of_unit) * scale, rtol=1e-4, atol=1e-5)
@@ -124,7 +128,9 @@ def test_the_time_of_the_whole_model_adds_up(model: PreTrainedModel) -> None:
 def test_what_was_measured_is_not_measured_again(model: PreTrainedModel) -> None:
     space, timer = space_of(model, KEPT), FakeTimer()
     first = opened(model, timer)
-    assert len(first.missing(space)) == 3 + 3 + 1  # of attention 3, 2, 0; of MLPs 192, 64 and 0; and without all of them
+    assert (
+        len(first.missing(space)) == 3 + 3 + 1
+    )  # of attention 3, 2, 0; of MLPs 192, 64 and 0; and without all of them
     first.measure(space, untracked)
     passes = timer.passes
     again = opened(model, timer)
@@ -209,7 +215,9 @@ def test_a_damaged_table_is_refused_with_its_name(content: str, model: PreTraine
         opened(model, FakeTimer())
 
 
-@pytest.mark.parametrize("harm", [{"dense": {"prefill": float("nan"), "decode": 0}}, {"dense": 3}, {"classes": {"mlp": {}}}])
+@pytest.mark.parametrize(
+    "harm", [{"dense": {"prefill": float("nan"), "decode": 0}}, {"dense": 3}, {"classes": {"mlp": {}}}]
+)
 def test_a_table_with_nonsense_in_it_is_refused(harm: dict[str, Any], model: PreTrainedModel) -> None:
     table = opened(model, FakeTimer())
     table.measure(space_of(model, KEPT), untracked)
@@ -222,7 +230,17 @@ def test_the_table_says_what_was_measured_where(model: PreTrainedModel) -> None:
     table = opened(model, FakeTimer())
     table.measure(space_of(model, KEPT), untracked)
     content = json.loads(table.path.read_text())
-    assert content["key"].keys() >= {"model", "dtype", "torch", "machine", "device", "threads", "batch", "prompt", "generated"}
+    assert content["key"].keys() >= {
+        "model",
+        "dtype",
+        "torch",
+        "machine",
+        "device",
+        "threads",
+        "batch",
+        "prompt",
+        "generated",
+    }
     assert content["date"] and content["dense"].keys() == {"prefill", "decode"}
     assert [each["units"] for each in content["classes"].values()] == [BLOCKS, BLOCKS]
 
@@ -335,7 +353,9 @@ def test_what_gets_no_faster_is_refused(model: PreTrainedModel) -> None:
     heads = member_prunables(sub_blocks(model), 1, query_heads=True)
     for prunables in (weights, heads):
         space = Space(tuple(Unit(p.name, p.kind, p.total, (p.level(p.total), p.level(0))) for p in prunables))
-        with pytest.raises(InputError, match=r"budget\.speedup=2 is for pruning that makes layers smaller; .*prune=depth"):
+        with pytest.raises(
+            InputError, match=r"budget\.speedup=2 is for pruning that makes layers smaller; .*prune=depth"
+        ):
             check_faster(space, "budget.speedup=2")
 
 

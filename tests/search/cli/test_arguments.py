@@ -18,14 +18,18 @@ def test_a_path_or_hub_id_becomes_the_pretrained_model(conf: Path, value: str) -
     assert prepared([f"model={value}", "seed=1"], conf) == ["model=pretrained", f"model.path='{escaped}'", "seed=1"]
 
 
-def test_a_folder_of_the_working_directory_needs_no_slash(conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_the_working_directory_needs_no_slash(
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert prepared(["model=mine"], conf) == ["model=mine"]
     (tmp_path / "mine").mkdir()
     assert prepared(["model=mine"], conf) == ["model=pretrained", "model.path='mine'"]
 
 
-def test_a_known_name_wins_over_a_folder_of_that_name(conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_name_wins_over_a_folder_of_that_name(
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2").mkdir()
     assert prepared(["model=smollm2"], conf) == ["model=smollm2"]
@@ -55,7 +59,9 @@ def as_hydra_reads_it(override: str) -> str:
 
 
 @pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("key", ["data.source.path", "supernet.root", "strategy.file", "hydra.run.dir", "+data.source.path"])
+@pytest.mark.parametrize(
+    "key", ["data.source.path", "supernet.root", "strategy.file", "hydra.run.dir", "+data.source.path"]
+)
 def test_a_path_reaches_hydra_as_a_person_types_it(conf: Path, key: str, name: str) -> None:
     (found,) = prepared([f"{key}=/somewhere/{name}"], conf)
     assert found.startswith(f"{key}=")

@@ -1,4 +1,6 @@
-"""How the command line says no: one line for every mistake, nothing is left behind, and the remedy that the line names helps."""
+"""How the command line says no: one line for every mistake, nothing is left behind, and the remedy that the line names
+helps.
+"""
 
 import json
 import os
@@ -42,7 +44,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("bloom", "mamba", "nan"):
         llama.tokenizer.save_pretrained(folder / name)
     ends: dict[str, Any] = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
-    BloomForCausalLM(BloomConfig(vocab_size=257, hidden_size=16, n_layer=1, n_head=2, **ends)).save_pretrained(folder / "bloom")
+    BloomForCausalLM(BloomConfig(vocab_size=257, hidden_size=16, n_layer=1, n_head=2, **ends)).save_pretrained(
+        folder / "bloom"
+    )
     mamba = MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=1, state_size=4, **ends)
     MambaForCausalLM(mamba).save_pretrained(folder / "mamba")
     llama.model.model.layers[1].mlp.down_proj.weight[3, 5] = float("nan")
@@ -66,7 +70,8 @@ def test_a_mistake_in_the_settings_is_answered_in_one_line(arguments: str, bad: 
     assert not (tmp_path / "run").exists()
 
 
-# A process that has imported everything forks a child for each command: importing takes seconds, a refusal milliseconds.
+# A process that has imported everything forks a child for each command: importing takes seconds, a refusal
+# milliseconds.
 FORKS = """
 import json, os, sys
 import search.cli.command, search.run.pipeline
@@ -211,7 +216,9 @@ def test_a_tampered_supernet_is_refused(
 
 
 @pytest.mark.parametrize(("file", "content"), [("checkpoint/round-1.json", "{"), ("history.parquet", "[]")])
-def test_a_damaged_run_is_refused(file: str, content: str, copy: Path, call: Call, finished: Path, refusal: Refusal) -> None:
+def test_a_damaged_run_is_refused(
+    file: str, content: str, copy: Path, call: Call, finished: Path, refusal: Refusal
+) -> None:
     run = copy / RUN
     (run / file).write_text(content)
     if file == "history.parquet":  # read when the search goes on

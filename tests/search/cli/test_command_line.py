@@ -27,7 +27,9 @@ HIDDEN = 64  # of its model
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Fresh processes work with one thread, as this one does: the order of sums, and so their last bits, depends on it."""
+    """Fresh processes work with one thread, as this one does: the order of sums, and so their last bits,
+    depends on it.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
@@ -82,7 +84,14 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
         "round-0.json",
         "round-1.json",
     }
-    files = {"config.json", "model.safetensors", "modeling_pruned.py", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    files = {
+        "config.json",
+        "model.safetensors",
+        "modeling_pruned.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    }
     assert files <= {path.name for path in (run / "export").iterdir()}
     assert not [path for path in finished.rglob("*") if path.name.endswith(".tmp")]
 
@@ -94,7 +103,10 @@ def test_the_allocation_is_consistent_and_meets_the_budget(finished: Path) -> No
     budget, units = content["budget"], content["units"]
     assert budget.keys() == {"kind", "target", "dense", "achieved"}
     assert budget["target"] == 0.75 * budget["dense"]
-    each = {"attention": 2 * HIDDEN * 24, "mlp": 3 * HIDDEN}  # parameters of a KV group (q 16, k 8, v 8, o 16) and a neuron
+    each = {
+        "attention": 2 * HIDDEN * 24,
+        "mlp": 3 * HIDDEN,
+    }  # parameters of a KV group (q 16, k 8, v 8, o 16) and a neuron
     for unit in units:
         assert unit.keys() == {"name", "kind", "level", "sparsity", "kept", "total", "cost"}
         assert unit["cost"] == unit["kept"] * each[unit["kind"]]
@@ -147,7 +159,11 @@ def test_the_metrics_agree_with_the_allocation(finished: Path) -> None:
 
 def test_the_split_of_the_data_is_recorded(finished: Path) -> None:
     record = read(finished / RUN / "checkpoint/identity.json")["data"]
-    assert {part: entry["sequences"] for part, entry in record.items()} == {"calibration": 16, "search": 16, "evaluation": 8}
+    assert {part: entry["sequences"] for part, entry in record.items()} == {
+        "calibration": 16,
+        "search": 16,
+        "evaluation": 8,
+    }
     assert len({entry["fingerprint"] for entry in record.values()}) == 3
 
 
@@ -275,7 +291,15 @@ def test_another_text_under_the_same_name_is_refused(call: Call, tmp_path: Path,
 def test_a_dry_run_describes_and_builds_nothing(call: Call, empty_cache: Path, tmp_path: Path) -> None:
     process = call(SMOKE, "dry_run=true")
     assert process.returncode == 0
-    for part in ("8 units", "184,320 of 245,760", " s, ", "on disk", "for the model", "for activations", "forward tokens"):
+    for part in (
+        "8 units",
+        "184,320 of 245,760",
+        " s, ",
+        "on disk",
+        "for the model",
+        "for activations",
+        "forward tokens",
+    ):
         assert part in process.stdout
     assert not empty_cache.exists() and results(tmp_path) == {}
 
@@ -288,11 +312,14 @@ def test_a_dry_run_describes_and_builds_nothing(call: Call, empty_cache: Path, t
         ("owl", "the rule looks at the calibration text once"),
         (
             "adapt_pruner",  # which looks at candidates, too
-            "in each of 2 rounds the rule looks at strategy.sequences of the calibration text, at most strategy.steps times",
+            "in each of 2 rounds the rule looks at strategy.sequences of the calibration text, at most "
+            "strategy.steps times",
         ),
     ],
 )
-def test_a_dry_run_promises_no_measurements_of_a_rule(strategy: str, looks_at: str, call: Call, empty_cache: Path) -> None:
+def test_a_dry_run_promises_no_measurements_of_a_rule(
+    strategy: str, looks_at: str, call: Call, empty_cache: Path
+) -> None:
     process = call(SMOKE, "dry_run=true", f"strategy={strategy}", "rounds=2")
     assert (process.returncode, process.stderr) == (0, "")
     assert f"search: no allocation is measured; {looks_at}\n" in process.stdout
@@ -388,7 +415,9 @@ def named(path: Path) -> bool:
     return manifest.exists() and path.stem in read(manifest)["units"]
 
 
-@pytest.mark.parametrize(("number", "word", "status"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)])
+@pytest.mark.parametrize(
+    ("number", "word", "status"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
+)
 def test_who_is_stopped_says_how_to_go_on(
     number: signal.Signals, word: str, status: int, tmp_path: Path, start_search: Callable[..., Popen[str]]
 ) -> None:

@@ -58,7 +58,8 @@ def test_one_that_is_there_may_be_set_with_pluses(override: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "needed"), [("~prune.multiple", "prune.multiple"), ("~evaluate", "evaluate"), ("~data.source.splits", "data.")]
+    ("override", "needed"),
+    [("~prune.multiple", "prune.multiple"), ("~evaluate", "evaluate"), ("~data.source.splits", "data.")],
 )
 def test_what_is_needed_cannot_be_taken_away(override: str, needed: str) -> None:
     choice = ["data=wikitext2"] if "splits" in override else []

@@ -81,7 +81,9 @@ def test_parameters_that_are_zero_are_told(model_of: Callable[..., PreTrainedMod
     assert found["parameters"] - found["nonzero_parameters"] == 10 * 64 + 64
 
 
-def test_mixers_are_measured_too(mixer_model: PreTrainedModel, model_of: Callable[..., PreTrainedModel], ids: Tensor) -> None:
+def test_mixers_are_measured_too(
+    mixer_model: PreTrainedModel, model_of: Callable[..., PreTrainedModel], ids: Tensor
+) -> None:
     name = str(mixer_model.config.model_type)
     other = model_of(name)
     with torch.no_grad():
@@ -101,17 +103,23 @@ def test_every_number_has_its_standard_error(
     """Against numbers of each sequence alone."""
     held_out = HeldOut(family_model, ids, batch, track)
     levels = ((1,), (2, 0, 3))
-    models = [assemble(family_model, family_supernet, one * (len(family_supernet.space.units) // len(one))) for one in levels]
+    models = [
+        assemble(family_model, family_supernet, one * (len(family_supernet.space.units) // len(one))) for one in levels
+    ]
     found = [held_out.measure(model, "pruned") for model in models]
     alone = [[by_definition(family_model, model, row[None]) for row in ids] for model in models]
     losses, divergences = (np.array([[np.log(p) if k == 0 else d for p, d in one] for one in alone]) for k in (0, 1))
     for one, loss, divergence in zip(found, losses, divergences, strict=True):
         content = one.to_json()
-        assert content["perplexity_error"] == pytest.approx(content["perplexity"] * np.std(loss, ddof=1) / 5**0.5, rel=1e-3)
+        assert content["perplexity_error"] == pytest.approx(
+            content["perplexity"] * np.std(loss, ddof=1) / 5**0.5, rel=1e-3
+        )
         assert content["kl_divergence_error"] == pytest.approx(np.std(divergence, ddof=1) / 5**0.5, rel=1e-3)
     apart = difference(*found)
     assert apart["kl_divergence"] == pytest.approx((divergences[0] - divergences[1]).mean(), rel=1e-3)
-    assert apart["kl_divergence_error"] == pytest.approx(np.std(divergences[0] - divergences[1], ddof=1) / 5**0.5, rel=1e-3)
+    assert apart["kl_divergence_error"] == pytest.approx(
+        np.std(divergences[0] - divergences[1], ddof=1) / 5**0.5, rel=1e-3
+    )
     assert apart["log_perplexity_error"] == pytest.approx(np.std(losses[0] - losses[1], ddof=1) / 5**0.5, rel=1e-3)
 
 

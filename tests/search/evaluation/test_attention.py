@@ -1,4 +1,6 @@
-"""Causal attention in blocks of queries is the softmax by definition, and models use it only where it says what they ask for."""
+"""Causal attention in blocks of queries is the softmax by definition, and models use it only where it says what they
+ask for.
+"""
 
 from collections.abc import Callable
 
@@ -51,8 +53,12 @@ def test_large_scores_cost_no_more_accuracy_than_in_torchs_kernel(size: float) -
     query, key, value = drawn(1, 6, 2, BLOCK + 30, 64, torch.bfloat16)
     query, key = query * size, key * size  # scores have a standard deviation of size ** 2
     exact = by_definition(query, key, value, 0.125)
-    kernel = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
-    ours, theirs = ((one.double() - exact).square().mean().sqrt() for one in (blocked_causal(query, key, value, 0.125), kernel))
+    kernel = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(
+        1, 2
+    )
+    ours, theirs = (
+        (one.double() - exact).square().mean().sqrt() for one in (blocked_causal(query, key, value, 0.125), kernel)
+    )
     assert float(ours) < 2 * float(theirs)
 
 

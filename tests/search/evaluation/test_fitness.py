@@ -190,7 +190,9 @@ def test_cross_entropy_of_confident_words_is_not_lost_to_rounding() -> None:
     likeliest = exact.argmax(-1)
     found = cross_entropy(dense.unsqueeze(0), head, targets(dense, head), likeliest, BYTES)[0].double()
     whole = logits_of(dense, head).log_softmax(-1).gather(-1, likeliest.unsqueeze(1)).squeeze(1).neg().double()
-    errors = [(one + exact.gather(-1, likeliest.unsqueeze(1)).squeeze(1)).square().mean().sqrt() for one in (found, whole)]
+    errors = [
+        (one + exact.gather(-1, likeliest.unsqueeze(1)).squeeze(1)).square().mean().sqrt() for one in (found, whole)
+    ]
     assert float(found.min()) > -0.01
     assert errors[0] < 1.5 * errors[1]
 
@@ -230,7 +232,9 @@ def test_of_more_than_one_model_fewer_tokens_are_at_work_at_a_time() -> None:
         assert longest == 1 or 4 * TILE * models * longest <= BYTES
 
 
-@pytest.mark.parametrize("measure", [kl_divergence, lambda *a: cross_entropy(*a[:3], labels_of(TOKENS).clamp_min(0), a[3])])
+@pytest.mark.parametrize(
+    "measure", [kl_divergence, lambda *a: cross_entropy(*a[:3], labels_of(TOKENS).clamp_min(0), a[3])]
+)
 def test_no_more_logits_exist_than_asked_for(measure: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     head, dense = head_of(), normal(TOKENS, HIDDEN, seed=3)
     teacher = targets(dense, head)
@@ -256,7 +260,9 @@ def test_no_more_logits_exist_than_asked_for(measure: Callable[..., Tensor], mon
 def test_products_over_the_vocabulary_are_of_plain_matrices(
     fitness: Fitness, cap: float | None, models: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the strides of a single model's (n, models, hidden), three-dimensional ones are a hundred times slower on a CPU."""
+    """With the strides of a single model's (n, models, hidden), three-dimensional ones are a hundred times slower on a
+    CPU.
+    """
     head, dense, labels = head_of(bias=True, cap=cap), normal(TOKENS, HIDDEN, seed=3), labels_of(TOKENS)
     students = torch.stack([dense + normal(TOKENS, HIDDEN, seed=seed) for seed in range(4, 4 + models)])
     teacher = targets(dense, head)
@@ -281,7 +287,9 @@ def test_products_over_the_vocabulary_are_of_plain_matrices(
 @pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 3)])
 def test_logits_have_the_shape_of_their_hidden_states(shape: tuple[int, ...], bias: bool) -> None:
     head, words = head_of(bias=True), slice(100, 150)
-    hidden = normal(*reversed(shape), HIDDEN, seed=3).movedim(0, len(shape) - 1)  # (tokens, models, hidden), as models lie
+    hidden = normal(*reversed(shape), HIDDEN, seed=3).movedim(
+        0, len(shape) - 1
+    )  # (tokens, models, hidden), as models lie
     found = _raw_logits(hidden, head, words, bias)
     expected = hidden @ head.linear.weight[words].T + (head.linear.bias[words] if bias else 0)
     torch.testing.assert_close(found, expected)

@@ -84,7 +84,9 @@ def room_for(states: int, model: PreTrainedModel, ids: Tensor, **others: Any) ->
 def test_a_generation_is_measured_as_each_alone(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation], states: int
 ) -> None:
-    evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence(), room_for(states, family_model, ids))
+    evaluate = GenerationEvaluator(
+        family_model, family_supernet, ids, KlDivergence(), room_for(states, family_model, ids)
+    )
     chosen = np.array([3, 0, 4])
     found = evaluate(generation, chosen)
     expected = [alone(family_model, family_supernet, allocation, ids[chosen]) for allocation in generation]
@@ -97,15 +99,23 @@ def test_a_generation_is_measured_as_each_alone(
 
 @pytest.mark.parametrize("states", [1, 2, 5, 7, 1000])
 def test_each_sequence_has_its_own_loss_however_memory_splits_them(
-    model_of: ModelOf, random_supernet: Callable[[PreTrainedModel], Supernet], ids: Tensor, states: int, random_allocations: Draw
+    model_of: ModelOf,
+    random_supernet: Callable[[PreTrainedModel], Supernet],
+    ids: Tensor,
+    states: int,
+    random_allocations: Draw,
 ) -> None:
     model = model_of("llama")
     supernet = random_supernet(model)
     generation = random_allocations(supernet.space, 20)
     chosen = [4, 1, 3, 0]
     fitness = KlDivergence(chunk_bytes=1 << 20)  # of so many allocations, no more than 6 tokens at a time
-    found = GenerationEvaluator(model, supernet, ids, fitness, room_for(states, model, ids))(generation, np.array(chosen))
-    expected = [[alone(model, supernet, allocation, ids[row : row + 1])[0] for row in chosen] for allocation in generation]
+    found = GenerationEvaluator(model, supernet, ids, fitness, room_for(states, model, ids))(
+        generation, np.array(chosen)
+    )
+    expected = [
+        [alone(model, supernet, allocation, ids[row : row + 1])[0] for row in chosen] for allocation in generation
+    ]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     for first, second in combinations(np.transpose(expected), 2):
         assert np.abs(first - second).mean() > 0.01  # so that none can stand for another
@@ -126,12 +136,18 @@ def test_workers_side_by_side_find_the_same(
 
 @pytest.mark.parametrize("cache", [None, 0, 3000])
 def test_only_blocks_at_work_and_any_cache_find_the_same(
-    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation], cache: int | None
+    family_model: PreTrainedModel,
+    family_supernet: Supernet,
+    ids: Tensor,
+    generation: list[Allocation],
+    cache: int | None,
 ) -> None:
     chosen = np.array([3, 0, 4])
     whole = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())(generation, chosen)
     pointers = [parameter.data_ptr() for parameter in family_model.parameters()]
-    streamed = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence(), Resources(resident="blocks", cache=cache))
+    streamed = GenerationEvaluator(
+        family_model, family_supernet, ids, KlDivergence(), Resources(resident="blocks", cache=cache)
+    )
     for _ in range(2):
         np.testing.assert_array_equal(streamed(generation, chosen), whole)
     assert streamed.cache.bytes <= (cache or 0)
@@ -189,7 +205,8 @@ class Exhausted:
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 8 bytes"
         ),
         MemoryError(),
     ],
@@ -298,7 +315,9 @@ METHODS: dict[str, Pruner] = {  # for every kind of candidate the methods that m
 MEMBERS = ("members, refitted", "members, compensated", "query heads")
 # Gemma 2 caps its logits, GPT-2 keeps its weights transposed, OPT and Phi-3 have fewer of the layers of their own.
 CASES = [(name, method) for name in ("llama_with_biases", "gemma2", "gpt2") for method in METHODS]
-CASES += [(name, method) for name in ("opt", "phi3") for method in ("members, refitted", "members, compensated", "weights")]
+CASES += [
+    (name, method) for name in ("opt", "phi3") for method in ("members, refitted", "members, compensated", "weights")
+]
 CASES += [(name, method) for name in ("mamba", "mamba2") for method in METHODS if method not in MEMBERS]
 
 
@@ -346,7 +365,9 @@ def test_a_layer_is_read_once_for_all_levels_of_the_others(
 
 
 @torch.no_grad()
-def test_an_absent_sub_block_is_not_run(model_of: ModelOf, ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_sub_block_is_not_run(
+    model_of: ModelOf, ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, pruner = model_of("llama"), DepthPruner()
     space = Grid(2, 0.5).first(pruner.prunables(sub_blocks(model))).space
     supernet = Supernet.open_or_create(tmp_path, space, {})
@@ -372,11 +393,15 @@ def test_later_calls_meet_the_targets_of_earlier_ones(
     evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
     for chosen in ([0, 1], [1, 2, 4], [4], [3, 2, 1, 0]):  # new, partly known, wholly known, in another order
         found = evaluate(generation[:2], np.array(chosen))
-        fresh = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())(generation[:2], np.array(chosen))
+        fresh = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())(
+            generation[:2], np.array(chosen)
+        )
         np.testing.assert_allclose(found, fresh, rtol=1e-4)
 
 
-def test_the_pool_says_what_there_is_to_draw_from(family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor) -> None:
+def test_the_pool_says_what_there_is_to_draw_from(
+    family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor
+) -> None:
     evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
     assert (evaluate.sequences, evaluate.sequence_length) == tuple(ids.shape)
 

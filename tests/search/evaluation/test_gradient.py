@@ -1,4 +1,6 @@
-"""What one gradient, walked backwards sub-block by sub-block, says of every level is what the whole model's says, in float64."""
+"""What one gradient, walked backwards sub-block by sub-block, says of every level is what the whole model's says, in
+float64.
+"""
 
 import copy
 import weakref
@@ -60,7 +62,9 @@ FITNESSES: list[Fitness] = [
 
 
 class Handmade:
-    """Candidates of every unit of a kind, as a supernet gives them: in turn refitted, far from the dense weights, and not."""
+    """Candidates of every unit of a kind, as a supernet gives them: in turn refitted, far from the dense weights, and
+    not.
+    """
 
     def __init__(self, model: PreTrainedModel, kind: str) -> None:
         parts = sub_blocks(model)
@@ -91,7 +95,9 @@ class Handmade:
         if self.space.units[unit].kind == BITS:
             scale = dense.view(len(dense), -1, GROUP).abs().amax(2) / (2 ** (kept - 1) - 1)
             codes = (dense / scale.repeat_interleave(GROUP, 1)).round() + 2 ** (kept - 1)
-            return Quantised(codes.to(torch.uint8), scale, torch.full_like(scale, 2 ** (kept - 1), dtype=torch.uint8), kept)
+            return Quantised(
+                codes.to(torch.uint8), scale, torch.full_like(scale, 2 ** (kept - 1), dtype=torch.uint8), kept
+            )
         order = torch.rand(len(dense), dense.shape[1] // 4, 4, generator=generator).argsort(2).argsort(2)
         mask = order.view(dense.shape) < 4 * kept // dense.numel()  # of every four inputs as many stay
         return Weights(mask, (dense + noise) * mask if refitted else None)
@@ -127,7 +133,9 @@ class WholeModel:
         return [torch.zeros(len(unit.levels), dtype=torch.float64) for unit in self.supernet.space.units]
 
     def loss(self, allocation: Allocation, steps: Sequence[Tensor]) -> Tensor:
-        """The mean of a token's; without steps that of the allocation, and with a single one of 1 that of its unit moved."""
+        """The mean of a token's; without steps that of the allocation, and with a single one of 1 that of its unit
+        moved.
+        """
         dense, dense_logits = self._run((0,) * len(allocation), self.no_steps())
         final, logits = self._run(allocation, steps)
         scored = slice(None)
@@ -185,7 +193,10 @@ class WholeModel:
         return place.part.change(hidden, contexts[place.part.block], weights)
 
     def _candidates(self, unit: int) -> list[Candidate | None]:
-        return [None, *(self.supernet.candidate(unit, level) for level in range(1, len(self.supernet.space.units[unit].levels)))]
+        return [
+            None,
+            *(self.supernet.candidate(unit, level) for level in range(1, len(self.supernet.space.units[unit].levels))),
+        ]
 
 
 def whole(model: PreTrainedModel, supernet: Any, fitness: Fitness, ids: Tensor) -> WholeModel:
@@ -197,7 +208,9 @@ def close(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance
     assert [one.shape for one in found] == [one.shape for one in expected]
     largest = max(float(np.abs(one).max()) for one in expected)
     assert largest > 1e-3  # far above what rounding does
-    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), rtol=tolerance, atol=tolerance * largest)
+    np.testing.assert_allclose(
+        np.concatenate(found), np.concatenate(expected), rtol=tolerance, atol=tolerance * largest
+    )
 
 
 @pytest.fixture
@@ -238,7 +251,9 @@ def test_changes_are_those_of_every_fitness(
 ) -> None:
     evaluate = GenerationEvaluator(family_model, family_supernet, ids, fitness)
     for allocation in (MIXED, (1, 2, 0, 1, 2, 1)):
-        close(evaluate.changes(allocation, CHOSEN), whole(family_model, family_supernet, fitness, ids).changes(allocation))
+        close(
+            evaluate.changes(allocation, CHOSEN), whole(family_model, family_supernet, fitness, ids).changes(allocation)
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -286,7 +301,9 @@ def test_the_fitness_changes_as_told_where_levels_are_near(
     np.testing.assert_allclose(np.concatenate(found), expected, atol=0.03 * np.abs(expected).max())
 
 
-def test_the_change_of_a_mean_is_the_mean_of_changes(llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor) -> None:
+def test_the_change_of_a_mean_is_the_mean_of_changes(
+    llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor
+) -> None:
     evaluate = GenerationEvaluator(llama, random_supernet(llama), ids, KlDivergence())
     both, *each = (evaluate.changes(MIXED, np.array(rows)) for rows in ([0, 1], [0], [1]))
     close(both, [(a + b) / 2 for a, b in zip(*each, strict=True)], 1e-5)
@@ -299,7 +316,9 @@ def test_first_positions_can_be_left_out(llama: PreTrainedModel, random_supernet
     for fitness in (CrossEntropy(), KlDivergence()):
         evaluate = GenerationEvaluator(llama, supernet, ids, fitness, unscored=3)
         found = np.concatenate(evaluate.changes(MIXED, CHOSEN))
-        assert not np.allclose(found, np.concatenate(GenerationEvaluator(llama, supernet, ids, fitness).changes(MIXED, CHOSEN)))
+        assert not np.allclose(
+            found, np.concatenate(GenerationEvaluator(llama, supernet, ids, fitness).changes(MIXED, CHOSEN))
+        )
     evaluate.fitness = CrossEntropy()
     found = np.concatenate(evaluate.changes(MIXED, CHOSEN))
     moved = [(*MIXED[:unit], level, *MIXED[unit + 1 :]) for unit in range(len(MIXED)) for level in range(4)]
@@ -314,12 +333,16 @@ def test_a_sequence_may_pass_the_head_in_pieces(
     supernet = random_supernet(llama)
     pieces = copy.copy(fitness)
     expected = GenerationEvaluator(llama, supernet, ids, fitness).changes(MIXED, CHOSEN)
-    object.__setattr__(pieces, "chunk_bytes", 2 * 5 * 4 * int(llama.config.vocab_size))  # of five tokens, and autograd's
+    object.__setattr__(
+        pieces, "chunk_bytes", 2 * 5 * 4 * int(llama.config.vocab_size)
+    )  # of five tokens, and autograd's
     close(GenerationEvaluator(llama, supernet, ids, pieces).changes(MIXED, CHOSEN), expected, 1e-4)
 
 
 @pytest.mark.parametrize("states", [1, 5, 20])
-def test_any_memory_gives_the_same(llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor, states: int) -> None:
+def test_any_memory_gives_the_same(
+    llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor, states: int
+) -> None:
     supernet = random_supernet(llama)
     expected = GenerationEvaluator(llama, supernet, ids, KlDivergence()).changes(MIXED, np.arange(5))
     memory = states * ids.shape[1] * int(llama.config.hidden_size) * llama.dtype.itemsize
@@ -386,7 +409,9 @@ def test_workers_side_by_side_give_the_same(
 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("name", ["gemma2", "llama"])
-@pytest.mark.parametrize("fitness", [KlDivergence(), CrossEntropy(), TopKDivergence(k=7)], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    "fitness", [KlDivergence(), CrossEntropy(), TopKDivergence(k=7)], ids=lambda one: type(one).__name__
+)
 def test_the_model_is_left_as_it_was(
     name: str, trainable: bool, fitness: Fitness, model_of: ModelOf, random_supernet: SupernetMaker, ids: Tensor
 ) -> None:
@@ -418,7 +443,12 @@ def test_a_gradient_that_is_not_finite_is_given_as_it_is(llama: PreTrainedModel,
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", ["members with biases", "weights"])
 def test_few_gradients_of_weights_exist_at_a_time(
-    threads: int, kind: str, llama: PreTrainedModel, ids: Tensor, random_allocations: Draw, monkeypatch: pytest.MonkeyPatch
+    threads: int,
+    kind: str,
+    llama: PreTrainedModel,
+    ids: Tensor,
+    random_allocations: Draw,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Those of one sub-block: the sum of the batches so far, and one for each worker; no more for more sequences."""
     supernet: Any = Handmade(llama, kind)

@@ -37,7 +37,10 @@ def test_there_are_workers_where_there_are_cores(threads: Callable[[int], None],
 
 def test_solves_stay_right_beside_workers(threads: Callable[[int], None]) -> None:
     generator = torch.Generator().manual_seed(0)
-    A, B = torch.randn(3, 192, 192, generator=generator) + 20 * torch.eye(192), torch.randn(3, 192, 64, generator=generator)
+    A, B = (
+        torch.randn(3, 192, 192, generator=generator) + 20 * torch.eye(192),
+        torch.randn(3, 192, 64, generator=generator),
+    )
     before = torch.linalg.solve(A, B)
     threads(2)
     workers = Workers(torch.device("cpu"))

@@ -66,10 +66,16 @@ def test_an_export_is_the_model_in_memory_in_a_fresh_process(
     assert (tmp_path / "export/README.md").read_text() == "# A card\n"
 
 
-FULL = [OSError(28, "No space left on device"), SafetensorError("No space left on device"), Exception("No space left on device")]
+FULL = [
+    OSError(28, "No space left on device"),
+    SafetensorError("No space left on device"),
+    Exception("No space left on device"),
+]
 
 
-@pytest.mark.parametrize("error", [*FULL, KeyboardInterrupt()], ids=["disk full", "safetensors", "tokenizers", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "error", [*FULL, KeyboardInterrupt()], ids=["disk full", "safetensors", "tokenizers", "Ctrl-C"]
+)
 @pytest.mark.parametrize("before", [False, True], ids=["new", "in place of an older one"])
 def test_an_interrupted_export_leaves_no_half_folder(
     error: BaseException,
@@ -150,11 +156,15 @@ def test_a_fresh_process_must_find_the_loss_that_the_model_in_memory_has(
         write(self, *arguments, **named)
 
     again = assembled(MIXED)
-    again.get_output_embeddings().weight = torch.nn.Parameter(again.get_output_embeddings().weight.clone(), requires_grad=False)
+    again.get_output_embeddings().weight = torch.nn.Parameter(
+        again.get_output_embeddings().weight.clone(), requires_grad=False
+    )
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", damaged)
     with pytest.raises(InputError, match="a fresh process loads from the export is another model"):
         export(again, byte_tokenizer, folder, lambda _: "damaged", Wanted(sample=sample(again, ids)))
-    assert (folder / "README.md").read_text() == str(checked) and {path.name for path in tmp_path.iterdir()} == {"export"}
+    assert (folder / "README.md").read_text() == str(checked) and {path.name for path in tmp_path.iterdir()} == {
+        "export"
+    }
 
 
 def test_the_loss_must_be_what_the_search_measured(
@@ -190,7 +200,14 @@ def test_licence_and_tokenizer_files_come_along_and_strangers_code_does_not(
 ) -> None:
     source = tmp_path / "dense"
     (source / "additional_chat_templates").mkdir(parents=True)
-    carried = ("LICENSE", "Licence.txt", "NOTICE", "USE_POLICY.md", "tokenizer.model", "additional_chat_templates/tool.jinja")
+    carried = (
+        "LICENSE",
+        "Licence.txt",
+        "NOTICE",
+        "USE_POLICY.md",
+        "tokenizer.model",
+        "additional_chat_templates/tool.jinja",
+    )
     for name in (*carried, "license.py", "evil.py", "README.md", "tokenizer.json"):
         (source / name).write_text("theirs")
     byte_tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["evil.T", None]}

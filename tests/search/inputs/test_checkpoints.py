@@ -23,7 +23,13 @@ from supernet.errors import InputError
 from supernet.models.architecture import check_walk
 from supernet.models.families import FAMILIES, family_of_config
 
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 IDS = torch.arange(24).view(2, 12)
 Change = Callable[[Path], None]
 
@@ -113,8 +119,14 @@ BAD: dict[str, tuple[Change, str]] = {
     # Quantised, each as its own tools write it.
     "fp8": (config(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}), "quantised (fp8)"),
     "bnb4": (config(quantization_config={"load_in_4bit": True}), "quantised (bitsandbytes, 4 bits)"),
-    "bnb8": (config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "(bitsandbytes, 8 bits)"),
-    "gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised (gptq, 4 bits): what is pruned"),
+    "bnb8": (
+        config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        "(bitsandbytes, 8 bits)",
+    ),
+    "gptq": (
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantised (gptq, 4 bits): what is pruned",
+    ),
     "awq": (config(quantization_config={"quant_method": "awq"}), "give the unquantised model it was made from"),
     "mxfp4": (config(model_type="gpt_oss", quantization_config={"quant_method": "mxfp4"}), "quantised (mxfp4)"),
     "compressed": (config(compression_config={"quant_method": "compressed-tensors"}), "quantised (compressed-tensors)"),
@@ -130,25 +142,49 @@ BAD: dict[str, tuple[Change, str]] = {
         tensor("model.layers.0.self_attn.q_proj.bias", torch.ones(16)),
         "no place for, among them model.layers.0.self_",
     ),
-    "attention bias": (tensor("model.layers.0.self_attn.bias", torch.ones(16)), "among them model.layers.0.self_attn.bias"),
-    "value head": (tensor("v_head.weight", torch.ones(16)), "no place for, among them v_head.weight; they would be lost"),
+    "attention bias": (
+        tensor("model.layers.0.self_attn.bias", torch.ones(16)),
+        "among them model.layers.0.self_attn.bias",
+    ),
+    "value head": (
+        tensor("v_head.weight", torch.ones(16)),
+        "no place for, among them v_head.weight; they would be lost",
+    ),
     "no head": (tensor(HEAD, None), "lacks 1 of the weights, among them lm_head.weight"),
     "fewer blocks": (config(num_hidden_layers=1), "describes 1 blocks, and the weights are of 2"),
-    "more blocks": (config(num_hidden_layers=5), "describes 5 blocks, and the weights are of 2; give a complete checkpoint"),
+    "more blocks": (
+        config(num_hidden_layers=5),
+        "describes 5 blocks, and the weights are of 2; give a complete checkpoint",
+    ),
     "wider mlp": (config(intermediate_size=32), "is 16 x 24 in the weights and 16 x 32 by config.json"),
     "narrower": (config(hidden_size=8), "in the weights and"),
     "vocabulary": (config(vocab_size=300), "is 257 x 16 in the weights and 300 x 16 by config.json"),
     "far wider": (config(intermediate_size=1 << 24), "config.json describes 1,6"),
     "nan": (element(Q_PROJ, float("nan")), f"{Q_PROJ} holds weights that are not finite in float32"),
     "infinite": (element(HEAD, float("-inf")), f"{HEAD} holds weights that are not finite"),
-    "token ids": (tokens_beyond, "has 1 tokens that its embeddings have no row for ('zz' is 300, and there are 257 rows)"),
+    "token ids": (
+        tokens_beyond,
+        "has 1 tokens that its embeddings have no row for ('zz' is 300, and there are 257 rows)",
+    ),
     # Files that cannot be read, or must not.
-    "bin": (pickled("pytorch_model.bin"), "has its weights in pytorch_model.bin, which is not read: such files can run code"),
+    "bin": (
+        pickled("pytorch_model.bin"),
+        "has its weights in pytorch_model.bin, which is not read: such files can run code",
+    ),
     "pt": (pickled("consolidated.00.pth"), "write it anew with save_pretrained, which makes model.safetensors"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights: no file named model.safetensors"),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "has no weights: no file named model.safetensors",
+    ),
     "shard above": (sharded("../model/model-1.safetensors"), "it must name .safetensors files beside it"),
-    "shard absent": (sharded("model-2.safetensors"), "lacks model-2.safetensors, which its model.safetensors.index.json names"),
-    "index list": (lambda f: (sharded("")(f), text("model.safetensors.index.json", "[]")(f)) and None, "without a weight_map"),
+    "shard absent": (
+        sharded("model-2.safetensors"),
+        "lacks model-2.safetensors, which its model.safetensors.index.json names",
+    ),
+    "index list": (
+        lambda f: (sharded("")(f), text("model.safetensors.index.json", "[]")(f)) and None,
+        "without a weight_map",
+    ),
     "cut off": (lambda folder: os.truncate(folder / "model.safetensors", 999), "cannot be read as safetensors"),
     "no safetensors": (text("model.safetensors", "pickle"), "cannot be read as safetensors"),
     "adapter": (text("adapter_config.json", "{}"), "has an adapter (adapter_config.json); merge it"),
@@ -165,16 +201,25 @@ BAD: dict[str, tuple[Change, str]] = {
     "list": (text("config.json", "[1]"), "has a config.json that holds no object"),
     "null": (text("config.json", "null"), "has a config.json that holds no object"),
     "cut config": (text("config.json", '{"model_type":'), "has a config.json that cannot be read (Expecting value"),
-    "binary config": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00") and None, "cannot be read ('utf-8'"),
+    "binary config": (
+        lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00") and None,
+        "cannot be read ('utf-8'",
+    ),
     "deep config": (text("config.json", DEEP), "has a config.json that cannot be read (maximum recursion depth"),
     "no type": (config(model_type=None), "has a config.json without a model_type"),
     "type list": (config(model_type=["llama"]), "has a config.json without a model_type"),
     "unknown": (config(model_type="novel"), "the model's architecture 'novel' is not known"),
-    "huge config": (lambda folder: os.truncate(folder / "config.json", 1 << 27), "has a config.json of 134,217,728 bytes"),
+    "huge config": (
+        lambda folder: os.truncate(folder / "config.json", 1 << 27),
+        "has a config.json of 134,217,728 bytes",
+    ),
     "pruned, trusted": (config(per_layer_config={}, auto_map={"AutoModelForCausalLM": "own.M"}), "is pruned already"),
     "pruned": (config(per_layer_config={}), "is pruned already"),
     "10^9 layers": (config(num_hidden_layers=10**9), "has num_hidden_layers=1000000000 in its config.json; it must be"),
-    "no layers": (config(num_hidden_layers=0), "has num_hidden_layers=0 in its config.json; it must be a whole number from 1"),
+    "no layers": (
+        config(num_hidden_layers=0),
+        "has num_hidden_layers=0 in its config.json; it must be a whole number from 1",
+    ),
     "-1 layers": (config(num_hidden_layers=-1), "has num_hidden_layers=-1 in its config.json"),
     "layers text": (config(num_hidden_layers="2"), "has num_hidden_layers='2' in its config.json"),
     "layers float": (config(num_hidden_layers=2.5), "has num_hidden_layers=2.5 in its config.json"),
@@ -183,7 +228,10 @@ BAD: dict[str, tuple[Change, str]] = {
     "groups": (config(num_key_value_heads=3), "num_key_value_heads=3; it must divide num_attention_heads=4"),
     "head list": (config(head_dim=[4]), "has head_dim=[4] in its config.json"),
     "huge vocabulary": (config(vocab_size=10**15), "has vocab_size=1000000000000000 in its config.json"),
-    "activation": (config(hidden_act="magic"), "config.json that does not describe a model (KeyError: 'magic'); correct it"),
+    "activation": (
+        config(hidden_act="magic"),
+        "config.json that does not describe a model (KeyError: 'magic'); correct it",
+    ),
     "rope": (config(rope_parameters=5), "has a config.json that does not describe a model ("),
     "rope type": (
         config(rope_parameters={"rope_type": "spiral", "rope_theta": 1.0}),
@@ -207,7 +255,9 @@ def test_a_bad_folder_is_told_in_one_line(case: str, folder: Path, capfd: pytest
 
 HARMLESS: dict[str, Change] = {
     "computed": weights(
-        lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "model.position_ids": torch.ones(4)})
+        lambda t: t.update(
+            {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "model.position_ids": torch.ones(4)}
+        )
     ),
     "labels": config(num_labels=10**12),
     "returns": config(return_dict=False, output_hidden_states=True, output_attentions=True, torchscript=True),
@@ -219,7 +269,9 @@ HARMLESS: dict[str, Change] = {
         _experts_implementation_internal="stranger/kernel",
         use_kernels=True,
     ),
-    "elsewhere": config(configuration_files=["config.4.0.json"], transformers_weights="other.safetensors", _name_or_path="x/y"),
+    "elsewhere": config(
+        configuration_files=["config.4.0.json"], transformers_weights="other.safetensors", _name_or_path="x/y"
+    ),
     "dtype": config(dtype="no_such_dtype", torch_dtype="int8"),
     "training": config(use_cache=False, initializer_range=0.5, attention_dropout=0.5, eos_token_id=4, pad_token_id=7),
     "generation": text("generation_config.json", json.dumps({"custom_generate": "stranger/code", "max_length": 5})),
@@ -229,7 +281,10 @@ HARMLESS: dict[str, Change] = {
 @pytest.mark.parametrize("case", HARMLESS)
 def test_what_makes_no_difference_is_let_pass(case: str, folder: Path, sound: Path) -> None:
     HARMLESS[case](folder)
-    loaded, expected = from_pretrained(str(folder), dtype=torch.float32), from_pretrained(str(sound), dtype=torch.float32)
+    loaded, expected = (
+        from_pretrained(str(folder), dtype=torch.float32),
+        from_pretrained(str(sound), dtype=torch.float32),
+    )
     assert loaded.fingerprint == expected.fingerprint
     assert torch.equal(loaded.model(IDS).logits, expected.model(IDS).logits)
     assert loaded.model.config._attn_implementation == "sdpa"
@@ -292,7 +347,9 @@ def saved(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_a_head_that_differs_from_tied_embeddings_stays(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_head_that_differs_from_tied_embeddings_stays(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     saved(folder, tie_word_embeddings=True)
     head = torch.randn(257, 16)
     tensor(HEAD, head)(folder)
@@ -318,7 +375,9 @@ def test_a_tied_head_that_is_in_the_file_too_stays_tied(folder: Path) -> None:
 def test_an_old_gpt2_with_masks_in_its_file(folder: Path) -> None:
     sizes = {"vocab_size": 257, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
     AutoModelForCausalLM.from_config(GPT2Config(**sizes)).save_pretrained(folder)
-    tensors = {name.removeprefix("transformer."): value for name, value in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        name.removeprefix("transformer."): value for name, value in load_file(folder / "model.safetensors").items()
+    }
     tensors |= {"h.0.attn.bias": torch.ones(1, 1, 32, 32), "h.0.attn.masked_bias": torch.tensor(-1e4)}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     check_walk(from_pretrained(str(folder), dtype=torch.float32).model)
@@ -335,7 +394,9 @@ def test_zeros_that_are_there_already_are_counted_and_told(folder: Path, caplog:
         assert "zero already" not in caplog.text
         weights(halve)(folder)
         from_pretrained(str(folder), dtype=torch.float32)
-    told = "10.0 % of the weights of its linear layers are zero already, most in model.layers.1.self_attn.q_proj (75.0 %)"
+    told = (
+        "10.0 % of the weights of its linear layers are zero already, most in model.layers.1.self_attn.q_proj (75.0 %)"
+    )
     assert told in caplog.text
 
 
@@ -375,7 +436,10 @@ def test_arguments_of_the_wrong_kind(settings: dict[str, Any], message: str) -> 
     ("settings", "message"),
     [
         ({"num_key_value_heads": 3}, "model.num_key_value_heads=3 must divide model.num_attention_heads=4"),
-        ({"num_attention_heads": 3, "num_key_value_heads": 1}, "model.num_attention_heads=3 must divide model.hidden_size=16"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 1},
+            "model.num_attention_heads=3 must divide model.hidden_size=16",
+        ),
         ({"num_hidden_layers": 0}, "model.num_hidden_layers=0 must be a whole number from 1"),
         ({"num_hidden_layers": 10**9}, "model.num_hidden_layers=1000000000 must be a whole number from 1 to 1,000"),
         ({"hidden_size": "16"}, "model.hidden_size=16 must be a whole number"),

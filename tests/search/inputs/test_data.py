@@ -180,7 +180,9 @@ def test_leading_tokens_leave_room_for_text(templated: Callable[[str], PreTraine
         prepare(source, tokenizer, each(1), 2, seed=0)
 
 
-def test_warnings_of_the_tokenizer_stay_out(byte_tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]) -> None:
+def test_warnings_of_the_tokenizer_stay_out(
+    byte_tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
+) -> None:
     byte_tokenizer.model_max_length = 8
     prepare(Listed({"all": [marked(i, 40) for i in range(9)]}), byte_tokenizer, each(2), 32, seed=0)
     assert capfd.readouterr().err == ""
@@ -217,7 +219,9 @@ def test_a_split_of_one_part_keeps_its_documents_whole(byte_tokenizer: PreTraine
     assert byte_tokenizer.decode(evaluation.ids.flatten()) == texts["test"][0][: 500 * 32]
 
 
-def test_what_is_too_short_is_shared_by_need(byte_tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_too_short_is_shared_by_need(
+    byte_tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
     source = Listed({"all": [marked(i, 20) for i in range(300)]})
     total = sum(len(text) for text in source.texts["all"])
     needs = {"calibration": 4_000, "search": 2_000, "evaluation": 1_000}
@@ -313,7 +317,10 @@ def test_a_cut_prefers_blank_lines_then_line_ends_then_spaces(text: str, pieces:
 def test_no_paragraph_is_in_two_pydoc_topics() -> None:
     documents = list(PydocTopics().documents("topics", seed=0))
     paragraphs = [
-        " ".join(paragraph.split()) for document in documents for paragraph in re.split(r"\n\s*\n", document) if paragraph.strip()
+        " ".join(paragraph.split())
+        for document in documents
+        for paragraph in re.split(r"\n\s*\n", document)
+        if paragraph.strip()
     ]
     assert len(paragraphs) == len(set(paragraphs))
     assert sum(map(len, documents)) > 300_000

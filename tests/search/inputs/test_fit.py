@@ -47,7 +47,9 @@ def test_longer_sequences_are_refused_with_what_fits(tiny_llama: LoadedModel) ->
     model = tiny_llama.model
     longest = int(model.config.max_position_embeddings)
     check_sequence_length(model, longest)
-    with pytest.raises(InputError, match=f"data.sequence_length={longest + 1} is more than the {longest} .* use .*={longest}"):
+    with pytest.raises(
+        InputError, match=f"data.sequence_length={longest + 1} is more than the {longest} .* use .*={longest}"
+    ):
         check_sequence_length(model, longest + 1)
 
 

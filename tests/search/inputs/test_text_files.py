@@ -37,7 +37,11 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": "hello \\ud800 world"}', "a.jsonl, line 2 holds U.D800, half of a surrogate pair"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "hello \\ud800 world"}',
+            "a.jsonl, line 2 holds U.D800, half of a surrogate pair",
+        ),
         ("a.jsonl", b"\n" + b'{"a":' * 100_000, "a.jsonl, line 2 is nested too deeply"),
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl, line 1 is not JSON .*one object a line"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', "a.jsonl, line 2 .* not UTF-8"),
@@ -45,7 +49,11 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl .*UTF-16.*iconv -f UTF-16"),
         ("a.jsonl", b'{"text": [1, 2]}', "a.jsonl, line 1: text is a list, but not of chat messages"),
         ("a.jsonl", b'{"text": [{"from": "human"}]}', "a.jsonl, line 1: text is a list, but not of chat messages"),
-        ("a.jsonl", b'{"txt": "a", "id": 1}', "no column text; set data.source.text_column to one of: txt, id .did you mean txt"),
+        (
+            "a.jsonl",
+            b'{"txt": "a", "id": 1}',
+            "no column text; set data.source.text_column to one of: txt, id .did you mean txt",
+        ),
         ("a.txt", b"one\ntwo\ncaf\xe9", "a.txt, line 3 .*byte 0xe9.* not UTF-8; convert it"),
         ("a.txt", b"one\ntwo\0", "a.txt, line 2 holds a NUL byte"),
         ("a.txt", "text".encode("utf-16"), "a.txt .*UTF-16.*iconv -f UTF-16"),
@@ -164,9 +172,14 @@ def test_a_beginning_is_encoded_as_the_whole(byte_tokenizer: PreTrainedTokenizer
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_chats_go_through_the_chat_template(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerBase, ending: str) -> None:
+def test_chats_go_through_the_chat_template(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerBase, ending: str
+) -> None:
     path = tmp_path / f"a.{ending}"
-    rows = [{"messages": [{**message, "content": f"{message['content']} {row}"} for message in MESSAGES]} for row in range(9)]
+    rows = [
+        {"messages": [{**message, "content": f"{message['content']} {row}"} for message in MESSAGES]}
+        for row in range(9)
+    ]
     if ending == "parquet":
         pd.DataFrame(rows).to_parquet(path)
     else:
@@ -175,7 +188,9 @@ def test_chats_go_through_the_chat_template(tmp_path: Path, byte_tokenizer: PreT
         documents(path)
     source = LocalText(str(path), "messages")
     assert all(isinstance(document, Chat) for document in source.documents("path", 0))
-    with pytest.raises(InputError, match=r"a\.\w+.* holds chat messages, but the model's tokenizer has no chat template"):
+    with pytest.raises(
+        InputError, match=r"a\.\w+.* holds chat messages, but the model's tokenizer has no chat template"
+    ):
         prepare(source, byte_tokenizer, dict.fromkeys(PARTS, 2), 16, 0)
     byte_tokenizer.chat_template = TEMPLATE
     found = prepare(source, byte_tokenizer, dict.fromkeys(PARTS, 2), 16, 0)

@@ -77,7 +77,10 @@ def test_equal_settings_go_on(run: Path) -> None:
         ({"budget": {"sparsity": 0.25}}, "(budget.sparsity: 0.5 there, 0.25 now)"),
         ({"budget": {}}, "(budget.sparsity: 0.5 there, null now)"),
         ({"added": "x"}, '(added: null there, "x" now)'),
-        ({"strategy": {"tokens": [64]}, "seed": 2}, "(seed: 0 there, 2 now, strategy.tokens: [64, 256] there, [64] now)"),
+        (
+            {"strategy": {"tokens": [64]}, "seed": 2},
+            "(seed: 0 there, 2 now, strategy.tokens: [64, 256] there, [64] now)",
+        ),
     ],
 )
 def test_other_settings_are_refused(run: Path, changed: dict[str, Any], told: str) -> None:
@@ -146,7 +149,11 @@ def test_the_history_grows_by_generation_and_round(run: Path) -> None:
     advance(directory, 1, 0.9)
     advance(directory, 0, 0.8, iteration=1)
     history = opened(run).history()
-    assert history[["iteration", "generation", "fitness"]].to_numpy().tolist() == [[0, 0, 1.0], [0, 1, 0.9], [1, 0, 0.8]]
+    assert history[["iteration", "generation", "fitness"]].to_numpy().tolist() == [
+        [0, 0, 1.0],
+        [0, 1, 0.9],
+        [1, 0, 0.8],
+    ]
     assert history.allocation.tolist() == ["1 2"] * 3
     assert [str(kind) for kind in history.dtypes[:4]] == ["int32", "int32", "int32", "int64"]
 
@@ -256,8 +263,12 @@ def test_a_checkpoint_that_no_search_wrote_is_refused(run: Path, change: dict[st
     assert str(refusal.value).endswith("; start over with fresh=true")
 
 
-FILES = {name: "start over with fresh=true" for name in ("settings.json", "identity.json", "round-0.json", "latency-{}.json")}
-FILES |= {name: "delete it, and the same command writes a new one" for name in ("costs.json", "supernets.json", "study.json")}
+FILES = {
+    name: "start over with fresh=true" for name in ("settings.json", "identity.json", "round-0.json", "latency-{}.json")
+}
+FILES |= {
+    name: "delete it, and the same command writes a new one" for name in ("costs.json", "supernets.json", "study.json")
+}
 
 
 def read_all(run: Path) -> None:
@@ -300,7 +311,9 @@ def test_every_file_of_a_run_is_verified(run: Path, name: str, harm: Callable[[s
     file.write_text(harm(text))
     with pytest.raises(InputError) as refusal:
         read_all(run)
-    assert str(refusal.value).startswith(f"{file} is damaged ({why}") and str(refusal.value).endswith(f"; {FILES[name]}")
+    assert str(refusal.value).startswith(f"{file} is damaged ({why}") and str(refusal.value).endswith(
+        f"; {FILES[name]}"
+    )
 
 
 @pytest.mark.parametrize("name", ["settings.json", "identity.json", "round-0.json", "round-1.json", "latency-{}.json"])
@@ -317,7 +330,9 @@ def test_a_file_that_was_deleted_is_missed(run: Path, name: str) -> None:
     with pytest.raises(InputError) as refusal:
         read_all(run)
         opened(run).load_state(1, SPACE, 9)
-    assert str(refusal.value) == f"{file} is missing, without which the run there cannot go on; start over with fresh=true"
+    assert (
+        str(refusal.value) == f"{file} is missing, without which the run there cannot go on; start over with fresh=true"
+    )
 
 
 def test_rows_of_a_generation_that_was_killed_are_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +376,9 @@ def test_a_history_that_is_not_the_run_s_is_refused(run: Path, harm: Callable[[P
     with pytest.raises(InputError) as refusal:
         opened(run).load_state(0, SPACE, 9)
     message = str(refusal.value)
-    assert f"history.parquet {why}" in message and message.endswith("start over with fresh=true") and "\n" not in message
+    assert (
+        f"history.parquet {why}" in message and message.endswith("start over with fresh=true") and "\n" not in message
+    )
 
 
 def test_every_damaged_byte_of_a_history_is_seen_or_harmless(run: Path) -> None:
@@ -399,7 +416,9 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("killed", range(8))
 @pytest.mark.parametrize("again", [True, False], ids=["fresh", "not fresh"])
-def test_fresh_is_one_step_wherever_it_is_killed(run: Path, monkeypatch: pytest.MonkeyPatch, killed: int, again: bool) -> None:
+def test_fresh_is_one_step_wherever_it_is_killed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, killed: int, again: bool
+) -> None:
     before = with_results(run)
     calls = itertools.count()
     rename = Path.rename
@@ -440,7 +459,9 @@ def test_where_one_thing_cannot_be_moved_nothing_is(run: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "rename", refused)
     with pytest.raises(InputError) as refusal:
         opened(run, fresh=True)
-    assert str(refusal.value).startswith(f"cannot move {run / name} aside: Permission denied; {run} is left as it was: ")
+    assert str(refusal.value).startswith(
+        f"cannot move {run / name} aside: Permission denied; {run} is left as it was: "
+    )
     assert contents(run) == before and [path.name for path in run.parent.iterdir()] == ["run"]
     assert opened(run).load_state(0, SPACE, 9) == state(1)
 
@@ -458,7 +479,9 @@ def test_a_fresh_run_that_was_killed_goes_on(run: Path) -> None:
     assert (run.parent / "run.old-2/history.parquet").exists()
 
 
-@pytest.mark.parametrize("file", ["checkpoint/round-0.json", "checkpoint/costs.json", "history.parquet", "checkpoint/fresh.json"])
+@pytest.mark.parametrize(
+    "file", ["checkpoint/round-0.json", "checkpoint/costs.json", "history.parquet", "checkpoint/fresh.json"]
+)
 def test_a_fresh_run_that_is_damaged_starts_over(run: Path, file: str) -> None:
     advance(opened(run, fresh=True), 0, 0.5)
     (run / file).write_text("{")

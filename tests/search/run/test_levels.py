@@ -18,7 +18,10 @@ def members(multiple: int = 32) -> tuple[Prunable, ...]:
     """Two blocks of 4 KV groups and 256 neurons."""
     found = []
     for block in range(2):
-        found += [Prunable(f"{block}.attention", "attention", 4, 3072), Prunable(f"{block}.mlp", "mlp", 256, 192, multiple)]
+        found += [
+            Prunable(f"{block}.attention", "attention", 4, 3072),
+            Prunable(f"{block}.mlp", "mlp", 256, 192, multiple),
+        ]
     return tuple(found)
 
 
@@ -96,7 +99,9 @@ def test_later_grids_halve_the_spacing_around_what_was_found() -> None:
         window = grid.around(members(1), kept, refinement)
         levels = [128 + k * spacing for k in (2, 1, 0, -1, -2)]
         assert counts(window.space, "mlp") == [256, *levels]  # every unit has its dense level, too
-        assert expectation(window, "mlp") == pytest.approx([0.0, *(count / sum(levels) for count in levels)])  # not in the window
+        assert expectation(window, "mlp") == pytest.approx(
+            [0.0, *(count / sum(levels) for count in levels)]
+        )  # not in the window
 
 
 def test_later_grids_do_not_depend_on_the_lowest_of_the_first() -> None:
@@ -204,7 +209,9 @@ def test_a_unit_without_a_choice_is_seen_as_it_is(accumulation: str) -> None:
 
 @pytest.mark.parametrize("accumulation", ["", "foo", "None", "all"])
 def test_unknown_accumulations_are_refused(accumulation: str) -> None:
-    with pytest.raises(InputError, match=f"^prune.accumulation={accumulation} is not known; choose one of none, chosen, expec"):
+    with pytest.raises(
+        InputError, match=f"^prune.accumulation={accumulation} is not known; choose one of none, chosen, expec"
+    ):
         check_accumulation(accumulation)
 
 
@@ -256,7 +263,9 @@ def test_the_last_rebuild_has_the_cost_of_the_allocation_found() -> None:
     ],
 )
 def test_impossible_grids_are_refused(levels: int, step: float, lowest: float, wrong: str) -> None:
-    with pytest.raises(InputError, match=rf"^supernet\.{wrong} must be .*; 9 levels of 0\.125 from 0 cover everything$"):
+    with pytest.raises(
+        InputError, match=rf"^supernet\.{wrong} must be .*; 9 levels of 0\.125 from 0 cover everything$"
+    ):
         Grid(levels, step, lowest)
 
 

@@ -18,7 +18,12 @@ from tests.search.synthetic import TRANSFORMER, SpaceOf, make_problem, run
 
 Call = Callable[..., CompletedProcess[str]]
 SMALL = ("+experiment=smoke", "strategy.generations=2", "data.sequences.calibration=4", "data.sequences.search=8")
-RULE = ("+experiment=smoke", "data.sequences.calibration=4", "data.sequences.search=8", "stages=[build,search,evaluate]")
+RULE = (
+    "+experiment=smoke",
+    "data.sequences.calibration=4",
+    "data.sequences.search=8",
+    "stages=[build,search,evaluate]",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +66,10 @@ def test_a_build_for_a_rule_has_nothing_to_do(call: Call, cache: Path) -> None:
         (["prune=depth"], 1),
         (["prune=wanda", "prune.pruner.pattern=2:4"], 1),
         (["prune=rtn", "budget=bits", "budget.bits=6", "dtype=float32"], 1),
-        (["prune=sparsegpt", "prune.pruner.pattern=2:4", "prune.accumulation=chosen"], 2),  # built anew along what was found
+        (
+            ["prune=sparsegpt", "prune.pruner.pattern=2:4", "prune.accumulation=chosen"],
+            2,
+        ),  # built anew along what was found
         (["prune=magnitude"], 2),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -78,7 +86,11 @@ def test_fixed_levels_have_one_round(prune: list[str], rounds: int, call: Call, 
     ("strategy", "sequences", "told"),
     [
         (Guided(), 2, "none will be taken: use data.sequences.search=4 or more, and strategy.tokens=4096"),
-        (Guided(tokens=64, growth=1), 16, "none will be taken: use data.sequences.search=16 or more, and strategy.tokens=128"),
+        (
+            Guided(tokens=64, growth=1),
+            16,
+            "none will be taken: use data.sequences.search=16 or more, and strategy.tokens=128",
+        ),
         (Guided(), 3, "data.sequences.search=3: differences on so few are mostly chance; take at least 4"),
         (Random(generations=1, offspring=2, tokens=[64], survivors=[1]), 1, "data.sequences.search=1: differences"),
         (Guided(), 4, ""),

@@ -53,9 +53,13 @@ def test_all_supernets_of_a_run_are_referred_to(finished: Path) -> None:
     assert len(listed) == 4  # two rounds, the uniform and the searched model
     for folder in folders:
         assert folder.state == "complete"
-        assert finished / RUN / LIST in [use.referrer for use in folder.uses]  # copies that other tests run on are others
+        assert finished / RUN / LIST in [
+            use.referrer for use in folder.uses
+        ]  # copies that other tests run on are others
         assert folder.label("model").startswith("random-llama") and folder.label("method") == "obs"
-    assert list(collect(finished / "cache/supernets", dry_run=True)) == [("would free 0 B; supernets that stay: 4", True)]
+    assert list(collect(finished / "cache/supernets", dry_run=True)) == [
+        ("would free 0 B; supernets that stay: 4", True)
+    ]
 
 
 def test_a_run_keeps_its_supernet_until_its_directory_goes(call: Call, tmp_path: Path, supernets: Path) -> None:
@@ -81,7 +85,9 @@ def test_a_run_that_was_moved_aside_keeps_its_own(call: Call, tmp_path: Path, su
     assert kept(supernets) == set()
 
 
-def test_a_run_that_ends_before_its_build_names_nothing_that_is_not_there(call: Call, tmp_path: Path, supernets: Path) -> None:
+def test_a_run_that_ends_before_its_build_names_nothing_that_is_not_there(
+    call: Call, tmp_path: Path, supernets: Path
+) -> None:
     assert call(SMOKE, "stages=[search]").returncode == 1
     assert not (tmp_path / RUN / LIST).exists() and not supernets.exists()
 

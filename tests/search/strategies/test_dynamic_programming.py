@@ -93,7 +93,10 @@ def test_the_sequences_are_the_same_in_all_portions(space_of: SpaceOf) -> None:
         ({"generations": 1}, "strategy.generations=1 must be a whole number of at least 2"),
         ({"candidates": 0}, "strategy.candidates=0 must be a whole number of at least 1"),
         ({"points": 0}, "strategy.points=0 must be a whole number of at least 1"),
-        ({"tokens": [512, 1024, 2048]}, "must be a list of two whole numbers above 0, of a score and of the comparison"),
+        (
+            {"tokens": [512, 1024, 2048]},
+            "must be a list of two whole numbers above 0, of a score and of the comparison",
+        ),
         ({"reference": "uniform"}, "strategy.reference=uniform is not known; choose one of dense, start"),
     ],
     ids=str,

@@ -47,7 +47,9 @@ def test_of_many_units_as_many_go_up_as_down(problem: Problem) -> None:
 def test_it_is_steep(space_of: SpaceOf) -> None:
     """Without noise, a few generations lead near to the optimum."""
     problem = make_problem(space_of(*TRANSFORMER * 2), 0.4, seed=5)
-    best, start = (synthetic(problem).exact(a) for a in (knapsack(synthetic(problem).losses, problem.budget), problem.start))
+    best, start = (
+        synthetic(problem).exact(a) for a in (knapsack(synthetic(problem).losses, problem.budget), problem.start)
+    )
     states, _ = run(Greedy(**GOOD | {"generations": 15, "exchanges": 4}), problem)
     assert synthetic(problem).exact(states[-1].parent) - best < 0.05 * (start - best)
 
@@ -69,7 +71,9 @@ def test_an_exchange_takes_the_best_prices(space_of: SpaceOf) -> None:
     change, child = completed(problem, problem.start, (0, -1), effects) or (0.0, ())
     assert change == pytest.approx(-1.0 + 0.1 + 0.2 + 0.3)
     assert child == (0, 1, 2, 2, 2, 1)
-    freed = completed(problem, problem.start, (2, 1), effects)  # the level that it frees goes to the unit that gains most
+    freed = completed(
+        problem, problem.start, (2, 1), effects
+    )  # the level that it frees goes to the unit that gains most
     assert freed == (pytest.approx(0.1 - 0.4), (1, 1, 2, 1, 1, 0))
     assert completed(problem, problem.start, (0, -1), {(0, -1): -1.0, (1, 1): 0.5}) is None  # one payer has not enough
 
@@ -91,7 +95,10 @@ def test_exchanges_add_up_on_units_of_their_own(space_of: SpaceOf) -> None:
         ({"candidates": 1}, "strategy.candidates=1 must be a whole number of at least 2"),
         ({"exchanges": 0}, "strategy.exchanges=0 must be a whole number of at least 1"),
         ({"exchanges": 1.5}, "strategy.exchanges=1.5 must be a whole number"),
-        ({"tokens": 512}, r"strategy.tokens=512 must be a list of two whole numbers above 0, of a single move and of the"),
+        (
+            {"tokens": 512},
+            r"strategy.tokens=512 must be a list of two whole numbers above 0, of a single move and of the",
+        ),
         ({"tokens": [512]}, "must be a list of two whole numbers"),
         ({"tokens": [0, 512]}, "above 0"),
     ],

@@ -1,4 +1,6 @@
-"""Every method from the command line: a build by each, and whole runs whose exported models are what their allocations say."""
+"""Every method from the command line: a build by each, and whole runs whose exported models are what their allocations
+say.
+"""
 
 import json
 import math
@@ -218,4 +220,6 @@ def test_depth_leaves_whole_blocks_out_of_a_plain_model(run: Callable[..., Outco
     assert found.config["num_hidden_layers"] == 3 and type(found.model) is type(found.dense)
     for index, block in enumerate(present):
         name = "self_attn.q_proj"
-        assert torch.equal(found.weight(f"model.layers.{index}.{name}"), found.dense_weight(f"model.layers.{block}.{name}"))
+        assert torch.equal(
+            found.weight(f"model.layers.{index}.{name}"), found.dense_weight(f"model.layers.{block}.{name}")
+        )

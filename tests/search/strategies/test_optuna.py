@@ -1,4 +1,6 @@
-"""Optuna's samplers: the curves that their numbers stand for, and what a search of them keeps to on losses that cost nothing."""
+"""Optuna's samplers: the curves that their numbers stand for, and what a search of them keeps to on losses that cost
+nothing.
+"""
 
 import itertools
 import json
@@ -59,7 +61,9 @@ def strategy(request: pytest.FixtureRequest) -> OptunaStudy:
 
 class TestSearch:
     @pytest.mark.parametrize("sparsity", [0.1, 0.437, 0.97])
-    def test_the_budget_is_met_by_all_that_is_measured(self, strategy: OptunaStudy, space_of: SpaceOf, sparsity: float) -> None:
+    def test_the_budget_is_met_by_all_that_is_measured(
+        self, strategy: OptunaStudy, space_of: SpaceOf, sparsity: float
+    ) -> None:
         problem = make_problem(space_of(*BLOCKS), sparsity, **EVALUATOR)
         _, rows = run(strategy, problem)
         assert len({row.allocation for row in rows}) > 3
@@ -128,7 +132,11 @@ class TestSearch:
         assert {tuple(sequences) for _, sequences in calls} == {tuple(states[0].memory["sequences"])}
         assert len(calls[0][1]) == 4  # of 16 tokens: 60 at least
         assert {row.tokens for row in rows} == {64}
-        assert states[-1].tokens == synthetic(problem).tokens <= strategy.tokens_per_generation * strategy.generations * 1.2
+        assert (
+            states[-1].tokens
+            == synthetic(problem).tokens
+            <= strategy.tokens_per_generation * strategy.generations * 1.2
+        )
 
     def test_the_parent_is_the_best_so_far(self, strategy: OptunaStudy, problem: Problem) -> None:
         states, rows = run(strategy, problem)
@@ -156,7 +164,9 @@ class TestSearch:
         ids=["two kinds", "one kind", "no choice"],
     )
     @pytest.mark.parametrize("target", ["lowest", "dense"])
-    def test_a_space_of_one_point_ends_at_once(self, strategy: OptunaStudy, space_of: SpaceOf, units: Any, target: str) -> None:
+    def test_a_space_of_one_point_ends_at_once(
+        self, strategy: OptunaStudy, space_of: SpaceOf, units: Any, target: str
+    ) -> None:
         """Of the larger budget, every other allocation leaves more than a step."""
         space = space_of(*units)
         start = tuple(len(unit.levels) - 1 if target == "lowest" else 0 for unit in space.units)
@@ -181,7 +191,9 @@ class TestSearch:
                 losses[1::2] = np.nan
                 return losses
 
-        states, rows = run(strategy, Problem(problem.space, problem.budget, problem.start, Broken(problem.space, **EVALUATOR)))
+        states, rows = run(
+            strategy, Problem(problem.space, problem.budget, problem.start, Broken(problem.space, **EVALUATOR))
+        )
         assert any(np.isnan(row.fitness) for row in rows)
         assert np.isfinite(states[-1].fitness)
 
@@ -200,27 +212,44 @@ class TestHostileCheckpoint:
     """Whoever can write a checkpoint must not be able to run code: Optuna unpickles what CMA-ES keeps in a trial."""
 
     @pytest.mark.parametrize("sampler", SAMPLERS)
-    @pytest.mark.parametrize("key", ["cma:optimizer:0", "cma:optimizer", "sepcma:optimizer:0", "cma:n_dims:optimizer:0"])
-    def test_pickles_in_a_checkpoint_are_not_read(self, problem: Problem, tmp_path: Path, sampler: str, key: str) -> None:
+    @pytest.mark.parametrize(
+        "key", ["cma:optimizer:0", "cma:optimizer", "sepcma:optimizer:0", "cma:n_dims:optimizer:0"]
+    )
+    def test_pickles_in_a_checkpoint_are_not_read(
+        self, problem: Problem, tmp_path: Path, sampler: str, key: str
+    ) -> None:
         strategy = OptunaStudy(3, 6, 60, sampler)
         states, _ = run(strategy, problem)
         marker = tmp_path / "code ran"
         pickled = pickle.dumps(Payload(marker)).hex()
         whole = states[2]
         trials = [trial | {"attrs": trial["attrs"] | {key: pickled}} for trial in whole.memory["trials"]]
-        hostile = replace(whole, memory=whole.memory | {"trials": trials, "study": whole.memory["study"] | {key: pickled}})
+        hostile = replace(
+            whole, memory=whole.memory | {"trials": trials, "study": whole.memory["study"] | {key: pickled}}
+        )
         after, _ = strategy.advance(problem, through_json(hostile))
         assert not marker.exists()
-        assert [trial["value"] for trial in after.memory["trials"]] == [trial["value"] for trial in states[3].memory["trials"]]
+        assert [trial["value"] for trial in after.memory["trials"]] == [
+            trial["value"] for trial in states[3].memory["trials"]
+        ]
         pickle.loads(bytes.fromhex(pickled))
         assert marker.exists()  # it would have
 
     def test_only_numbers_of_a_sampler_go_back_into_optuna(self) -> None:
         good = {"cma:generation": 3, "NSGAIISampler:generation": 0}
-        bad = {"cma:generation:x": 1, "cma:optimizer:0": 1, "x:generation": "80", "y:generation": [1], "z:generation": True}
+        bad = {
+            "cma:generation:x": 1,
+            "cma:optimizer:0": 1,
+            "x:generation": "80",
+            "y:generation": [1],
+            "z:generation": True,
+        }
         assert of_trial(good | bad) == good
         numbers = {"NSGAIISampler:parent:1": [1, 2], "nsga2:population": [1, [2, 3]]}
-        assert of_study(numbers | {"NSGAIISampler:parent:2": ["80"], "cma:optimizer:0": [1], "a:parent:1": {"b": 1}}) == numbers
+        assert (
+            of_study(numbers | {"NSGAIISampler:parent:2": ["80"], "cma:optimizer:0": [1], "a:parent:1": {"b": 1}})
+            == numbers
+        )
 
 
 class TestCurves:

@@ -39,7 +39,9 @@ from tests.search.synthetic import (
 STEPS: dict[str, Any] = {"generations": 12, "offspring": 8, "tokens": [32, 64, 160], "survivors": [4, 2, 1]}
 STRATEGIES: dict[str, Strategy] = {
     "guided": Guided(generations=12, offspring=8, proposal_tokens=32, tokens=64, growth=8),
-    "guided by forward passes": Guided(generations=12, offspring=8, proposal="forward", proposal_tokens=64, tokens=64, growth=8),
+    "guided by forward passes": Guided(
+        generations=12, offspring=8, proposal="forward", proposal_tokens=64, tokens=64, growth=8
+    ),
     "pareto": Pareto(points=4, generations=12, offspring=8, proposal_tokens=32, tokens=64, growth=8),
     "evopress": EvoPress(**STEPS),
     "evopress in one step": EvoPress(generations=12, offspring=8, tokens=[100], survivors=[1], max_exchanges=1),
@@ -75,7 +77,9 @@ def one_budget(strategy: Strategy) -> None:
 
 class TestEveryStrategy:
     @pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.437, 0.8, 0.97])
-    def test_the_budget_is_met_by_all_that_may_be_chosen(self, strategy: Strategy, space_of: SpaceOf, sparsity: float) -> None:
+    def test_the_budget_is_met_by_all_that_may_be_chosen(
+        self, strategy: Strategy, space_of: SpaceOf, sparsity: float
+    ) -> None:
         problem = make_problem(space_of(*TRANSFORMER), sparsity, noise=0.05)
         states, rows = run(strategy, problem)
         assert rows
@@ -145,14 +149,18 @@ class TestEveryStrategy:
         assert len(seen) == len(set(seen))
 
     @pytest.mark.usefixtures("one_budget")
-    def test_the_parent_stays_unless_it_is_beaten_on_the_same_tokens(self, strategy: Strategy, problem: Problem) -> None:
+    def test_the_parent_stays_unless_it_is_beaten_on_the_same_tokens(
+        self, strategy: Strategy, problem: Problem
+    ) -> None:
         states, rows = run(strategy, problem)
         for before, after in itertools.pairwise(states):
             final = {row.allocation: row.fitness for row in last_step(rows, before.generation)}
             assert after.generation == before.generation + 1
             assert after.fitness == final[after.parent]
             assert after.parent == before.parent or final[after.parent] == min(final.values()) < final[before.parent]
-            assert final[after.parent] == min(final.values()) or isinstance(strategy, Guided)  # which asks for a clear gain
+            assert final[after.parent] == min(final.values()) or isinstance(
+                strategy, Guided
+            )  # which asks for a clear gain
 
     def test_without_noise_it_never_gets_worse(self, strategy: Strategy, space_of: SpaceOf) -> None:
         problem = make_problem(space_of(*TRANSFORMER))
@@ -173,7 +181,9 @@ class TestEveryStrategy:
     def test_all_that_is_measured_is_recorded(self, strategy: Strategy, problem: Problem) -> None:
         states, rows = run(strategy, problem)
         assert states[-1].tokens == synthetic(problem).tokens
-        assert {a for allocations, _ in synthetic(problem).calls for a in allocations} == {row.allocation for row in rows}
+        assert {a for allocations, _ in synthetic(problem).calls for a in allocations} == {
+            row.allocation for row in rows
+        }
 
     @pytest.mark.usefixtures("one_budget")
     def test_survivors_are_recorded_for_no_more_tokens_than_told(self, strategy: Strategy, problem: Problem) -> None:

@@ -25,7 +25,9 @@ from supernet.space import Level, Space, Unit
 
 COARSE = (Level(8, 80), Level(6, 60), Level(4, 40))
 FINE = (Level(8, 80), Level(7, 70), Level(6, 60))
-SPACES = [Space((Unit("0.attention", "attention", 8, levels), Unit("0.mlp", "mlp", 8, levels))) for levels in (COARSE, FINE)]
+SPACES = [
+    Space((Unit("0.attention", "attention", 8, levels), Unit("0.mlp", "mlp", 8, levels))) for levels in (COARSE, FINE)
+]
 RNG: dict[str, Any] = np.random.PCG64(7).state  # type: ignore[assignment]
 FILES = ["trials.log", "sqlite:///trials.db"]
 
@@ -79,7 +81,10 @@ def test_rows_become_trials(folder: Path, file: str) -> None:
     assert [trial.value for trial in study.trials] == [3.0, 2.0, None, 1.0]
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2 + [TrialState.FAIL, TrialState.COMPLETE]
     assert study.best_trial.number == 3
-    params = [{"0.attention": attention, "0.mlp": mlp} for attention, mlp in [(0, 0.25), (0.25, 0.5), (0, 0.125), (0.125, 0.25)]]
+    params = [
+        {"0.attention": attention, "0.mlp": mlp}
+        for attention, mlp in [(0, 0.25), (0.25, 0.5), (0, 0.125), (0.125, 0.25)]
+    ]
     assert [trial.params for trial in study.trials] == params
     attrs = {"iteration": 0, "generation": 0, "step": 0, "tokens": 64, "survived": True}
     assert study.trials[0].user_attrs == attrs
@@ -102,7 +107,9 @@ def test_nothing_is_added_twice(folder: Path, file: str) -> None:
     assert values(folder) == [3.0, 4.0, 2.0, 4.0, 1.0, 4.0]
 
 
-def test_what_a_killed_run_did_not_add_is_added_by_the_next(folder: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_run_did_not_add_is_added_by_the_next(
+    folder: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = opened(folder)
     trials = Trials(file, directory)
     advance(directory, 0, 0, 3.0)
@@ -211,9 +218,18 @@ class TestCommandLine:
     @pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
     def test_a_search_by_optuna(self, copy: Path, call: Callable[..., CompletedProcess[str]], sampler: str) -> None:
         """Everything but the search is there already."""
-        smoke = "model=tiny_llama prune.multiple=8 supernet.levels=5 supernet.step=0.25 dtype=float32 data.sequence_length=64"
-        size = "data.sequences.calibration=16 data.sequences.search=16 data.sequences.evaluation=8 rounds=1 stages=[build,search]"
-        search = f"strategy=optuna strategy.sampler={sampler} strategy.generations=2 strategy.offspring=4 strategy.tokens=128"
+        smoke = (
+            "model=tiny_llama prune.multiple=8 supernet.levels=5 supernet.step=0.25 dtype=float32 "
+            "data.sequence_length=64"
+        )
+        size = (
+            "data.sequences.calibration=16 data.sequences.search=16 data.sequences.evaluation=8 rounds=1 "
+            "stages=[build,search]"
+        )
+        search = (
+            f"strategy=optuna strategy.sampler={sampler} strategy.generations=2 strategy.offspring=4 "
+            "strategy.tokens=128"
+        )
         process = call(*smoke.split(), *size.split(), *search.split(), "study=trials.log", "hydra.run.dir=optuna")
         assert (process.returncode, process.stderr) == (0, "")
         folder = copy / "optuna"
@@ -223,7 +239,12 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(
         ("study", "told"),
-        [("sqlite:///no/trials.db", "unable to open"), ("5", "must be a file"), ("''", "must be a file"), ("t.db", "sqlite:///")],
+        [
+            ("sqlite:///no/trials.db", "unable to open"),
+            ("5", "must be a file"),
+            ("''", "must be a file"),
+            ("t.db", "sqlite:///"),
+        ],
     )
     def test_a_bad_study_is_refused_before_the_work(
         self,
@@ -253,7 +274,9 @@ class TestJournalsThatAKillOrAFullDiskCutOff:
         assert values(folder) == [2.0, 1.0, 3.0]
 
     @pytest.mark.parametrize("rest", [2, 3], ids=["in the middle", "in the last line, which has an end"])
-    def test_one_with_a_torn_line_is_written_anew(self, folder: Path, caplog: pytest.LogCaptureFixture, rest: int) -> None:
+    def test_one_with_a_torn_line_is_written_anew(
+        self, folder: Path, caplog: pytest.LogCaptureFixture, rest: int
+    ) -> None:
         directory = opened(folder)
         advance(directory, 0, 0, 2.0, 1.0)
         follow(Trials("trials.log", directory), directory)

@@ -74,8 +74,21 @@ def test_ls_has_a_line_for_each(several: list[Supernet], tell: Tell) -> None:
     output, errors, status = tell("ls", complete.path.parent)
     assert (errors, status) == ("", 1)  # one is damaged
     header, *lines = output.splitlines()
-    assert cells(header) == ["supernet", "model", "method", "units", "levels", "sparsity", "size", "last used", "runs", "state"]
-    assert [cells(line)[0] for line in lines] == [s.path.name for s in (unfinished, complete, damaged)]  # the latest first
+    assert cells(header) == [
+        "supernet",
+        "model",
+        "method",
+        "units",
+        "levels",
+        "sparsity",
+        "size",
+        "last used",
+        "runs",
+        "state",
+    ]
+    assert [cells(line)[0] for line in lines] == [
+        s.path.name for s in (unfinished, complete, damaged)
+    ]  # the latest first
     row = dict(zip(cells(header), cells(lines[1]), strict=True))
     assert row.pop("last used").startswith("2030-05-0")
     size = sum(file.stat().st_size for file in complete.path.rglob("*") if file.is_file())
@@ -117,7 +130,9 @@ def test_verify_says_what_is_damaged_and_what_to_do(several: list[Supernet], tel
         file.write_bytes(data)
     output, _, status = tell("verify", complete.path)
     assert status == 1 and output.count("\n") == 1
-    assert f"damaged: the supernet file {complete.path}/units/0.attention.safetensors is damaged: its checksum" in output
+    assert (
+        f"damaged: the supernet file {complete.path}/units/0.attention.safetensors is damaged: its checksum" in output
+    )
     assert output.endswith("and build again (and 1 more units are damaged)\n")
     assert tell("verify", unfinished.path)[2] == 0
 
@@ -139,7 +154,9 @@ def test_size_tells_every_byte(several: list[Supernet], tell: Tell) -> None:
     assert title.startswith(f"{several[0].path.name}: {readable(sum(files.values()))} (attention ")
     assert cells(header) == ["unit", "kind", "level 1", "level 2", "shared", "header", "all"]
     table_rows = {cells(row)[0]: dict(zip(cells(header), cells(row), strict=True)) for row in rows}
-    assert {name: row["all"] for name, row in table_rows.items()} == {name: readable(size) for name, size in files.items()}
+    assert {name: row["all"] for name, row in table_rows.items()} == {
+        name: readable(size) for name, size in files.items()
+    }
     assert table_rows["0.attention"]["level 1"] == "88 B"  # two indices of 4 bytes, 5 x 6 values of 2, a bias of 5 x 4
     assert table_rows["1.chosen"]["shared"] != "-" and table_rows["2.bits"]["shared"] == "-"
     assert table_rows["3"]["level 2"] == "-"
@@ -183,15 +200,23 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no path": (["ls"], "PATH"),
     "too much": (["ls", "{root}", "{root}"], "unrecognized arguments"),
     "an option of another command": (["ls", "--dry-run", "{root}"], "unrecognized arguments: --dry-run"),
-    "nothing there": (["ls", "{root}/nothing"], "there is no folder {root}/nothing; give a supernet, or the folder of all"),
+    "nothing there": (
+        ["ls", "{root}/nothing"],
+        "there is no folder {root}/nothing; give a supernet, or the folder of all",
+    ),
     "a file": (["gc", "{root}/file"], "there is no folder {root}/file"),
-    "no supernet": (["verify", "{root}/empty"], "{root}/empty holds no supernet; give a supernet, or the folder of all"),
+    "no supernet": (
+        ["verify", "{root}/empty"],
+        "{root}/empty holds no supernet; give a supernet, or the folder of all",
+    ),
     "the folder above": (["size", "{root}"], "{root} holds no supernet; did you mean {root}/supernets?"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "line"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_answered_with_one_line(tmp_path: Path, each_kind: Any, tell: Tell, arguments: list[str], line: str) -> None:
+def test_a_mistake_is_answered_with_one_line(
+    tmp_path: Path, each_kind: Any, tell: Tell, arguments: list[str], line: str
+) -> None:
     each_kind.build("3")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -200,7 +225,9 @@ def test_a_mistake_is_answered_with_one_line(tmp_path: Path, each_kind: Any, tel
     assert errors.startswith("error: ") and errors.count("\n") == 1 and line.format(root=tmp_path) in errors
 
 
-@pytest.mark.parametrize(("number", "word", "status"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)])
+@pytest.mark.parametrize(
+    ("number", "word", "status"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
+)
 def test_an_interruption_is_no_traceback(
     number: signal.Signals, word: str, status: int, several: list[Supernet], tell: Tell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +266,12 @@ def test_a_process_of_its_own(several: list[Supernet]) -> None:
 
 
 def test_numbers_for_people() -> None:
-    assert [readable(size) for size in (0, 999, 1000, 1_250_000, 7_600_000_000)] == ["0 B", "999 B", "1.0 kB", "1.2 MB", "7.6 GB"]
+    assert [readable(size) for size in (0, 999, 1000, 1_250_000, 7_600_000_000)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "1.2 MB",
+        "7.6 GB",
+    ]
     assert [spread(numbers) for numbers in ([], [3, 3], [5, 2, 9])] == ["-", "3", "2-9"]
     assert table([["a", "size"], ["long", "9"]], [1]) == "a     size\nlong     9"

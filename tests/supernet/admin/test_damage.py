@@ -116,7 +116,9 @@ def test_files_of_units_that_were_exchanged_are_seen(each_kind: Any) -> None:
     assert outcomes(each_kind)["refused"] == 4
 
 
-def test_reading_a_level_verifies_no_more_than_that_level_and_once(each_kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_level_verifies_no_more_than_that_level_and_once(
+    each_kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     supernet = each_kind.build()
     hashed: list[int] = []
     checksum = unit_file._checksum

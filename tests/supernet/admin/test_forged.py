@@ -1,4 +1,6 @@
-"""Supernets that somebody made up, with checksums that are right: each command says so in a line and goes on with the others."""
+"""Supernets that somebody made up, with checksums that are right: each command says so in a line and goes on with the
+others.
+"""
 
 import json
 import os
@@ -146,7 +148,11 @@ def test_a_forged_header_is_one_line(
     header += b" " * (-len(header) % 8)
     whole = len(header).to_bytes(LENGTH, "little") + header
     file.write_bytes(whole + data[LENGTH + length :])
-    entry = {"bytes": len(data) - length + len(header), "header": len(whole), "checksum": xxhash.xxh3_128_hexdigest(whole)}
+    entry = {
+        "bytes": len(data) - length + len(header),
+        "header": len(whole),
+        "checksum": xxhash.xxh3_128_hexdigest(whole),
+    }
     forge(supernet, lambda manifest: manifest["units"]["0.attention"].update(entry))
     for command, (output, errors, status) in all_commands(each_kind.root, capsys).items():
         assert errors == "" and (good.path.name in output or command == "gc")

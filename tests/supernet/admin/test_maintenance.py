@@ -62,7 +62,9 @@ def test_a_use_counts_while_its_file_lists_the_supernet(each_kind: Any, run: Cal
     assert len(uses_of(supernet.path)) == 2  # what was noted says when it was used
 
 
-def test_a_file_that_may_not_be_read_counts(each_kind: Any, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_may_not_be_read_counts(
+    each_kind: Any, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     supernet = each_kind.build()
     file = run(supernet)
     read_bytes = Path.read_bytes
@@ -94,7 +96,9 @@ def test_the_same_run_is_noted_once_with_its_last_use(
     assert datetime.now(UTC) - inspect(supernet.path).last_used < timedelta(minutes=1)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", "3", '{"referrer": 1, "fingerprint": 2, "last_used": 3}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", "3", '{"referrer": 1, "fingerprint": 2, "last_used": 3}', b"\xff"]
+)
 def test_a_damaged_record_is_none(each_kind: Any, run: Callable[..., Path], content: str | bytes) -> None:
     supernet = each_kind.build()
     run(supernet)
@@ -160,7 +164,9 @@ def test_one_that_is_begun_and_referred_to_stays(each_kind: Any, run: Callable[.
     assert inspect(supernet.path).state == "unfinished" and not (supernet.path / "manifest.json").exists()
     assert told(collect(each_kind.root, dry_run=False)) == ["freed 0 B; supernets that stay: 1"]
     file.unlink()
-    assert told(collect(each_kind.root, dry_run=False))[0].startswith(f"removed {supernet.path.name}: no run refers to it")
+    assert told(collect(each_kind.root, dry_run=False))[0].startswith(
+        f"removed {supernet.path.name}: no run refers to it"
+    )
 
 
 def damaged_manifest(supernet: Supernet) -> None:
@@ -181,7 +187,9 @@ def test_a_damaged_one_goes_where_no_run_refers_to_it(
     assert inspect(supernet.path).state == "damaged"
     assert told(collect(each_kind.root, dry_run=False)) == ["freed 0 B; supernets that stay: 1"]
     file.unlink()
-    assert told(collect(each_kind.root, dry_run=False))[0].startswith(f"removed {supernet.path.name}: no run refers to it")
+    assert told(collect(each_kind.root, dry_run=False))[0].startswith(
+        f"removed {supernet.path.name}: no run refers to it"
+    )
 
 
 def of_format(supernet: Supernet, number: int) -> Path:
@@ -254,7 +262,9 @@ def test_what_is_not_ours_is_left_alone(each_kind: Any, content: dict[str, str])
         if not name.endswith("/"):
             file.write_text(text)
     assert len(told(collect(each_kind.root, dry_run=False))) == 2
-    assert files_below(each_kind.root) == {name: text.encode() for name, text in content.items() if not name.endswith("/")}
+    assert files_below(each_kind.root) == {
+        name: text.encode() for name, text in content.items() if not name.endswith("/")
+    }
     assert len(list(each_kind.root.iterdir())) == 1
 
 

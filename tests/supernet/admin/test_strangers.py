@@ -1,4 +1,6 @@
-"""`python -m supernet gc` among things that are not ours: whatever lies where in a supernet, none of it goes, and it is said."""
+"""`python -m supernet gc` among things that are not ours: whatever lies where in a supernet, none of it goes, and it is
+said.
+"""
 
 import os
 from collections.abc import Callable
@@ -190,6 +192,8 @@ def test_a_damaged_record_of_a_use_keeps_the_supernet(each_kind: Any, tmp_path: 
     (record,) = (supernet.path / "uses").iterdir()
     record.write_text(record.read_text().replace("run7", "run8"))
     (line, well), _ = collect(each_kind.root, dry_run=False)
-    assert well and line.startswith(f"kept {supernet.path.name}: a run may refer to it, but its record uses/{record.name} is dam")
+    assert well and line.startswith(
+        f"kept {supernet.path.name}: a run may refer to it, but its record uses/{record.name} is dam"
+    )
     record.unlink()
     assert list(collect(each_kind.root, dry_run=False))[0][0].startswith(f"removed {supernet.path.name}: ")

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Generator, Tensor
 
-from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights, count, decode, encode, encoded_bytes
+from supernet.encodings.encoding import (
+    Candidate,
+    Dropped,
+    Members,
+    Quantised,
+    Weights,
+    count,
+    decode,
+    encode,
+    encoded_bytes,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARED = {"order", "shape"}  # tensors that all levels need
@@ -27,7 +37,9 @@ def same_bits(found: Tensor | None, expected: Tensor | None) -> bool:
         return found is expected
     if (found.dtype, found.shape) != (expected.dtype, expected.shape):
         return False
-    return torch.equal(found.contiguous().flatten().view(torch.uint8), expected.contiguous().flatten().view(torch.uint8))
+    return torch.equal(
+        found.contiguous().flatten().view(torch.uint8), expected.contiguous().flatten().view(torch.uint8)
+    )
 
 
 def assert_same(found: Candidate, expected: Candidate) -> None:
@@ -87,7 +99,9 @@ def some_members(
 def with_masks(generator: Generator, masks: Sequence[Tensor], refitted: str, dtype: torch.dtype) -> list[Candidate]:
     made = list[Candidate]()
     for level, mask in enumerate(masks):
-        weight = random_bits(mask.shape, dtype, generator).masked_fill(~mask, 0) if has_weight(refitted, level) else None
+        weight = (
+            random_bits(mask.shape, dtype, generator).masked_fill(~mask, 0) if has_weight(refitted, level) else None
+        )
         made.append(Weights(mask, weight))
     return made
 
@@ -134,7 +148,9 @@ def some_codes(
 ) -> list[Candidate]:
     made = list[Candidate]()
     for width in sorted(bits, reverse=True):
-        codes, zero = (torch.randint(2**width, (d_out, size), generator=generator).byte() for size in (groups * group, groups))
+        codes, zero = (
+            torch.randint(2**width, (d_out, size), generator=generator).byte() for size in (groups * group, groups)
+        )
         zero = torch.full_like(zero, 2 ** (width - 1)) if symmetric else zero
         made.append(Quantised(codes, random_bits((d_out, groups), dtype, generator), zero, width))
     return made
@@ -240,7 +256,11 @@ def damages(tensor: Tensor) -> list[Tensor]:
         shape = [*tensor.shape[:dim], 1, *tensor.shape[dim + 1 :]]
         found += [tensor.narrow(dim, 0, length - 1)] if length else []
         found.append(torch.cat([tensor, tensor.narrow(dim, length - 1, 1) if length else tensor.new_zeros(shape)], dim))
-    others = (torch.int64, torch.int16, torch.bool) if tensor.is_floating_point() else (torch.float32, torch.int64, torch.bool)
+    others = (
+        (torch.int64, torch.int16, torch.bool)
+        if tensor.is_floating_point()
+        else (torch.float32, torch.int64, torch.bool)
+    )
     return found + ([tensor.to(dtype) for dtype in others] if tensor.numel() else [])
 
 
@@ -266,7 +286,10 @@ def assert_refused_or_of_another_size(tensors: dict[str, Tensor], level: int, ex
         found = decoded(tensors, level)
     except ValueError:
         return
-    sizes = [{name: value.shape for name, value in vars(one).items() if isinstance(value, Tensor)} for one in (found, expected)]
+    sizes = [
+        {name: value.shape for name, value in vars(one).items() if isinstance(value, Tensor)}
+        for one in (found, expected)
+    ]
     if sizes[0] == sizes[1]:
         assert_same(found, expected)
 
@@ -282,11 +305,15 @@ def test_a_tensor_too_many_is_refused(kind: str) -> None:
 
 @every_kind
 def test_damaged_bytes_are_refused_or_make_another_whole_candidate(kind: str) -> None:
-    """What they still say cannot be wrong for the level: as many are kept, with a value each, and codes have their width."""
+    """What they still say cannot be wrong for the level: as many are kept, with a value each, and codes have their
+    width.
+    """
     candidates, generator = made(kind), Generator().manual_seed(1)
     for level, candidate in enumerate(candidates, start=1):
         tensors = encode(candidates)
-        for name in (name for name, tensor in tensors.items() if tensor.numel() and (name[0] == str(level) or name in SHARED)):
+        for name in (
+            name for name, tensor in tensors.items() if tensor.numel() and (name[0] == str(level) or name in SHARED)
+        ):
             for _ in range(8):
                 damaged = tensors[name].clone()
                 flat = damaged.view(-1).view(torch.uint8)
@@ -306,7 +333,9 @@ def assert_whole(candidate: Candidate) -> None:
             assert bool((candidate.kept >= 0).all()) and bool((candidate.kept.diff() > 0).all())
         case Weights():
             assert bool((candidate.mask.view(torch.uint8) <= 1).all())
-            assert candidate.weight is None or same_bits(candidate.weight.masked_fill(~candidate.mask, 0), candidate.weight)
+            assert candidate.weight is None or same_bits(
+                candidate.weight.masked_fill(~candidate.mask, 0), candidate.weight
+            )
         case Quantised():
             assert int(candidate.codes.max()) < 2**candidate.bits and int(candidate.zero.max()) < 2**candidate.bits
 
@@ -343,10 +372,19 @@ def test_weights_round_trip(seed: int, **drawn: Any) -> None:
 
 
 @settings(deadline=None, max_examples=150)
-@given(seed=SEEDS, d_out=st.integers(1, 9), groups=st.integers(1, 12), of=st.integers(2, 12), refitted=REFITTED, dtype=ANY_DTYPE)
+@given(
+    seed=SEEDS,
+    d_out=st.integers(1, 9),
+    groups=st.integers(1, 12),
+    of=st.integers(2, 12),
+    refitted=REFITTED,
+    dtype=ANY_DTYPE,
+)
 def test_patterns_round_trip(seed: int, d_out: int, groups: int, of: int, **drawn: Any) -> None:
     patterns = [(keep, of) for keep in range(of, -1, -1)]
-    assert_round_trip(some_patterns(Generator().manual_seed(seed), patterns=patterns, shape=(d_out, groups * of), **drawn))
+    assert_round_trip(
+        some_patterns(Generator().manual_seed(seed), patterns=patterns, shape=(d_out, groups * of), **drawn)
+    )
 
 
 @settings(deadline=None, max_examples=100)
@@ -443,7 +481,9 @@ def test_codes_take_their_width(bits: int) -> None:
     assert size(symmetric) == bits * 16 * 64 // 8 + 16 * 4 * 2  # zeros in the middle go without saying
 
 
-@pytest.mark.parametrize(("pattern", "bits"), [((1, 2), 1), ((2, 4), 3), ((1, 4), 2), ((3, 4), 2), ((4, 8), 7), ((8, 16), 14)])
+@pytest.mark.parametrize(
+    ("pattern", "bits"), [((1, 2), 1), ((2, 4), 3), ((1, 4), 2), ((3, 4), 2), ((4, 8), 7), ((8, 16), 14)]
+)
 def test_patterns_take_as_many_bits_a_group_as_tell_its_sets_apart(pattern: tuple[int, int], bits: int) -> None:
     mask = patterned(*pattern, (32, 80), Generator().manual_seed(0))
     taken = bits * 32 * 80 // pattern[1] // 8
@@ -467,7 +507,9 @@ def test_dropped_takes_nothing() -> None:
 
 def test_what_is_stored_is_not_what_is_at_work() -> None:
     """Changing a decoded candidate changes no other level."""
-    tensors = encode([Weights(torch.ones(2, 3, dtype=torch.bool), None), Weights(torch.eye(2, 3, dtype=torch.bool), None)])
+    tensors = encode(
+        [Weights(torch.ones(2, 3, dtype=torch.bool), None), Weights(torch.eye(2, 3, dtype=torch.bool), None)]
+    )
     first = decoded(tensors, 1)
     assert isinstance(first, Weights)
     first.mask.zero_()

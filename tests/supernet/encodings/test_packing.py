@@ -1,4 +1,6 @@
-"""Bit planes hold every whole number, can be compared without unpacking, and masks give back what was taken through them."""
+"""Bit planes hold every whole number, can be compared without unpacking, and masks give back what was taken through
+them.
+"""
 
 import pytest
 import torch
@@ -37,7 +39,9 @@ def test_numbers_are_compared_without_unpacking(bits: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_a_mask_gives_back_what_was_taken_through_it(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, share: float) -> None:
+def test_a_mask_gives_back_what_was_taken_through_it(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, share: float
+) -> None:
     monkeypatch.setattr(packing, "PIECE", 64)
     generator = Generator().manual_seed(0)
     mask = torch.rand(13, 21, generator=generator) < share

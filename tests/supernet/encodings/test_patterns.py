@@ -39,7 +39,9 @@ def test_patterns_without_a_packed_form_are_refused(keep: int, of: int) -> None:
         rank_bits(keep, of)
 
 
-@pytest.mark.parametrize(("keep", "of"), [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (7, 8), (8, 16), (1, 3), (5, 12), (1, 64)])
+@pytest.mark.parametrize(
+    ("keep", "of"), [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (7, 8), (8, 16), (1, 3), (5, 12), (1, 64)]
+)
 def test_the_pattern_is_found(keep: int, of: int) -> None:
     mask = random_mask(keep, of)
     assert find_pattern(mask) == (keep, of)

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from supernet.encodings.encoding import Members, member_columns
@@ -39,7 +46,9 @@ ModelOf = Callable[..., PreTrainedModel]
 def captured_inputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
     """What these modules receive, in the order of their calls."""
     seen: list[Tensor] = []
-    hooks = [module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0])) for module in modules]
+    hooks = [
+        module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0])) for module in modules
+    ]
     yield seen
     for hook in hooks:
         hook.remove()
@@ -147,7 +156,9 @@ def test_weights_are_out_by_in(any_model: PreTrainedModel) -> None:
 def test_every_linear_layer_has_a_stage(any_model: PreTrainedModel) -> None:
     for part in sub_blocks(any_model):
         linear = {name for name, module in part.module.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-        assert linear - {"dt_proj"} == {layer for stage in part.stages for layer in stage}  # Mamba does not call dt_proj
+        assert linear - {"dt_proj"} == {
+            layer for stage in part.stages for layer in stage
+        }  # Mamba does not call dt_proj
         assert part.column == part.stages[-1][0] and len(part.stages[-1]) == 1
 
 
@@ -264,7 +275,10 @@ def test_rows_of_a_member_are_its_own(family_model: PreTrainedModel, ids: Tensor
         before, behind = (one.inputs(part.column, hidden, contexts[0]) for one in (part, removed(part, kept)))
         columns = member_columns(kept, part.groups.width)
         torch.testing.assert_close(behind[:, columns], before[:, columns])
-        assert len({rows.layer for rows in part.groups.rows} ^ {layer for stage in part.stages[:-1] for layer in stage}) == 0
+        assert (
+            len({rows.layer for rows in part.groups.rows} ^ {layer for stage in part.stages[:-1] for layer in stage})
+            == 0
+        )
 
 
 def test_forward_is_restored_after_exceptions(family_model: PreTrainedModel, ids: Tensor) -> None:
@@ -300,7 +314,13 @@ def test_heads(family_model: PreTrainedModel) -> None:
 
 
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
-    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 11}
+    sizes = {
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 1,
+        "vocab_size": 11,
+    }
     model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
     known = (
         r"'gpt_neox' is not known; known are llama, .*mamba2; .*one entry in supernet/families\.py, "
@@ -319,7 +339,9 @@ def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
         ("gpt2", {"add_cross_attention": True}, "without cross-attention .*add_cross_attention=True"),
     ],
 )
-def test_unknown_variants_of_a_family_are_refused(model_of: ModelOf, name: str, change: dict[str, Any], why: str) -> None:
+def test_unknown_variants_of_a_family_are_refused(
+    model_of: ModelOf, name: str, change: dict[str, Any], why: str
+) -> None:
     model = model_of(name, **change)
     with pytest.raises(InputError, match=f"this variant of '{name}' is not known: .*{why}"):
         sub_blocks(model)
@@ -333,7 +355,13 @@ def test_every_family_is_walked_as_it_computes(any_model: PreTrainedModel, dtype
 @pytest.fixture
 def granite(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Makes a model of Llama's modules, which may do more with what they compute: (entry, **changes of its config)."""
-    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 11}
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "vocab_size": 11,
+    }
 
     def make(family: Family, **changes: Any) -> Any:
         monkeypatch.setitem(FAMILIES, "granite", family)

@@ -37,7 +37,11 @@ ALLOCATIONS: dict[str, Allocation] = {
     "two whole blocks absent": (3, 3, 2, 1, 3, 3),
     "nothing left": (3, 3, 3, 3, 3, 3),
 }
-STOCK = ("dense", "uniform neurons", "a whole block absent, the others alike")  # of which all families' own classes can be
+STOCK = (
+    "dense",
+    "uniform neurons",
+    "a whole block absent, the others alike",
+)  # of which all families' own classes can be
 STOCK_WITH_HEADS = ("uniform", "two whole blocks absent")  # those too whose configs have a head_dim
 
 
@@ -45,7 +49,9 @@ def logits_by_sub_blocks(model: PreTrainedModel, supernet: Supernet, allocation:
     """As a search runs it: dense sub-blocks with other parameters, absent ones left out."""
     hidden, contexts = entry(model, ids)
     for place in places(model, supernet.space):
-        candidates = [supernet.candidate(unit, allocation[unit]) if allocation[unit] else None for unit, _ in place.units]
+        candidates = [
+            supernet.candidate(unit, allocation[unit]) if allocation[unit] else None for unit, _ in place.units
+        ]
         weights = place.weights(candidates)
         if weights is not None:
             hidden = place.part(hidden, contexts[place.part.block], weights)
@@ -81,8 +87,12 @@ def test_a_smaller_model_computes_what_zeros_compute(
     pruned = assemble(family_model, family_supernet, allocation)
 
     logits = pruned(ids).logits
-    torch.testing.assert_close(logits, with_zeros(family_model, family_supernet, allocation)(ids).logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits, logits_by_sub_blocks(family_model, family_supernet, allocation, ids), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits, with_zeros(family_model, family_supernet, allocation)(ids).logits, rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        logits, logits_by_sub_blocks(family_model, family_supernet, allocation, ids), rtol=1e-4, atol=1e-4
+    )
 
     assert parameter_count(pruned) == parameters_left(family_model, family_supernet.space, allocation)
     assert is_whole(pruned)
@@ -110,7 +120,9 @@ def test_every_kind_of_unit_computes_what_zeros_compute(
         expected = with_zeros(family_model, supernet, allocation)(ids).logits
         assert not torch.allclose(expected, family_model(ids).logits, atol=0.01)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(logits, logits_by_sub_blocks(family_model, supernet, allocation, ids), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits, logits_by_sub_blocks(family_model, supernet, allocation, ids), rtol=1e-4, atol=1e-4
+        )
         if kind in ("weights", "bits", "blocks"):
             assert type(pruned) is type(family_model)
 
@@ -139,7 +151,9 @@ def test_query_heads_are_taken_out_and_each_left_meets_its_own_keys(
     supernet = supernet_of(model, "query heads")
     allocation = (1, 2) * 3
     pruned = assemble(model, supernet, allocation)
-    assert parameter_count(pruned) == parameter_count(model) - supernet.space.dense_cost + supernet.space.cost(allocation)
+    assert parameter_count(pruned) == parameter_count(model) - supernet.space.dense_cost + supernet.space.cost(
+        allocation
+    )
     pruned.set_attn_implementation(implementation)
     expected = with_zeros(model, supernet, allocation)(ids).logits
     torch.testing.assert_close(pruned(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
@@ -147,7 +161,9 @@ def test_query_heads_are_taken_out_and_each_left_meets_its_own_keys(
     first = pruned(ids[:, :7], use_cache=True)
     rest = pruned(ids[:, 7:], past_key_values=first.past_key_values).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), expected, rtol=1e-4, atol=1e-4)
-    static = pruned.generate(ids, max_new_tokens=3, cache_implementation="static", prefill_chunk_size=4, do_sample=False)
+    static = pruned.generate(
+        ids, max_new_tokens=3, cache_implementation="static", prefill_chunk_size=4, do_sample=False
+    )
     assert torch.equal(static, pruned.generate(ids, max_new_tokens=3, do_sample=False))
 
 
@@ -176,7 +192,9 @@ def test_a_head_is_tied_where_the_dense_model_s_tensors_are_one_whatever_the_con
 
 
 @pytest.mark.parametrize("level", [(0, 0), (1, 0)], ids=["stock", "pruned"])
-def test_names_of_strangers_code_are_left_behind(level: tuple[int, int], model_of: ModelOf, supernet_of: SupernetOf) -> None:
+def test_names_of_strangers_code_are_left_behind(
+    level: tuple[int, int], model_of: ModelOf, supernet_of: SupernetOf
+) -> None:
     model = model_of("llama")
     model.config.auto_map = {"AutoConfig": "stranger/repo--evil.C"}
     pruned = assemble(model, supernet_of(model, "sub-blocks"), level * 3)
@@ -197,7 +215,9 @@ def test_layers_whose_number_matters_are_skipped_instead(
     supernet = supernet_of(model, "blocks")
     pruned = assemble(model, supernet, (1, 0, 0))
     assert type(pruned) is PRUNED_CLASSES["gpt2"]
-    torch.testing.assert_close(pruned(ids).logits, with_zeros(model, supernet, (1, 0, 0))(ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        pruned(ids).logits, with_zeros(model, supernet, (1, 0, 0))(ids).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_three_groups_of_four_need_the_pruned_class(family_model: PreTrainedModel, family_supernet: Supernet) -> None:
@@ -212,7 +232,12 @@ def test_compensation_gives_a_bias_where_the_family_has_none(model_of: ModelOf, 
     supernet = supernet_of(model, "compensated members")
     pruned = assemble(model, supernet, (2, 0, 0, 2, 2, 2))
     biases = {name for name in pruned.state_dict() if name.endswith("bias")}
-    columns = ("layers.0.self_attn.o_proj", "layers.1.mlp.down_proj", "layers.2.self_attn.o_proj", "layers.2.mlp.down_proj")
+    columns = (
+        "layers.0.self_attn.o_proj",
+        "layers.1.mlp.down_proj",
+        "layers.2.self_attn.o_proj",
+        "layers.2.mlp.down_proj",
+    )
     assert biases == {f"model.{column}.bias" for column in columns}
     assert torch.equal(pruned.state_dict()["model.layers.2.mlp.down_proj.bias"], supernet.candidate(5, 2).bias)
 
@@ -263,7 +288,9 @@ def test_generation_settings_are_the_dense_ones(family_model: PreTrainedModel, f
     assert not pruned.training
 
 
-def test_bfloat16_stays_bfloat16(family_model: PreTrainedModel, random_supernet: Callable[[PreTrainedModel], Supernet]) -> None:
+def test_bfloat16_stays_bfloat16(
+    family_model: PreTrainedModel, random_supernet: Callable[[PreTrainedModel], Supernet]
+) -> None:
     model = copy.deepcopy(family_model)
     for parameter in model.parameters():  # not model.to(): that would round the rotary frequencies too
         parameter.data = parameter.data.bfloat16()
@@ -292,7 +319,9 @@ def greedy(model: PreTrainedModel, ids: Tensor, **settings: Any) -> Tensor:
     return found
 
 
-def assert_export_is(model: PreTrainedModel, stock: bool, ids: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def assert_export_is(
+    model: PreTrainedModel, stock: bool, ids: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     export(model, tokenizer, folder, lambda _: "")
     assert isinstance(model, PrunedMixin) != stock
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not stock)
@@ -324,7 +353,11 @@ def test_an_export_is_the_model_in_memory(
 
 @torch.no_grad()
 def test_an_export_without_a_block_needs_no_code(
-    any_model: PreTrainedModel, supernet_of: SupernetOf, ids: Tensor, byte_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    any_model: PreTrainedModel,
+    supernet_of: SupernetOf,
+    ids: Tensor,
+    byte_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
 ) -> None:
     model = assemble(any_model, supernet_of(any_model, "blocks"), (0, 1, 0))
     assert_export_is(model, True, ids, byte_tokenizer, tmp_path / "export")
@@ -358,7 +391,9 @@ def test_variants_of_the_families(
     model = model_of(name, **changes)
     supernet = supernet_of(model, "members")
     pruned = assemble(model, supernet, allocation)
-    torch.testing.assert_close(pruned(ids).logits, with_zeros(model, supernet, allocation)(ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        pruned(ids).logits, with_zeros(model, supernet, allocation)(ids).logits, rtol=1e-4, atol=1e-4
+    )
     stock = name in ("llama", "gemma3") and len(set(allocation)) == 1
     assert_export_is(pruned, stock, ids, byte_tokenizer, tmp_path / "export")
 
@@ -368,13 +403,17 @@ def test_every_family_can_have_what_is_asked_of_it(any_model: PreTrainedModel) -
         check_family(any_model, structured)
 
 
-WITHOUT_CLASSES = r"^the family 'granite' has an entry in supernet/families\.py but no classes in supernet/modeling_pruned\.py, "
+WITHOUT_CLASSES = (
+    r"^the family 'granite' has an entry in supernet/families\.py but no classes in supernet/modeling_pruned\.py, "
+)
 
 
 def test_a_family_with_an_entry_alone(
     supernet_of: SupernetOf, random_supernet: Callable[..., Supernet], monkeypatch: pytest.MonkeyPatch, ids: Tensor
 ) -> None:
-    """It can lose weights and blocks; that heads and neurons need classes is told before any work, and by the assembly itself."""
+    """It can lose weights and blocks; that heads and neurons need classes is told before any work, and by the assembly
+    itself.
+    """
     sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "vocab_size": 97}
     config = GraniteConfig(**sizes, num_attention_heads=8, num_key_value_heads=4, head_dim=8, pad_token_id=0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)

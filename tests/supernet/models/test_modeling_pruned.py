@@ -186,7 +186,9 @@ def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
 
 def greedy(model: Any, ids: torch.Tensor, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The continued token ids (batch, length + 10) and the logits of the new ones (batch, 10, vocab)."""
-    out = model.generate(ids, max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True, **settings)
+    out = model.generate(
+        ids, max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True, **settings
+    )
     return out.sequences, torch.stack(out.logits, dim=1)
 
 

@@ -28,7 +28,9 @@ ModelOf = Callable[..., PreTrainedModel]
 
 
 def space_of(prunables: Sequence[Prunable]) -> Space:
-    return Space(tuple(Unit(p.name, p.kind, p.total, p.choices or (Level(p.total, p.total * p.each),)) for p in prunables))
+    return Space(
+        tuple(Unit(p.name, p.kind, p.total, p.choices or (Level(p.total, p.total * p.each),)) for p in prunables)
+    )
 
 
 def names(space: Space, place: Place) -> list[tuple[str, str | None]]:
@@ -96,10 +98,13 @@ def test_layers_at_different_levels_are_merged(model_of: ModelOf) -> None:
     place = a_place(model, weight_prunables(sub_blocks(model), ()))
     assert [layer for _, layer in place.units] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     masks = [
-        torch.rand(place.part.weight(n).shape, generator=generator) < share for n, share in (("q_proj", 0.7), ("v_proj", 0.2))
+        torch.rand(place.part.weight(n).shape, generator=generator) < share
+        for n, share in (("q_proj", 0.7), ("v_proj", 0.2))
     ]
     output = torch.randn(64, 64, generator=generator)
-    found = place.weights([Weights(masks[0], None), None, Weights(masks[1], None), Weights(output > 0, output.clamp_min(0))])
+    found = place.weights(
+        [Weights(masks[0], None), None, Weights(masks[1], None), Weights(output > 0, output.clamp_min(0))]
+    )
     assert found is not None and found.keys() == {"q_proj.weight", "v_proj.weight", "o_proj.weight"}
     attention = model.model.layers[0].self_attn
     assert torch.equal(found["q_proj.weight"], attention.q_proj.weight * masks[0])
@@ -208,7 +213,9 @@ def test_sliced_equals_dense_with_zeros(
             weights = sliced(part, candidate)
             if part.groups.slices:
                 context = contexts[part.block]
-                torch.testing.assert_close(part(hidden, context, weights), reference(hidden, context), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    part(hidden, context, weights), reference(hidden, context), rtol=1e-4, atol=1e-5
+                )
             own = dict(part.module.named_parameters())
             removed = sum(own[name].numel() - w.numel() for name, w in weights.items())
             assert removed == (part.groups.members - len(candidate.kept)) * part.member_parameters

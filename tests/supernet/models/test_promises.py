@@ -29,8 +29,16 @@ REFUSED = {  # by kind of unit: limits that would promise what the file does not
     "bits": ("parameters", "bytes", "flops"),
     "query heads of gpt2": ("parameters", "bytes", "flops"),
 }
-CASES = [(name, kind) for name in ("llama_with_biases", "gemma3") for kind in ("members", "query heads", "weights", "bits")]
-CASES += [("qwen2", "blocks"), ("gpt2", "members"), ("gpt2", "query heads"), ("gpt2", "sub-blocks"), ("llama", "sub-blocks")]
+CASES = [
+    (name, kind) for name in ("llama_with_biases", "gemma3") for kind in ("members", "query heads", "weights", "bits")
+]
+CASES += [
+    ("qwen2", "blocks"),
+    ("gpt2", "members"),
+    ("gpt2", "query heads"),
+    ("gpt2", "sub-blocks"),
+    ("llama", "sub-blocks"),
+]
 
 
 class NoTokenizer:
@@ -55,7 +63,11 @@ def of_file(folder: Path, kind: str, ids: Tensor) -> dict[str, int]:
         layers = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
         flops -= 2 * TOKENS * (sum(w.numel() for w in layers) - nonzero(layers))
     parameters = nonzero(list(tensors.values())) if kind == "weights" else sum(t.numel() for t in tensors.values())
-    return {"parameters": parameters, "bytes": sum(t.numel() * t.element_size() for t in tensors.values()), "flops": flops}
+    return {
+        "parameters": parameters,
+        "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+        "flops": flops,
+    }
 
 
 def tables(model: PreTrainedModel, space: Space, dtype: torch.dtype) -> dict[str, CostTable]:
@@ -83,7 +95,9 @@ def test_what_is_promised_is_in_the_file(
     promised = tables(model, space, dtype)
     for limit in refused:
         with pytest.raises(InputError, match=f"budget.{limit}="):
-            make_budget({limit: promised[limit].dense - 1, "sequence_length": TOKENS}, model, space, lambda _: promised["flops"])
+            make_budget(
+                {limit: promised[limit].dense - 1, "sequence_length": TOKENS}, model, space, lambda _: promised["flops"]
+            )
     for index, allocation in enumerate([last, *random_allocations(space, 2, seed=3)]):
         pruned = rounded(assemble(model, supernet, allocation), dtype)
         folder = tmp_path / str(index)

@@ -48,7 +48,9 @@ def test_members(llama: tuple[SubBlock, ...]) -> None:
     assert set(found[1::2]) == {Prunable(part.name, MLP, 96, 3 * 64, 32) for part in llama[1::2]}
 
 
-def test_query_heads_cost_their_rows_of_the_queries_and_their_columns_of_the_output(llama: tuple[SubBlock, ...]) -> None:
+def test_query_heads_cost_their_rows_of_the_queries_and_their_columns_of_the_output(
+    llama: tuple[SubBlock, ...],
+) -> None:
     found = member_prunables(llama, 32, query_heads=True)
     assert set(found[::2]) == {Prunable(part.name, HEADS, 8, 64 * (8 + 8)) for part in llama[::2]}
     assert found[1::2] == member_prunables(llama, 32)[1::2]  # neurons are the same
@@ -127,7 +129,9 @@ def test_presence_of_sub_blocks(any_model: PreTrainedModel) -> None:
 def test_presence_of_whole_blocks(any_model: PreTrainedModel) -> None:
     parts = sub_blocks(any_model)
     found = presence_prunables(parts, whole_blocks=True)
-    assert [(one.name, one.kind) for one in found] == [(name, BLOCK) for name in dict.fromkeys(p.block_name for p in parts)]
+    assert [(one.name, one.kind) for one in found] == [
+        (name, BLOCK) for name in dict.fromkeys(p.block_name for p in parts)
+    ]
     for one in found:
         cost = sum(part.parameters for part in parts if part.block_name == one.name)
         assert one.choices == (Level(1, cost), Level(0, 0))
@@ -141,7 +145,26 @@ def test_patterns_are_read(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", ":", "2", "2:", ":4", "2:2", "4:2", "0:4", "-1:4", "2:-4", "2:65", "a:b", "2:4:8", "2.0:4", "2/4", "half", "²:4"]
+    "text",
+    [
+        "",
+        ":",
+        "2",
+        "2:",
+        ":4",
+        "2:2",
+        "4:2",
+        "0:4",
+        "-1:4",
+        "2:-4",
+        "2:65",
+        "a:b",
+        "2:4:8",
+        "2.0:4",
+        "2/4",
+        "half",
+        "²:4",
+    ],
 )
 def test_other_patterns_are_refused(text: str) -> None:
     with pytest.raises(
@@ -169,7 +192,9 @@ def test_impossible_widths_are_refused(llama: tuple[SubBlock, ...], bits: Sequen
 
 @pytest.mark.parametrize("group", [0, -1])
 def test_impossible_groups_are_refused(llama: tuple[SubBlock, ...], group: int) -> None:
-    with pytest.raises(InputError, match=f"^prune.pruner.group={group} must be at least 1 input; 128 is the usual choice$"):
+    with pytest.raises(
+        InputError, match=f"^prune.pruner.group={group} must be at least 1 input; 128 is the usual choice$"
+    ):
         bit_prunables(llama, (4,), group)
 
 
@@ -178,7 +203,9 @@ def test_groups_whose_scales_take_what_codes_save_are_refused(model_of: ModelOf,
     """In bfloat16 8 bits save 8 a weight, and a scale and a zero take 24: 12 a weight in groups of two."""
     parts = sub_blocks(model_of("llama").bfloat16())
     taken = f"one for {group} of its 64 inputs, take as much as 8 bits save"
-    with pytest.raises(InputError, match=rf"^prune\.pruner\.group={group}: .* {taken}; use a larger group that divides 64, or"):
+    with pytest.raises(
+        InputError, match=rf"^prune\.pruner\.group={group}: .* {taken}; use a larger group that divides 64, or"
+    ):
         bit_prunables(parts, (8, 4), group)
     assert len(bit_prunables(parts, (8, 4), 4)) == 21
 
@@ -193,7 +220,9 @@ def test_a_larger_group_is_not_asked_for_where_there_is_none() -> None:
 
 @pytest.mark.parametrize("multiple", [0, -32, 97])
 def test_an_impossible_multiple_is_refused(llama: tuple[SubBlock, ...], multiple: int) -> None:
-    with pytest.raises(InputError, match=f"^prune.multiple={multiple} must lie between 1 and the 96 neurons of an MLP; 32 suits"):
+    with pytest.raises(
+        InputError, match=f"^prune.multiple={multiple} must lie between 1 and the 96 neurons of an MLP; 32 suits"
+    ):
         member_prunables(llama, multiple)
 
 

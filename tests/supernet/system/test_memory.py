@@ -1,4 +1,6 @@
-"""Free memory is what the machine, the container and the process leave, and errors for want of it are told from others."""
+"""Free memory is what the machine, the container and the process leave, and errors for want of it are told from
+others.
+"""
 
 import errno
 import resource
@@ -37,7 +39,9 @@ def test_a_limit_on_the_address_space_counts(monkeypatch: pytest.MonkeyPatch) ->
     assert available() == 0
 
 
-def write_group(root: Path, names: tuple[str, str, str, str], limit: str, usage: int, cache: int, shared: int = 0) -> None:
+def write_group(
+    root: Path, names: tuple[str, str, str, str], limit: str, usage: int, cache: int, shared: int = 0
+) -> None:
     folder = (root / names[0]).parent
     folder.mkdir(parents=True, exist_ok=True)
     (root / names[0]).write_text(f"{limit}\n")
@@ -46,7 +50,9 @@ def write_group(root: Path, names: tuple[str, str, str, str], limit: str, usage:
 
 
 @pytest.mark.parametrize("names", [VERSION_1, VERSION_2])
-def test_a_containers_limit_counts_without_what_the_kernel_takes_back(tmp_path: Path, names: tuple[str, str, str, str]) -> None:
+def test_a_containers_limit_counts_without_what_the_kernel_takes_back(
+    tmp_path: Path, names: tuple[str, str, str, str]
+) -> None:
     write_group(tmp_path, names, "1000000", 700_000, 250_000, shared=50_000)
     assert memory._left_in_group(*names, root=tmp_path) == 500_000
 

@@ -72,7 +72,9 @@ class TestSelection:
 
     def test_it_comes_near_to_the_optimum_of_a_large_space(self, space_of: SpaceOf) -> None:
         problem = make_problem(space_of(*TRANSFORMER * 4), 0.4, seed=5)
-        best, start = (synthetic(problem).exact(a) for a in (knapsack(synthetic(problem).losses, problem.budget), problem.start))
+        best, start = (
+            synthetic(problem).exact(a) for a in (knapsack(synthetic(problem).losses, problem.budget), problem.start)
+        )
         states, _ = run(EvoPress(generations=100, offspring=16, tokens=[16, 64], survivors=[4, 1]), problem)
         found = synthetic(problem).exact(states[-1].parent)
         assert best <= found + 1e-12
@@ -119,7 +121,9 @@ class TestSelection:
         ],
         ids=str,
     )
-    def test_bad_settings_of_its_own_are_refused(self, kind: type[Evolution], changed: dict[str, Any], message: str) -> None:
+    def test_bad_settings_of_its_own_are_refused(
+        self, kind: type[Evolution], changed: dict[str, Any], message: str
+    ) -> None:
         with pytest.raises(InputError, match=message):
             kind(**(STEPS | changed))
 
@@ -133,7 +137,11 @@ class TestExchange:
         space = space_of((100, (8, 6, 4, 2, 0)), (2, (400, 300, 200, 100, 0)), (100, (8, 6, 4, 2, 0)))
         problem = make_problem(space, 0.5)
         assert problem.start == (2, 2, 2)
-        assert children(problem, 40, within_kind=True) == {(1, 2, 3), (3, 2, 1), None}  # the MLP has nobody to trade with
+        assert children(problem, 40, within_kind=True) == {
+            (1, 2, 3),
+            (3, 2, 1),
+            None,
+        }  # the MLP has nobody to trade with
 
     def test_a_switch_moves_two_units_where_costs_are_alike(self, space_of: SpaceOf) -> None:
         problem = make_problem(space_of(*[(10, (8, 7, 6, 5, 4, 3, 2, 1, 0))] * 10), 0.5)
@@ -148,7 +156,9 @@ class TestExchange:
         assert len(pairs) == 10 * 9  # any unit with any other
 
     def test_what_a_large_payer_frees_goes_to_others(self, space_of: SpaceOf) -> None:
-        space = space_of((50, (4, 2, 0)), *[(10, (6, 5, 4, 3, 2, 1, 0))] * 2)  # a step of the first unit is ten of the others'
+        space = space_of(
+            (50, (4, 2, 0)), *[(10, (6, 5, 4, 3, 2, 1, 0))] * 2
+        )  # a step of the first unit is ten of the others'
         problem = Problem(space, budget_of(space, 150), (1, 5, 2), Synthetic(space))
         assert problem.budget.met(problem.start)
         found = children(problem, 200)
@@ -235,7 +245,11 @@ class TestRandom:
 
         def away(spread: float) -> float:
             rows = last_step(
-                run(Random(**STEPS | {"generations": 1, "offspring": 30, "survivors": [30, 30, 1]}, spread=spread), problem)[1], 0
+                run(
+                    Random(**STEPS | {"generations": 1, "offspring": 30, "survivors": [30, 30, 1]}, spread=spread),
+                    problem,
+                )[1],
+                0,
             )
             return float(np.mean([np.abs(np.subtract(row.allocation, problem.start)).mean() for row in rows[1:]]))
 
@@ -245,5 +259,7 @@ class TestRandom:
 
     def test_the_parent_does_not_matter(self, problem: Problem) -> None:
         other = tuple(8 - level for level in problem.start)
-        drawn = [Random(**STEPS).propose(problem, parent, np.random.default_rng(0)) for parent in (problem.start, other)]
+        drawn = [
+            Random(**STEPS).propose(problem, parent, np.random.default_rng(0)) for parent in (problem.start, other)
+        ]
         assert drawn[0] == drawn[1]

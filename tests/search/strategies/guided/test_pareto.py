@@ -1,4 +1,6 @@
-"""The front of one run: within all budgets, resumable, better than uniform everywhere; and budgets taken from it afterwards."""
+"""The front of one run: within all budgets, resumable, better than uniform everywhere; and budgets taken from it
+afterwards.
+"""
 
 import json
 import math
@@ -90,7 +92,9 @@ def test_all_points_keep_their_budgets(strategy: Pareto, problem: Problem, limit
     assert len(states) == 1 + strategy.generations
     for state in states[:-1]:
         starts = [tuple(point["start"]) for point in state.memory["front"]]
-        assert all(budget.allows(a, start) for budget, a, start in zip(budgets, allocations(state), starts, strict=True))
+        assert all(
+            budget.allows(a, start) for budget, a, start in zip(budgets, allocations(state), starts, strict=True)
+        )
     assert all(budget.fits(a) for budget, a in zip(budgets, allocations(states[-1]), strict=True))
     assert all(state.parent == allocations(state)[0] for state in states)
     assert states[-1].parent != problem.start
@@ -232,7 +236,9 @@ def test_a_point_s_own_budget_gives_its_allocation(file: Path, problem: Problem)
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_best_of_what_a_budget_allows_is_taken(file: Path, problem: Problem, seed: int) -> None:
-    asked = replace(make_problem(problem.space, 0.37), evaluate=Synthetic(problem.space, seed=seed + 10))  # others' losses
+    asked = replace(
+        make_problem(problem.space, 0.37), evaluate=Synthetic(problem.space, seed=seed + 10)
+    )  # others' losses
     rule = Front(str(file), tokens=64)
     found, rows = rule.advance(asked, rule.begin(asked, 0))
     assert len(rows) > 2 and asked.start in {row.allocation for row in rows}
@@ -285,7 +291,9 @@ def refusal_of(file: Path, problem: Problem) -> str:
 
 def test_mistakes_are_told(file: Path, problem: Problem, space_of: SpaceOf) -> None:
     assert "sparser than the sparsest point" in refusal_of(file, make_problem(problem.space, 0.7))
-    assert "other units: unit.8: no such unit there" in refusal_of(file, make_problem(space_of(*TRANSFORMER, (1, (4, 0))), 0.5))
+    assert "other units: unit.8: no such unit there" in refusal_of(
+        file, make_problem(space_of(*TRANSFORMER, (1, (4, 0))), 0.5)
+    )
     assert "unit.0: 8 members there, 7 members here; give one of the same model" in refusal_of(
         file, make_problem(space_of((1000, (7, 3)), *TRANSFORMER[1:]), 0.3)
     )
@@ -331,7 +339,9 @@ def test_a_budget_from_the_front_of_a_run(
     content, whole = json.loads(file.read_text()), json.loads((tmp_path / "front/allocation.json").read_text())
     assert (content["model"], content["space"]) == (whole["model"], whole["space"])
     assert content["points"][0]["kept"] == {unit["name"]: unit["kept"] for unit in whole["units"]}
-    assert [point["target"] / whole["budget"]["dense"] for point in content["points"]] == pytest.approx([0.4, 0.6, 0.8, 1.0])
+    assert [point["target"] / whole["budget"]["dense"] for point in content["points"]] == pytest.approx(
+        [0.4, 0.6, 0.8, 1.0]
+    )
     losses = [point["fitness"] for point in content["points"]]
     assert losses == sorted(losses, reverse=True) and losses[-1] == 0
 
@@ -341,7 +351,9 @@ def test_a_budget_from_the_front_of_a_run(
     assert 0.45 * half["dense"] < half["achieved"] <= half["target"] == 0.5 * half["dense"]
     assert not (tmp_path / "half/front.json").exists()
     twice = call(*rule, "rounds=2", "budget.sparsity=null", "budget.bytes=750kB", "hydra.run.dir=bytes")
-    assert twice.returncode == 0 and "rounds=2 with strategy=front" in twice.stdout and "rounds=1 will do" in twice.stdout
+    assert (
+        twice.returncode == 0 and "rounds=2 with strategy=front" in twice.stdout and "rounds=1 will do" in twice.stdout
+    )
     assert "sparser than the sparsest point" in refusal(call(*rule, "budget.sparsity=0.7", "dry_run=true"))
     assert "sparser than the sparsest point" in refusal(call(*rule, "budget.sparsity=0.7", "hydra.run.dir=none"))
     assert "other units" in refusal(call(*rule, "prune=wanda", "hydra.run.dir=other"))

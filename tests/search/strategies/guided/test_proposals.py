@@ -90,18 +90,22 @@ def test_the_strength_that_ranks_left_out_pairs_best_is_taken() -> None:
     truth = rng.normal(size=6)
     clean, order = moved @ truth, rng.permutation(60)
     believed, doubted = (
-        np.linalg.norm(regressed(moved, y + moved.sum(1), np.ones(60), np.arange(60), root)[0]) for y in (clean, clean[order])
+        np.linalg.norm(regressed(moved, y + moved.sum(1), np.ones(60), np.arange(60), root)[0])
+        for y in (clean, clean[order])
     )
     assert believed > 3 * doubted
 
 
 def test_pairs_of_a_group_are_left_out_together() -> None:
-    """Copies of a pair predict each other, whatever they say: only where they are apart does noise look like knowledge."""
+    """Copies of a pair predict each other, whatever they say: only where they are apart does noise look like
+    knowledge.
+    """
     rng = np.random.default_rng(0)
     moved, noise = np.repeat(rng.normal(size=(16, 40)), 2, 0), np.repeat(rng.normal(size=16), 2)
     noise += moved.sum(1)
     apart, together = (
-        np.linalg.norm(regressed(moved, noise, np.ones(32), g, np.eye(40))[0]) for g in (np.arange(32), np.arange(32) // 2)
+        np.linalg.norm(regressed(moved, noise, np.ones(32), g, np.eye(40))[0])
+        for g in (np.arange(32), np.arange(32) // 2)
     )
     assert apart > together
 
@@ -128,11 +132,15 @@ def test_weights_are_learned_from_pairs(space_of: SpaceOf) -> None:
 
 def test_sides_of_a_pair_meet_the_budget_and_are_opposite(space_of: SpaceOf) -> None:
     problem = make_problem(space_of(*TRANSFORMER * 3))
-    _, memory = FORWARD.predict(problem, Measured(problem, 0), first_state(problem, 0), range(8), np.random.default_rng(0))
+    _, memory = FORWARD.predict(
+        problem, Measured(problem, 0), first_state(problem, 0), range(8), np.random.default_rng(0)
+    )
     for plus, minus, difference, sequences in memory["pairs"]:
         assert sequences == 1
         assert problem.budget.met(plus) and problem.budget.met(minus)
-        assert difference == pytest.approx(synthetic(problem).exact(tuple(plus)) - synthetic(problem).exact(tuple(minus)))
+        assert difference == pytest.approx(
+            synthetic(problem).exact(tuple(plus)) - synthetic(problem).exact(tuple(minus))
+        )
         assert np.dot(np.subtract(plus, problem.start), np.subtract(minus, problem.start)) < 0
 
 

@@ -65,7 +65,9 @@ def test_a_leader_that_is_no_better_has_lost_at_the_first_look() -> None:
 
 @pytest.mark.parametrize(("gain", "clear", "looked"), [(1.5, True, 32), (0.5, False, 4)])
 def test_at_the_last_look_half_of_the_errors_are_enough(gain: float, clear: bool, looked: int) -> None:
-    """A gain of so many standard errors of 32 sequences, spread evenly: no earlier look is clear; too small a one has no hope."""
+    """A gain of so many standard errors of 32 sequences, spread evenly: no earlier look is clear; too small a one has
+    no hope.
+    """
     losses = np.zeros((2, 40))
     losses[0] = np.tile([1.0, -1.0], 20) + gain / 32**0.5
     outcome, _, _ = run(losses)
@@ -117,7 +119,9 @@ def test_one_sequence_proves_nothing(sequences: int, errors: float) -> None:
 
 
 def null_acceptance(pool: int, runs: int = 300) -> float:
-    """How often one of eight offspring that are as good as their parent replaces it; losses are those of t with 4 degrees."""
+    """How often one of eight offspring that are as good as their parent replaces it; losses are those of t with 4
+    degrees.
+    """
     rng = np.random.default_rng(pool)
     losses = [rng.standard_t(4, size=(9, pool)) + 3.0 * rng.normal(size=pool) for _ in range(runs)]
     return float(np.mean([run(one)[0].clear for one in losses]))

@@ -28,7 +28,9 @@ class TestAdaptPruner:
         cosines, sizes = np.array([0.9, 0.5, 0.7, 0.95]), np.ones(4)
         expected = [0.0] * 4
         for _ in range(50):
-            expected = [min(0.99, max(0.0, s + 0.01 - 0.02 * i)) for s, i in zip(expected, importances(cosines), strict=True)]
+            expected = [
+                min(0.99, max(0.0, s + 0.01 - 0.02 * i)) for s, i in zip(expected, importances(cosines), strict=True)
+            ]
             if sum(expected) >= 4 * 0.5 - 1e-9:
                 break
         found = stepped(lambda _: cosines, sizes, 0.5, 50, 0.02)
@@ -53,7 +55,9 @@ class TestAdaptPruner:
         assert nearest(problem, [0.25, 0.125]) == (0, 0)
         assert nearest(problem, [0.8, 0.2]) == (2, 1)
 
-    def test_candidates_are_measured(self, family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor) -> None:
+    def test_candidates_are_measured(
+        self, family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor
+    ) -> None:
         space = family_supernet.space
         budget = Budget.from_sparsity(0.4, space)
         evaluator = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())

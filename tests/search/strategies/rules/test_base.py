@@ -1,4 +1,6 @@
-"""What allocation rules share: the nearest allocation that is allowed, units in the model, and one pass over the text."""
+"""What allocation rules share: the nearest allocation that is allowed, units in the model, and one pass over
+the text.
+"""
 
 import itertools
 import math
@@ -44,7 +46,9 @@ class TestTowards:
         units = problem.space.units
 
         def uneven(allocation: Allocation) -> float:
-            return sum(u.levels[0].cost * (u.sparsity(v) - sparsity) ** 2 for u, v in zip(units, allocation, strict=True))
+            return sum(
+                u.levels[0].cost * (u.sparsity(v) - sparsity) ** 2 for u, v in zip(units, allocation, strict=True)
+            )
 
         found = towards(problem, [sparsity] * len(units))
         assert problem.budget.met(found)
@@ -66,7 +70,9 @@ class TestTowards:
         budget = Budget((first, Limit("latency", int((1 - within_reach(space, 0.5)) * dense), dense, times)))
         if any(limit.lowest > limit.target for limit in budget.limits):
             pytest.skip("cannot be met")
-        everything = [a for a in itertools.product(*(range(len(unit.levels)) for unit in space.units)) if budget.fits(a)]
+        everything = [
+            a for a in itertools.product(*(range(len(unit.levels)) for unit in space.units)) if budget.fits(a)
+        ]
         start = min(everything, key=budget.left)  # so near that the knapsack hardly comes as near
         problem = Problem(space, budget, start, Smooth(space))
         assert problem.allows(towards(problem, rng.uniform(0, 1, len(space.units))))
@@ -122,7 +128,8 @@ def test_moments_of_all_inputs_in_one_pass(any_model: PreTrainedModel, ids: Tens
         for layer in s
     ]
     handles = [
-        m.register_forward_hook(lambda _, x, __, n=n: seen.setdefault(n, []).append(x[0].flatten(0, -2))) for n, m in names
+        m.register_forward_hook(lambda _, x, __, n=n: seen.setdefault(n, []).append(x[0].flatten(0, -2)))
+        for n, m in names
     ]
     with torch.no_grad():
         any_model(input_ids=ids)

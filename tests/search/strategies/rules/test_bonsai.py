@@ -25,7 +25,9 @@ class TestBonsai:
             for index in (0, 1, 4):
                 assert first[index] + second[index] == 2 * start[index]
             assert all(
-                0 <= v <= m and abs(v - s) <= 2 for one in (first, second) for v, m, s in zip(one, most, start, strict=True)
+                0 <= v <= m and abs(v - s) <= 2
+                for one in (first, second)
+                for v, m, s in zip(one, most, start, strict=True)
             )
             assert (first[2] == 0 or second[2] == 0) and first[3] == second[3] == 0
 
@@ -72,7 +74,10 @@ class TestBonsai:
     def test_a_killed_run_goes_on_behind_its_last_portion(self, space_of: SpaceOf) -> None:
         problem, rule = problem_of(space_of(*[(10, (4, 3, 2, 1, 0))] * 6), 0.5), Bonsai(samples=50, tokens=30)
         whole, rows = run(rule, problem)
-        assert rule.generations == whole.generation == 3 and [row.generation for row in rows] == [0] * 20 + [1] * 20 + [2] * 10
+        assert (
+            rule.generations == whole.generation == 3
+            and [row.generation for row in rows] == [0] * 20 + [1] * 20 + [2] * 10
+        )
         assert rule.tokens_per_generation == 500 and not whole.memory
         state = rule.begin(problem, 0)
         for generation in range(3):

@@ -56,7 +56,9 @@ class TestFlap:
                 break
             gone[unit] += 1
             left -= sizes[unit] / len(metrics[unit])
-        assert sparsities_of(ranked, sizes, target) == pytest.approx([g / len(m) for g, m in zip(gone, metrics, strict=True)])
+        assert sparsities_of(ranked, sizes, target) == pytest.approx(
+            [g / len(m) for g, m in zip(gone, metrics, strict=True)]
+        )
 
     def test_a_layer_that_hardly_fluctuates_in_places_loses_them(self, model_of: ModelOf, ids: Tensor) -> None:
         model = model_of("llama")

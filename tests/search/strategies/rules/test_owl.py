@@ -24,7 +24,9 @@ class TestOwl:
         shares, sizes = np.array([3.0, 1.0, 5.0]), np.array([10.0, 10.0, 10.0])
         found = owl_sparsities(shares, sizes, 0.7, 0.08)
         assert found == pytest.approx([0.7, 0.78, 0.62])
-        assert np.average(owl_sparsities(shares, np.array([1.0, 5.0, 2.0]), 0.7, 0.08), weights=[1, 5, 2]) == pytest.approx(0.7)
+        assert np.average(
+            owl_sparsities(shares, np.array([1.0, 5.0, 2.0]), 0.7, 0.08), weights=[1, 5, 2]
+        ) == pytest.approx(0.7)
         assert owl_sparsities(np.ones(3), sizes, 0.7, 0.08) == pytest.approx([0.7] * 3)
         assert owl_sparsities(shares, sizes, 0.05, 0.5).min() == 0.0
 
@@ -34,7 +36,11 @@ class TestOwl:
         problem = problem_of(space_of_kind(model, "weights"), 0.5, dense_of(model, ids))
         state, _ = run(Owl(spread=0.4), problem)
         kept = [
-            sum(level for unit, level in zip(problem.space.units, state.parent, strict=True) if f"layers.{b}." in unit.name)
+            sum(
+                level
+                for unit, level in zip(problem.space.units, state.parent, strict=True)
+                if f"layers.{b}." in unit.name
+            )
             for b in range(3)
         ]
         assert kept[1] < min(kept[0], kept[2])

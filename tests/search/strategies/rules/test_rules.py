@@ -57,7 +57,9 @@ def fits(rule: str, kind: str) -> bool:
 class TestEveryRule:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("name", RULES)
-    def test_the_budget_is_kept_on_every_kind_of_space(self, name: str, kind: str, llama: PreTrainedModel, ids: Tensor) -> None:
+    def test_the_budget_is_kept_on_every_kind_of_space(
+        self, name: str, kind: str, llama: PreTrainedModel, ids: Tensor
+    ) -> None:
         for sparsity in (0.2, 0.5, 0.65):
             problem = problem_of(space_of_kind(llama, kind), sparsity, dense_of(llama, ids))
             if not fits(name, kind):
@@ -75,7 +77,11 @@ class TestEveryRule:
 
     @pytest.mark.parametrize("name", RULES)
     def test_every_family(self, name: str, any_model: PreTrainedModel, ids: Tensor) -> None:
-        kinds = ["weights", "blocks"] if any_model.config.model_type.startswith("mamba") else ["KV groups", "weights", "blocks"]
+        kinds = (
+            ["weights", "blocks"]
+            if any_model.config.model_type.startswith("mamba")
+            else ["KV groups", "weights", "blocks"]
+        )
         for kind in kinds:
             if fits(name, kind):
                 problem = problem_of(space_of_kind(any_model, kind), 0.4, dense_of(any_model, ids))
@@ -91,8 +97,12 @@ class TestEveryRule:
         assert problem.allows(state.parent)
 
     @pytest.mark.parametrize("name", RULES)
-    def test_the_same_seed_gives_the_same_and_a_checkpoint_goes_on(self, name: str, llama: PreTrainedModel, ids: Tensor) -> None:
-        problem = problem_of(space_of_kind(llama, "sub-blocks" if name == "shortgpt" else "KV groups"), 0.5, dense_of(llama, ids))
+    def test_the_same_seed_gives_the_same_and_a_checkpoint_goes_on(
+        self, name: str, llama: PreTrainedModel, ids: Tensor
+    ) -> None:
+        problem = problem_of(
+            space_of_kind(llama, "sub-blocks" if name == "shortgpt" else "KV groups"), 0.5, dense_of(llama, ids)
+        )
         before = RULES[name].begin(problem, 3)
         assert before.parent == problem.start and before.generation == before.tokens == 0
         content = json.loads(json.dumps(asdict(replace(before, fitness=None))))
@@ -100,7 +110,9 @@ class TestEveryRule:
         first, second = RULES[name].advance(problem, before), RULES[name].advance(problem, resumed)
         for states in zip(*(asdict(replace(state, fitness=0.0)).items() for state, _ in (first, second)), strict=True):
             assert states[0] == states[1]
-        assert [(r.allocation, r.fitness, r.step) for r in first[1]] == [(r.allocation, r.fitness, r.step) for r in second[1]]
+        assert [(r.allocation, r.fitness, r.step) for r in first[1]] == [
+            (r.allocation, r.fitness, r.step) for r in second[1]
+        ]
 
     @pytest.mark.parametrize("name", RULES)
     def test_no_choice_ends_at_once(self, name: str, space_of: SpaceOf) -> None:
@@ -132,14 +144,18 @@ class TestEveryRule:
         before = {key: value.clone() for key, value in model.state_dict().items()}
         run(
             RULES[name],
-            problem_of(space_of_kind(model, "sub-blocks" if name == "shortgpt" else "KV groups"), 0.5, dense_of(model, ids)),
+            problem_of(
+                space_of_kind(model, "sub-blocks" if name == "shortgpt" else "KV groups"), 0.5, dense_of(model, ids)
+            ),
         )
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert not any(module._forward_pre_hooks for module in model.modules())
 
     @pytest.mark.parametrize("name", [name for name in RULES if name not in NO_MODEL])
     def test_tokens_are_counted(self, name: str, llama: PreTrainedModel, ids: Tensor) -> None:
-        problem = problem_of(space_of_kind(llama, "sub-blocks" if name == "shortgpt" else "KV groups"), 0.5, dense_of(llama, ids))
+        problem = problem_of(
+            space_of_kind(llama, "sub-blocks" if name == "shortgpt" else "KV groups"), 0.5, dense_of(llama, ids)
+        )
         state, _ = run(RULES[name], problem)
         assert state.tokens == (0 if name.startswith("alpha") else ids.numel())
         rule = RULES[name]
@@ -189,10 +205,27 @@ def test_on_a_built_supernet_of_weights(llama: PreTrainedModel, ids: Tensor, tmp
     budget = Budget.from_sparsity(0.5, window.space)
     start = uniform(window.space, budget)
     calibration = Calibration(ids, batch=2)
-    build(llama, calibration, pruner, supernet, mixture(window, "none", start), torch.device("cpu"), lambda s, _: s, "test", {})
+    build(
+        llama,
+        calibration,
+        pruner,
+        supernet,
+        mixture(window, "none", start),
+        torch.device("cpu"),
+        lambda s, _: s,
+        "test",
+        {},
+    )
     evaluator = GenerationEvaluator(llama, supernet, ids, KlDivergence())
     problem = Problem(window.space, budget, start, evaluator, dense_of(llama, ids))
-    for rule in (Uniform(), Owl(), AlphaPruning(by="layer"), Flap(), AdaptPruner(sequences=2), Bonsai(samples=8, tokens=24)):
+    for rule in (
+        Uniform(),
+        Owl(),
+        AlphaPruning(by="layer"),
+        Flap(),
+        AdaptPruner(sequences=2),
+        Bonsai(samples=8, tokens=24),
+    ):
         state, _ = run(rule, problem)
         assert problem.allows(state.parent)
     evaluator.close()
