@@ -65,8 +65,7 @@ class Estimate:
         survey = f"{_readable(self.survey)} for the survey, " if self.survey else ""
         return (
             f"about {self.seconds:,.0f} s, {stored} on disk; in memory {model} for the model, {streams} for "
-            "activations, "
-            f"{survey}{device} for a block at work"
+            f"activations, {survey}{device} for a block at work"
         )
 
 

@@ -244,8 +244,8 @@ def _factor(hessian: Tensor, damping: float, where: str, first: int = 0) -> Fact
                 )
             return Factor(raised, ridge, lower, attempt)
     raise InputError(
-        f"{where}: the Hessian is not positive definite even with damping {damping * 10.0 ** (ATTEMPTS - 1):g}; "
-        "use more calibration text"
+        f"{where}: the Hessian is not positive definite even with damping {damping * 10.0 ** (ATTEMPTS - 1):g}; use "
+        "more calibration text"
     )
 
 

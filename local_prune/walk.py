@@ -218,9 +218,8 @@ def _tell_of_zeros(model: PreTrainedModel, pruner: Pruner, space: Space) -> None
         )
     elif isinstance(pruner.statistics(layers[0], 1), LeastSquares):
         log.warning(
-            "%.1f%% of the weights to fit anew are zero already, and will not be: prune=%s fits all weights of "
-            "what it keeps; "
-            "prune=wanda_sp, taylor and others keep them as they are",
+            "%.1f%% of the weights to fit anew are zero already, and will not be: prune=%s fits all weights of what "
+            "it keeps; prune=wanda_sp, taylor and others keep them as they are",
             100 * share,
             pruner.name,
         )

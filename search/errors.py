@@ -65,8 +65,8 @@ def no_setting(key: str, siblings: Iterable[str], elsewhere: Iterable[str] = ())
     if not known:
         choice = whole.partition(".")[0]
         return (
-            f"there is no setting {key}; did you mean to take another {choice}? this choice of {choice} has none "
-            f"in {whole}"
+            f"there is no setting {key}; did you mean to take another {choice}? this choice of {choice} has none in "
+            f"{whole}"
         )
     return f"there is no setting {key}; did you mean {', '.join(elsewhere) or nearest(key, known)}?"
 

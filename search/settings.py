@@ -148,8 +148,8 @@ def read_bytes(key: str, value: Any) -> int | None:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT])(i?)B", str(value))
     if not found:
         raise InputError(
-            f"{key}={value} is not a size; use a number of bytes, or one with a unit (kB to TB, KiB to TiB) such "
-            "as 4GB or 512MiB"
+            f"{key}={value} is not a size; use a number of bytes, or one with a unit (kB to TB, KiB to TiB) such as "
+            "4GB or 512MiB"
         )
     number, unit, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1))

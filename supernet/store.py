@@ -180,8 +180,8 @@ class Supernet:
                     self.refresh()  # another process may have built it meanwhile
                 if not self.has(name):
                     raise InputError(
-                        f"the supernet {self.path} has no candidates of {name}: its build is not finished; add "
-                        "build to stages"
+                        f"the supernet {self.path} has no candidates of {name}: its build is not finished; add build "
+                        "to stages"
                     )
                 self._open[name] = UnitFile(unit_path(self.path, name), self.manifest["units"][name])
             return self._open[name]

@@ -139,13 +139,12 @@ def _unreachable(sparsity: float, space: Space, kind: str) -> str:
         dense = space.units[0].total
         return (
             f"budget.bits={(1.0 - sparsity) * dense:g} (budget.sparsity={sparsity:g}) cannot be met: all layers at "
-            "their "
-            f"narrowest take {least * dense:.4g} bits a weight, scales and zeros included; raise it, or add widths to "
-            "prune.pruner.bits"
+            f"their narrowest take {least * dense:.4g} bits a weight, scales and zeros included; raise it, or add "
+            "widths to prune.pruner.bits"
         )
     return (
-        f"budget.sparsity={sparsity:g} cannot be met: all units at their highest level remove {1.0 - least:.4g}; "
-        "lower it, or raise supernet.levels or supernet.step (with prune.pruner.pattern, add a sparser one)"
+        f"budget.sparsity={sparsity:g} cannot be met: all units at their highest level remove {1.0 - least:.4g}; lower "
+        "it, or raise supernet.levels or supernet.step (with prune.pruner.pattern, add a sparser one)"
     )
 
 

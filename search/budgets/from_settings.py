@@ -77,9 +77,8 @@ def _check_told(name: str, said: str, model: PreTrainedModel, space: Space) -> N
     kinds = {unit.kind for unit in space.units}
     if name == "bytes" and WEIGHTS in kinds:
         raise InputError(
-            f"{said}: single weights that are zero are written all the same; use budget.sparsity or "
-            "budget.parameters, or "
-            "a method that makes layers smaller, such as prune=obs or prune=depth"
+            f"{said}: single weights that are zero are written all the same; use budget.sparsity or budget.parameters, "
+            "or a method that makes layers smaller, such as prune=obs or prune=depth"
         )
     if HEADS in kinds and not slices_query_heads(family_of(model)):
         raise InputError(
@@ -110,8 +109,8 @@ def _of_whole(kind: str, said: str, value: float, table: CostTable, space: Space
         raise InputError(f"{said} is no less than the {table.dense:,} {kind} of the dense model; ask for fewer")
     if value < table.rest:
         raise InputError(
-            f"{said} is below the {table.rest:,} {kind} of what is not pruned (embeddings, norms, head, ...); "
-            f"the pruned model can have {table.lowest:,} to {table.dense:,}"
+            f"{said} is below the {table.rest:,} {kind} of what is not pruned (embeddings, norms, head, ...); the "
+            f"pruned model can have {table.lowest:,} to {table.dense:,}"
         )
     if value < table.lowest:
         raise InputError(
@@ -127,9 +126,8 @@ def _of_speedup(said: str, value: float, table: CostTable, space: Space) -> Limi
     if target < table.lowest - table.rest:
         fastest = table.dense / max(1, table.lowest)
         raise InputError(
-            f"{said} cannot be met: with all units at their highest level the model is measured {fastest:.3g} "
-            "times as fast; "
-            f"{_remedy(space)}"
+            f"{said} cannot be met: with all units at their highest level the model is measured {fastest:.3g} times as "
+            f"fast; {_remedy(space)}"
         )
     # Timings are not known better than that, and the smallest of their differences would be a step that nothing can
     # meet.

@@ -217,9 +217,8 @@ class LatencyTable:
         longest = longest_sequence(model.config)
         if longest is not None and request.prompt + request.generated > longest:
             raise InputError(
-                f"budget.prompt={request.prompt} and budget.generated={request.generated} are more than the "
-                f"{longest} tokens "
-                "that the model knows positions for; take fewer"
+                f"budget.prompt={request.prompt} and budget.generated={request.generated} are more than the {longest} "
+                "tokens that the model knows positions for; take fewer"
             )
         self.model, self.request, self.timer = model, request, timer
         shapes = [[name, *parameter.shape] for name, parameter in model.named_parameters()]
@@ -425,6 +424,5 @@ def check_faster(space: Space, given: str) -> None:
     if not {unit.kind for unit in space.units} <= {ATTENTION, MLP, MIXER, BLOCK}:
         raise InputError(
             f"{given} is for pruning that makes layers smaller; single weights, query heads and bit widths are as "
-            "slow: "
-            "use prune=obs, another structured method, or prune=depth"
+            "slow: use prune=obs, another structured method, or prune=depth"
         )

@@ -72,8 +72,8 @@ def _user_errors() -> Iterator[None]:
         line = explained(error)
         if line is None:
             line = (
-                f"{type(error).__name__}: {reason(error)}; this is a fault of this program, please report it "
-                f"with {_kept(error)}"
+                f"{type(error).__name__}: {reason(error)}; this is a fault of this program, please report it with "
+                f"{_kept(error)}"
             )
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1)

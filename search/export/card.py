@@ -145,8 +145,8 @@ def _budgets(budget: Mapping[str, Any]) -> str:
         rest = limit.get("rest", 0)
         of = "the whole model" if "rest" in limit else "what can be pruned"
         lines.append(
-            f"- {limit['kind']} of {of}: at most {limit['target'] + rest:,}, found {limit['achieved'] + rest:,}, "
-            f"dense {limit['dense'] + rest:,}"
+            f"- {limit['kind']} of {of}: at most {limit['target'] + rest:,}, found {limit['achieved'] + rest:,}, dense "
+            f"{limit['dense'] + rest:,}"
         )
     return "\n".join(lines)
 

@@ -89,10 +89,9 @@ def check_assembled(model: PreTrainedModel, sample: Sample) -> list[float]:
         worst = _worst(losses, sample.losses)
         if not _agree(losses, sample.losses, allowed):
             raise InputError(
-                f"the assembled model's loss differs by {worst:.3g} from what the search measured "
-                f"({_mean(losses):.4g} and {_mean(sample.losses):.4g}); nothing was exported: this is a fault of "
-                "this program, "
-                "please report it with the model's config.json"
+                f"the assembled model's loss differs by {worst:.3g} from what the search measured ({_mean(losses):.4g} "
+                f"and {_mean(sample.losses):.4g}); nothing was exported: this is a fault of this program, please "
+                "report it with the model's config.json"
             )
     return losses
 
@@ -115,8 +114,7 @@ def check_folder(
         raise InputError(
             f"what a fresh process loads from the export is another model: loss {_mean(found['losses']):.4g} and "
             f"{found['parameters']:,} parameters, in memory {_mean(losses):.4g} and {parameters:,}; nothing was "
-            "exported: this "
-            "is a fault of this program, please report it with the model's config.json"
+            "exported: this is a fault of this program, please report it with the model's config.json"
         )
     if not all(map(math.isfinite, losses)):
         log.warning("the loss of what is exported is not finite; use dtype=float32, or ask for less")
@@ -157,9 +155,8 @@ def _reload(folder: Path, model: PreTrainedModel, dtype: torch.dtype, sample: Sa
         if process.returncode:
             said = (process.stderr.strip() or f"status {process.returncode}").splitlines()[-1]
             raise InputError(
-                f"a fresh process cannot load the export ({said}); nothing was exported: with too little memory "
-                "for one model "
-                "more, use export.check=false; else please report it with the model's config.json"
+                f"a fresh process cannot load the export ({said}); nothing was exported: with too little memory for "
+                "one model more, use export.check=false; else please report it with the model's config.json"
             )
         found: dict[str, Any] = json.loads((place / "result.json").read_text())
         return found

@@ -103,8 +103,8 @@ class RunDirectory:
         if before is not None and before != self.settings:
             changes = ", ".join(_changes(before, self.settings))
             raise InputError(
-                f"{path} holds a run with other settings ({changes}); "
-                "set them back to continue it, choose another hydra.run.dir, or move it aside with fresh=true"
+                f"{path} holds a run with other settings ({changes}); set them back to continue it, choose another "
+                "hydra.run.dir, or move it aside with fresh=true"
             )
 
     def identify(self, identity: Mapping[str, Any]) -> None:

@@ -140,8 +140,8 @@ def _check_rounds(job: Job) -> None:
         raise InputError(f"rounds={rounds} with strategy=pareto: a front is of one set of levels; use rounds=1")
     if isinstance(job.strategy, Front) and rounds != 1:
         log.warning(
-            "rounds=%d with strategy=front: every round is built, for levels a little nearer to the front; "
-            "rounds=1 will do",
+            "rounds=%d with strategy=front: every round is built, for levels a little nearer to the front; rounds=1 "
+            "will do",
             rounds,
         )
 
@@ -317,8 +317,8 @@ def warn_if_missed(latency: Mapping[str, Any]) -> None:
     """Tell the user where the model is clearly not as fast as was asked for."""
     if latency["speedup"] < (1.0 - MISSED) * latency["asked"]:
         why = (
-            "other work on this machine may have spoilt one of the measurements; ask for more, or measure again "
-            "when it is idle"
+            "other work on this machine may have spoilt one of the measurements; ask for more, or measure again when "
+            "it is idle"
         )
         log.warning(
             "the model is %.2f times as fast, not %g times as asked: %s", latency["speedup"], latency["asked"], why
@@ -366,9 +366,8 @@ def _export(job: Job, found: Found) -> None:
         model = _assembled(job, supernet)
         if metrics is not None and metrics["searched"]["parameters"] != (count := parameter_count(model)):
             raise InputError(
-                f"metrics.json is of a model with {metrics['searched']['parameters']:,} parameters, to be exported "
-                "is one with "
-                f"{count:,}; take metrics.json away to measure again"
+                f"metrics.json is of a model with {metrics['searched']['parameters']:,} parameters, to be exported is "
+                f"one with {count:,}; take metrics.json away to measure again"
             )
         facts = _facts(job, isinstance(model, PrunedMixin))
 

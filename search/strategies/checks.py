@@ -52,13 +52,13 @@ def check_steps(tokens: Sequence[int], survivors: Sequence[int]) -> None:
     left, spent = list(survivors), list(tokens)
     if not left or len(left) != len(spent) or left[-1] != 1 or min(left) < 1:
         raise InputError(
-            f"strategy.survivors={left} must have one number for each of strategy.tokens={spent} "
-            "and end in 1; for example survivors=[4,1] tokens=[512,4096]"
+            f"strategy.survivors={left} must have one number for each of strategy.tokens={spent} and end in 1; for "
+            "example survivors=[4,1] tokens=[512,4096]"
         )
     if left != sorted(left, reverse=True) or min(spent) < 1 or spent != sorted(spent):
         raise InputError(
-            f"strategy.survivors={left} must not rise, and strategy.tokens={spent} must be above 0 "
-            "and not fall; for example survivors=[4,1] tokens=[512,4096]"
+            f"strategy.survivors={left} must not rise, and strategy.tokens={spent} must be above 0 and not fall; for "
+            "example survivors=[4,1] tokens=[512,4096]"
         )
 
 
@@ -66,8 +66,8 @@ def check_tokens(tokens: Sequence[int], single: str, last: str) -> None:
     """InputError unless these are two numbers of tokens: of one single measurement, and of the last comparison."""
     if not _are_whole(tokens) or len(tokens) != 2 or min(tokens) < 1:
         raise InputError(
-            f"strategy.tokens={tokens} must be a list of two whole numbers above 0, of {single} and of {last}; "
-            "for example [512,4096]"
+            f"strategy.tokens={tokens} must be a list of two whole numbers above 0, of {single} and of {last}; for "
+            "example [512,4096]"
         )
 
 

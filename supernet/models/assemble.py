@@ -85,9 +85,8 @@ def _pruned_class(model_type: str) -> type[PreTrainedModel]:
     if model_type not in PRUNED_CLASSES:
         raise InputError(
             f"the family '{model_type}' has an entry in supernet/models/families.py but no classes in "
-            "supernet/models/modeling_pruned.py, "
-            "which layers of different sizes need; add its two, or prune weights (prune=sparsegpt), bits (prune=gptq) "
-            "or whole blocks"
+            "supernet/models/modeling_pruned.py, which layers of different sizes need; add its two, or prune weights "
+            "(prune=sparsegpt), bits (prune=gptq) or whole blocks"
         )
     return PRUNED_CLASSES[model_type]
 

@@ -136,8 +136,7 @@ def check_known(model_type: str) -> None:
     """InputError for a `model_type` without an entry, with how to add one."""
     if model_type not in FAMILIES:
         raise InputError(
-            f"the model's architecture '{model_type}' is not known; known are {', '.join(FAMILIES)}; "
-            "a family with the same structure needs one entry in supernet/models/families.py, and to lose heads, "
-            "neurons or sub-blocks "
+            f"the model's architecture '{model_type}' is not known; known are {', '.join(FAMILIES)}; a family with the "
+            "same structure needs one entry in supernet/models/families.py, and to lose heads, neurons or sub-blocks "
             "two classes in supernet/models/modeling_pruned.py"
         )

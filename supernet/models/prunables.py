@@ -82,8 +82,8 @@ def member_prunables(
             continue
         if part.kind != ATTENTION and not 1 <= multiple <= part.groups.members:
             raise InputError(
-                f"prune.multiple={multiple} must lie between 1 and the {part.groups.members} neurons of an MLP; "
-                "32 suits most kernels"
+                f"prune.multiple={multiple} must lie between 1 and the {part.groups.members} neurons of an MLP; 32 "
+                "suits most kernels"
             )
         step = 1 if part.kind == ATTENTION else multiple
         kind = HEADS if query_heads and part.kind == ATTENTION else part.kind
@@ -109,8 +109,8 @@ def weight_prunables(parts: Sequence[SubBlock], patterns: Sequence[Pattern]) -> 
                 if d_in % pattern.of:
                     name = f"{pattern.keep}:{pattern.of}"
                     raise InputError(
-                        f"prune.pruner.pattern={name} does not divide the {d_in} inputs of {part.name}.{layer}; "
-                        "choose another M"
+                        f"prune.pruner.pattern={name} does not divide the {d_in} inputs of {part.name}.{layer}; choose "
+                        "another M"
                     )
             counts = sorted({pattern.kept(d_out * d_in) for pattern in patterns} | {d_out * d_in}, reverse=True)
             choices = tuple(Level(count, count) for count in counts)
@@ -155,9 +155,8 @@ def bit_prunables(
                 else "leave out that width"
             )
             raise InputError(
-                f"prune.pruner.group={group}: scales of {part.name}.{layer}, one for {size} of its {d_in} inputs, "
-                "take as much "
-                f"as {levels[1].kept} bits save; {remedy}"
+                f"prune.pruner.group={group}: scales of {part.name}.{layer}, one for {size} of its {d_in} inputs, take "
+                f"as much as {levels[1].kept} bits save; {remedy}"
             )
         found.append(Prunable(f"{part.name}.{layer}", BITS, dense, d_out * d_in, 1, tuple(levels)))
     return tuple(found)

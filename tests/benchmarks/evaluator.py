@@ -182,8 +182,8 @@ def speed(kind: str, root: Path, runs: int, lengths: Sequence[int]) -> None:
     ours = GenerationEvaluator(loaded.model, supernet, pool, KlDivergence())
     ours(generation[:2], np.arange(4))  # targets
     print(
-        "| tokens an allocation | ours, tokens/s | one at a time, tokens/s | ratio (least, most) | largest "
-        "difference in KL |"
+        "| tokens an allocation | ours, tokens/s | one at a time, tokens/s | ratio (least, most) | largest difference "
+        "in KL |"
     )
     print("|---|---|---|---|---|", flush=True)
     for sequences in lengths:
@@ -198,9 +198,8 @@ def speed(kind: str, root: Path, runs: int, lengths: Sequence[int]) -> None:
         ratios = [y / x for x, y in zip(*seconds, strict=True)]
         apart = np.abs(found[0] - found[1]).max()
         print(
-            f"| {sequences * LENGTH} | {count / a:,.0f} | {count / b:,.0f} | "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f}) | {apart:.4f} of "
-            f"{found[0].mean():.3f} |",
+            f"| {sequences * LENGTH} | {count / a:,.0f} | {count / b:,.0f} | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f}, {max(ratios):.2f}) | {apart:.4f} of {found[0].mean():.3f} |",
             flush=True,
         )
 

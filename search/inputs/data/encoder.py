@@ -79,17 +79,15 @@ class Encoder:
     def _templated(self, chat: Chat) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError(
-                f"{chat.where} holds chat messages, but the model's tokenizer has no chat template; take a model "
-                "tuned for chat, "
-                "or set data.source.text_column to a column of text"
+                f"{chat.where} holds chat messages, but the model's tokenizer has no chat template; take a model tuned "
+                "for chat, or set data.source.text_column to a column of text"
             )
         try:
             text = self.tokenizer.apply_chat_template([dict(message) for message in chat.messages], tokenize=False)
         except Exception as error:  # templates are programs of their authors, and raise what they like
             raise InputError(
                 f"{chat.where} does not fit the chat template of the model's tokenizer ({reason(error)}); give "
-                "messages in the "
-                "order and with the roles that it knows"
+                "messages in the order and with the roles that it knows"
             ) from error
         # Sequences begin with such tokens already; templates write them once more.
         first = self.tokenizer.convert_ids_to_tokens(list(self.leading or own_leading_tokens(self.tokenizer)))

@@ -173,9 +173,8 @@ def _without_mark(data: bytes, file: Path) -> bytes:
 
 def _not_utf8(file: Path, offset: int, error: UnicodeDecodeError) -> str:
     return (
-        f"{file}, line {_line(file, offset)} cannot be read ({error.reason}, byte "
-        f"{error.object[error.start]:#04x}): it is not "
-        "UTF-8; convert it, from Latin-1 with iconv -f LATIN1 -t UTF-8"
+        f"{file}, line {_line(file, offset)} cannot be read ({error.reason}, byte {error.object[error.start]:#04x}): "
+        "it is not UTF-8; convert it, from Latin-1 with iconv -f LATIN1 -t UTF-8"
     )
 
 

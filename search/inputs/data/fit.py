@@ -46,9 +46,8 @@ def check_sequence_length(model: PreTrainedModel, sequence_length: int) -> None:
     longest = longest_sequence(model.config)
     if longest is not None and sequence_length > longest:
         raise InputError(
-            f"data.sequence_length={sequence_length} is more than the {longest} tokens that the model knows "
-            "positions for; "
-            f"use data.sequence_length={longest} or less"
+            f"data.sequence_length={sequence_length} is more than the {longest} tokens that the model knows positions "
+            f"for; use data.sequence_length={longest} or less"
         )
 
 
@@ -60,6 +59,5 @@ def check_ids(model: PreTrainedModel, parts: Mapping[str, TokenSet]) -> None:
         if largest >= rows:
             raise InputError(
                 f"the tokenizer makes token {largest} of the {part} text, but the model has embeddings for 0 to "
-                f"{rows - 1} only; "
-                "give the model's own tokenizer"
+                f"{rows - 1} only; give the model's own tokenizer"
             )

@@ -208,8 +208,8 @@ def _check_request(sequences: Mapping[str, int | str], sequence_length: int, lea
     if sequence_length < least:
         beside = f" beside the {leading} that the tokenizer puts first" if leading else ""
         raise InputError(
-            f"data.sequence_length={sequence_length} leaves no token to predict{beside}; give {least} or more, "
-            "such as 2048"
+            f"data.sequence_length={sequence_length} leaves no token to predict{beside}; give {least} or more, such as "
+            "2048"
         )
     for part in PARTS:
         count = sequences.get(part)
@@ -243,9 +243,8 @@ def _check_length(
         have, need = tokens.ids.shape[0], fillings[part].need / room
         if have == 0:
             raise InputError(
-                f"data.sequence_length={sequence_length} is more than the {fillings[part].tokens} tokens "
-                f"that {source} has for {part} (what repeats counts once); give a smaller data.sequence_length, "
-                "or more text"
+                f"data.sequence_length={sequence_length} is more than the {fillings[part].tokens} tokens that {source} "
+                f"has for {part} (what repeats counts once); give a smaller data.sequence_length, or more text"
             )
         if need < ALL and have < need:
             short.append(f"{part} {have} of {need:.0f}")

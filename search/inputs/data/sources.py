@@ -168,8 +168,8 @@ class HubText:
         # block.
         except Exception as error:
             raise InputError(
-                f"data.source.path={self.path}, split {split}, cannot be read ({reason(error)}); "
-                "check name and network, or take text from here: data=local data.source.path=FOLDER"
+                f"data.source.path={self.path}, split {split}, cannot be read ({reason(error)}); check name and "
+                "network, or take text from here: data=local data.source.path=FOLDER"
             ) from error
 
 

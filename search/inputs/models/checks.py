@@ -72,9 +72,8 @@ def check_dense(raw: object, where: str) -> None:
 def quantised(where: str, method: str) -> InputError:
     """What to say of a quantised checkpoint."""
     return InputError(
-        f"{where} is quantised ({method}): what is pruned are the weights themselves, so give the unquantised "
-        "model it was "
-        "made from"
+        f"{where} is quantised ({method}): what is pruned are the weights themselves, so give the unquantised model it "
+        "was made from"
     )
 
 

@@ -87,8 +87,7 @@ class Source:
         if self.file("adapter_config.json"):
             raise InputError(
                 f"{self.where} has an adapter (adapter_config.json); merge it into the model first (PEFT's "
-                "merge_and_unload), "
-                "save that, and give its folder"
+                "merge_and_unload), save that, and give its folder"
             )
         for name, method in QUANTISED_FILES.items():
             if self.file(name):
@@ -126,16 +125,14 @@ class Source:
         if pickles := [name for name in names if name in PICKLES or name.endswith(PICKLED)]:
             return InputError(
                 f"{self.where} has its weights in {pickles[0]}, which is not read: such files can run code; if you "
-                "trust it, "
-                "load it elsewhere with transformers and write it anew with save_pretrained, which makes "
+                "trust it, load it elsewhere with transformers and write it anew with save_pretrained, which makes "
                 "model.safetensors"
             )
         if ggufs := [name for name in names if name.endswith(".gguf")]:
             return quantised(self.where, f"GGUF, {ggufs[0]}")
         return InputError(
-            f"{self.where} has no weights: no file named {WEIGHTS} or {INDEX}; give a folder with config.json, "
-            "weights and "
-            "tokenizer"
+            f"{self.where} has no weights: no file named {WEIGHTS} or {INDEX}; give a folder with config.json, weights "
+            "and tokenizer"
         )
 
 
@@ -154,9 +151,8 @@ def headers(files: list[Path], where: str) -> dict[str, Tensor]:
             Exception
         ) as error:  # of safetensors' own class, which is no OSError, or whatever a damaged header leads to
             raise InputError(
-                f"{where}: {path.name} cannot be read as safetensors ({reason(error)}); it is damaged or cut off, "
-                "so fetch it "
-                "again"
+                f"{where}: {path.name} cannot be read as safetensors ({reason(error)}); it is damaged or cut off, so "
+                "fetch it again"
             ) from error
     return found
 

@@ -159,8 +159,7 @@ def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         index, token = beyond[-1]
         raise InputError(
             f"{name}: its tokenizer has {len(beyond)} tokens that its embeddings have no row for ({token!r} is "
-            f"{index}, and "
-            f"there are {rows} rows); give the tokenizer that belongs to the model"
+            f"{index}, and there are {rows} rows); give the tokenizer that belongs to the model"
         )
 
 

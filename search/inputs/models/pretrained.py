@@ -164,9 +164,8 @@ def _check_amount(config: PreTrainedConfig, tensors: dict[str, Tensor], where: s
     count, held = sum(parameter.numel() for parameter in described.parameters()), elements(tensors)
     if count > MANY * held:
         raise InputError(
-            f"{where}: config.json describes {count:,} parameters, and the weights hold {held:,}; give the "
-            "config.json that "
-            "belongs to them"
+            f"{where}: config.json describes {count:,} parameters, and the weights hold {held:,}; give the config.json "
+            "that belongs to them"
         )
 
 
@@ -177,21 +176,18 @@ def _check_report(report: Any, where: str) -> None:
     if mismatched := sorted(report["mismatched_keys"]):
         name, held, described = mismatched[0]
         raise InputError(
-            f"{where}: {name} is {_by(held)} in the weights and {_by(described)} by config.json; give the "
-            "config.json that "
-            "belongs to them"
+            f"{where}: {name} is {_by(held)} in the weights and {_by(described)} by config.json; give the config.json "
+            "that belongs to them"
         )
     if report["missing_keys"]:
         raise InputError(
-            f"{where} lacks {len(report['missing_keys'])} of the weights, among them "
-            f"{min(report['missing_keys'])}; give a "
-            "complete checkpoint of a causal language model"
+            f"{where} lacks {len(report['missing_keys'])} of the weights, among them {min(report['missing_keys'])}; "
+            "give a complete checkpoint of a causal language model"
         )
     if unexpected := sorted(name for name in report["unexpected_keys"] if not name.endswith(COMPUTED)):
         raise InputError(
-            f"{where} has {len(unexpected)} weights that its config.json has no place for, among them "
-            f"{unexpected[0]}; they "
-            "would be lost, so give the config.json that belongs to them, or leave them out of the checkpoint"
+            f"{where} has {len(unexpected)} weights that its config.json has no place for, among them {unexpected[0]}; "
+            "they would be lost, so give the config.json that belongs to them, or leave them out of the checkpoint"
         )
     if report.get("error_msgs"):
         raise InputError(f"{where} cannot be loaded ({report['error_msgs'][0]}); give a complete checkpoint")

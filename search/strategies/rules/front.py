@@ -109,9 +109,9 @@ class Front(Rule):
         costs = np.maximum.accumulate(_costs(self.points, space, limit).sum(1))
         if limit.target < costs[0] - 0.5:  # costs between levels are rounded
             raise InputError(
-                f"the budget ({limit}) is sparser than the sparsest point of strategy.file={self.file}, "
-                f"which keeps {costs[0] / limit.dense:.1%} of what can be pruned; ask for less, or search with "
-                "strategy=pareto at this budget"
+                f"the budget ({limit}) is sparser than the sparsest point of strategy.file={self.file}, which keeps "
+                f"{costs[0] / limit.dense:.1%} of what can be pruned; ask for less, or search with strategy=pareto at "
+                "this budget"
             )
         below = int(np.flatnonzero(costs <= limit.target + 0.5)[-1])
         if below == len(costs) - 1:
