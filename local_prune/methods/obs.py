@@ -106,7 +106,7 @@ def _order_of_groups(
 
     All systems are positive definite and are solved by Cholesky, (H^-1)_PP = L L^T. Batched LU, which
     `torch.linalg.solve` uses, gives wrong numbers in a process where anybody has called `torch.set_num_threads`
-    (docs/experiments.md).
+    (docs/experiments/2026-11-24-set-num-threads.md).
     """
     names = torch.arange(len(inverse) // width, device=inverse.device)
     order: list[Tensor] = []
