@@ -18,10 +18,8 @@ from local_prune.walk import VERSION, Mixture, fit_of
 from supernet.models.architecture import sub_blocks
 from supernet.space import Space
 
-OF_THE_SPACE = (
-    "multiple",
-    "query_heads",
-)  # settings that decide which levels there are, and nothing else of candidates
+# settings that decide which levels there are, and nothing else of candidates
+OF_THE_SPACE = ("multiple", "query_heads")
 
 
 def build_record(

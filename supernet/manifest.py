@@ -116,7 +116,6 @@ def check_size(path: Path, size: int) -> None:
 
 def damaged(path: Path, why: str) -> InputError:
     """What to do about a file of a supernet, its manifest or a unit's, that is not as it was written."""
-    folder = (
-        path.parent if path.name == MANIFEST else path.parent.parent
-    )  # the whole supernet: its manifest names the file
+    # the whole supernet: its manifest names the file
+    folder = path.parent if path.name == MANIFEST else path.parent.parent
     return InputError(f"the supernet file {path} is damaged: {why}; delete the folder {folder} and build again")

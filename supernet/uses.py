@@ -20,10 +20,8 @@ from supernet.system.records import CHECKSUM, WRONG, UnreadableError, read_json,
 
 USES = "uses"  # in a supernet's folder
 MOST_OF_A_RECORD, MOST = 1 << 16, 1 << 26  # bytes of a record, and of a file that it may refer to
-YEARS = (
-    1970,
-    9000,
-)  # in which a supernet can have been used: others are damage, and cannot be printed in every time zone
+# in which a supernet can have been used: others are damage, and cannot be printed in every time zone
+YEARS = (1970, 9000)
 
 
 @dataclass(frozen=True)

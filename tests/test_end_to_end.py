@@ -87,9 +87,8 @@ def test_the_demo_beats_uniform(
     run_search: Callable[..., CompletedProcess[str]],
     reload: Callable[..., dict[str, Any]],
 ) -> None:
-    outcome = demo(
-        tmp_path, run_search, timeout=3 * 3600
-    )  # three quarters of an hour in float32 on two cores of its own
+    # three quarters of an hour in float32 on two cores of its own
+    outcome = demo(tmp_path, run_search, timeout=3 * 3600)
     metrics = outcome.read("metrics.json")
     assert metrics["searched"]["kl_divergence"] < metrics["uniform"]["kl_divergence"]
     assert metrics["searched"]["perplexity"] < metrics["uniform"]["perplexity"]

@@ -40,14 +40,12 @@ def joint_errors(W: Tensor, U: Tensor, removed: Tensor) -> Tensor:
         (b, systems).
     """
     size = len(W)
-    extended = torch.block_diag(
-        U.T @ U, torch.eye(size, dtype=U.dtype, device=U.device)
-    )  # rows of the identity pad small sets
+    # rows of the identity pad small sets
+    extended = torch.block_diag(U.T @ U, torch.eye(size, dtype=U.dtype, device=U.device))
     weight = torch.cat([W, torch.zeros_like(W)]).T
     errors = torch.zeros_like(W)
-    counts, ranked = removed.sum(0).sort(
-        descending=True, stable=True
-    )  # systems of like size together, padded to the largest
+    # systems of like size together, padded to the largest
+    counts, ranked = removed.sum(0).sort(descending=True, stable=True)
     sizes, start = counts.tolist(), 0
     while start < len(sizes) and sizes[start] > 0:
         chosen = ranked[start : start + max(1, SYSTEMS // sizes[start] ** 2)]
@@ -89,9 +87,8 @@ def keep_least_loss(group: Tensor, A: Tensor, keep: int, zero: Tensor | None = N
     subsets = torch.tensor(list(combinations(range(of), of - keep)), device=A.device)  # (subsets, r)
     matrices = A[subsets.unsqueeze(2), subsets.unsqueeze(1)]
     identity = torch.eye(of - keep, dtype=A.dtype, device=A.device).expand_as(matrices)
-    roots = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(matrices), identity, upper=False
-    )  # the loss is ||L^-1 w_P||^2
+    # the loss is ||L^-1 w_P||^2
+    roots = torch.linalg.solve_triangular(torch.linalg.cholesky(matrices), identity, upper=False)
     spread = A.new_zeros(*subsets.shape, of).scatter_(2, subsets.unsqueeze(1).expand_as(roots), roots)
     losses = (spread.flatten(0, 1) @ group).view(*subsets.shape, -1).square().sum(1)
     stays = torch.ones(len(subsets), of, dtype=torch.bool, device=A.device).scatter_(1, subsets, False)

@@ -112,9 +112,8 @@ def _order_of_groups(
     order: list[Tensor] = []
     for _ in range(count):
         left = len(names)
-        blocks = (
-            inverse.view(left, width, left, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        )  # (left, width, width)
+        # (left, width, width)
+        blocks = inverse.view(left, width, left, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         W, G = weight.view(left, width, -1), moment.view(left, width, -1)
         lower = torch.linalg.cholesky(blocks)
         halves = torch.linalg.solve_triangular(lower, W, upper=False)  # ||L^-1 W_P||^2 = tr(W_P^T [(H^-1)_PP]^-1 W_P)

@@ -22,9 +22,8 @@ from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 from supernet.models.prunables import Prunable, bit_prunables, group_size
 
-SHRINKS = torch.linspace(
-    1.0, 0.3, 20
-).tolist()  # of a group's range that are tried; 40 were no better, 10 up to 2 % worse
+# of a group's range that are tried; 40 were no better, 10 up to 2 % worse
+SHRINKS = torch.linspace(1.0, 0.3, 20).tolist()
 CLIPPED_BITS = (
     5  # the widest grid for which they are; from 6 bits on clipping changes the output error by less than 1 %
 )
@@ -184,9 +183,8 @@ def gptq(
         One candidate a width. Memory: about `5 * len(bits) * d_in * d_out` bytes.
     """
     sequence = torch.arange(len(W), device=W.device) if order is None else order
-    importance = torch.empty_like(U[0]).index_copy_(
-        0, sequence, 1.0 / U.square().sum(0)
-    )  # 1 / (H^-1)_jj: cost of an error
+    # 1 / (H^-1)_jj: cost of an error
+    importance = torch.empty_like(U[0]).index_copy_(0, sequence, 1.0 / U.square().sum(0))
     rest = W[sequence].repeat(1, len(bits))
     fixed = None if zero is None else zero[sequence].repeat(1, len(bits))
     table = _Table(bits, *(rest.new_empty(len(W) // layout.group, rest.shape[1]) for _ in range(3)))

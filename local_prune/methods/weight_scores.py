@@ -65,10 +65,8 @@ def rank_in_groups(scores: Tensor, dim: int) -> Tensor:
 
     For the groups of N:M: comparing all pairs beats sorting where there are few to a group and many groups.
     """
-    mine, other = (
-        scores.unsqueeze(dim),
-        scores.unsqueeze(dim + 1),
-    )  # dim is that of the others, dim + 1 that of the ranked
+    # dim is that of the others, dim + 1 that of the ranked
+    mine, other = (scores.unsqueeze(dim), scores.unsqueeze(dim + 1))
     size = scores.shape[dim]
     index = torch.arange(size, device=scores.device)
     earlier = (index.unsqueeze(1) < index).view(size, size, *[1] * (scores.dim() - dim - 1))

@@ -88,9 +88,8 @@ class Budget:
     def from_sparsity(cls, sparsity: float, space: Space, kind: str = "parameters") -> Budget:
         """Remove the fraction `sparsity` of the prunable parameters or bits; InputError where this space cannot."""
         check_sparsity(sparsity)
-        target = math.floor(
-            space.dense_cost * (1 - Fraction(str(float(sparsity))))
-        )  # as typed: 0.55 of 20 leaves 9, not 8.99...
+        # as typed: 0.55 of 20 leaves 9, not 8.99...
+        target = math.floor(space.dense_cost * (1 - Fraction(str(float(sparsity)))))
         if target < space.lowest_cost:
             raise InputError(_unreachable(sparsity, space, kind))
         return cls(

@@ -44,9 +44,8 @@ def _run(config: DictConfig) -> None:
 
         import transformers
 
-        from search.run.pipeline import (
-            run,
-        )  # takes seconds (torch, transformers); a wrong option should not wait for it
+        # takes seconds (torch, transformers); a wrong option should not wait for it
+        from search.run.pipeline import run
 
         transformers.utils.logging.disable_progress_bar()
         # transformers logs a warning for each attribute that layers of a pruned model may differ in; ours are meant to.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,5 +35,6 @@ def continuation(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
-    found = model.generate(given, attention_mask=torch.ones_like(given), generation_config=greedy)
+    generate: Any = model.generate  # transformers declares it as what a module may hold
+    found = generate(given, attention_mask=torch.ones_like(given), generation_config=greedy)
     return str(tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True))

@@ -179,9 +179,8 @@ class GenerationEvaluator:
         rows = [int(row) for row in chosen]
         self._learn_targets([row for row in dict.fromkeys(rows) if row not in self._targets])
         total = [np.zeros(len(unit.levels)) for unit in self.supernet.space.units]
-        room = min(
-            self.memory, int(available(torch.device("cpu")) * STATES)
-        )  # inputs of all sub-blocks are in main memory
+        # inputs of all sub-blocks are in main memory
+        room = min(self.memory, int(available(torch.device("cpu")) * STATES))
         size = max(1, 2 * room // (self._state_bytes * (len(self.places) + 2)))  # an input is half of `_state_bytes`
         while rows:
             some = rows[:size]
@@ -314,9 +313,8 @@ class GenerationEvaluator:
         except (RuntimeError, MemoryError) as error:
             if states == 1 or not is_out_of_memory(error):
                 raise
-        self.memory = (
-            min(self.memory, states * self._state_bytes) // 2
-        )  # out here the tensors of the failed work are gone
+        # out here the tensors of the failed work are gone
+        self.memory = min(self.memory, states * self._state_bytes) // 2
         self.cache.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -54,11 +54,8 @@ def _filed(targets: Targets, size: int, folder: Path) -> Targets:
     """The same in a file that is mapped into memory."""
     space = Activations([(size,)], torch.uint8, in_memory=False, folder=folder)[0]
     start, views = 0, list[Tensor]()
-    for tensor in (
-        targets.expected,
-        targets.normaliser,
-        targets.hidden,
-    ):  # float32 first: each begins where its dtype may
+    # float32 first: each begins where its dtype may
+    for tensor in (targets.expected, targets.normaliser, targets.hidden):
         view = space[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         views.append(view.copy_(tensor))
         start += tensor.nbytes

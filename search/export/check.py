@@ -168,9 +168,8 @@ def _environment(place: Path) -> dict[str, str]:
     ways = [way for way in sys.path if way and (Path(way).resolve() != own or (own / "transformers").is_dir())]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(ways),
-        "HF_MODULES_CACHE": str(
-            place / "modules"
-        ),  # what transformers copies to run code from the folder goes with the check
+        # what transformers copies to run code from the folder goes with the check
+        "HF_MODULES_CACHE": str(place / "modules"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }

@@ -165,9 +165,8 @@ class RunDirectory:
     def latencies(self, space: Space) -> CostTable | None:
         """What the units of a space took when the run measured them: its limit must not move when it is resumed."""
         name = LATENCY.format(space.fingerprint)
-        content = (
-            self.read(name) if self._claimed else None
-        )  # of a directory that is not claimed it may be of other settings
+        # of a directory that is not claimed it may be of other settings
+        content = self.read(name) if self._claimed else None
         if content is None:
             if self._claimed and any(
                 space.fingerprint == (self._round(file) or {}).get("space") for file in self._rounds

@@ -95,13 +95,8 @@ def run(config: DictConfig, path: Path, typed: Collection[str] = ()) -> None:
     keep_freed_memory()
     with locked(path):  # first: fresh=true must not move a run that is at work
         job = Job(config, RunDirectory(path, _settings(config), bool(config.fresh)))
-        _ = (
-            job.strategy,
-            job.pruner,
-            job.fitness,
-            job.resources,
-            job.export_dtype,
-        )  # a mistake in their settings should not wait for hours of building
+        # a mistake in their settings should not wait for hours of building
+        _ = (job.strategy, job.pruner, job.fitness, job.resources, job.export_dtype)
         _check_rounds(job)
         job.directory.identify(job.identity)
         _check_units(job, typed)

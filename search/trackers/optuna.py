@@ -80,11 +80,8 @@ class Trials:
         """
         if not self._is_journal:
             return _database(study, folder)
-        if self._journal.suffix in (
-            ".db",
-            ".sqlite",
-            ".sqlite3",
-        ):  # else it would become a journal with a misleading name
+        # else it would become a journal with a misleading name
+        if self._journal.suffix in (".db", ".sqlite", ".sqlite3"):
             raise ValueError("without sqlite:/// it would not be a database")
         mend(self._journal, self._alone)
         if self._alone and not is_readable(self._journal):
@@ -170,9 +167,8 @@ def _own(storage: BaseStorage, name: str, identity: str) -> optuna.Study:
         except DuplicatedStudyError:
             study = optuna.load_study(storage=storage, study_name=tried)
             whose = study.user_attrs.get(RUN)
-            if whose is None and not study.get_trials(
-                deepcopy=False
-            ):  # of a run that was killed before it could say so
+            # of a run that was killed before it could say so
+            if whose is None and not study.get_trials(deepcopy=False):
                 study.set_user_attr(RUN, identity)
                 whose = identity
             if whose == identity:

@@ -25,11 +25,8 @@ from supernet.models.families import MLP as MLP
 from supernet.models.families import Family, family_of
 from supernet.system.memory import is_out_of_memory
 
-CACHE = (
-    "past_key_values",
-    "use_cache",
-    "cache_params",
-)  # arguments of a block that a pass without a cache does not need
+# arguments of a block that a pass without a cache does not need
+CACHE = ("past_key_values", "use_cache", "cache_params")
 
 
 @dataclass(frozen=True)

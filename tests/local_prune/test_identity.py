@@ -113,9 +113,8 @@ def test_what_makes_no_difference_does_not_count(record: Callable[..., Any]) -> 
     assert record(ObsPruner(), batch=1) == record(ObsPruner(), batch=4)
     assert record(ObsPruner(), fit="dense") != record(ObsPruner(), fit="residual") != record(ObsPruner())
     dense = (1.0, 0.0)
-    assert (
-        record(ObsPruner(), dense, fit="dense") == record(ObsPruner(), dense) != record(ObsPruner())
-    )  # no errors, one target
+    # no errors, one target
+    assert record(ObsPruner(), dense, fit="dense") == record(ObsPruner(), dense) != record(ObsPruner())
     assert record(WandaPruner(), fit="dense") == record(WandaPruner())  # fits nothing
     assert record(ObsPruner(), name="gemma2", fit="residual") == record(ObsPruner(), name="gemma2")  # norms in the way
     assert record(MagnitudePruner(), dense, fit="dense") == record(MagnitudePruner())  # sees no inputs

@@ -181,9 +181,8 @@ def test_what_comes_next_sees_the_mean_over_levels(model: PreTrainedModel, tmp_p
     recorder = Recorder()
     supernet = built(model, tmp_path, recorder, IDS, weights=uneven)
     runs = [streams(assemble(model, supernet, [level, *[0] * 7])) for level in range(3)]
-    stream = sum(
-        weight * run[0][1] for weight, run in zip((0.5, 0.2, 0.3), runs, strict=True)
-    )  # behind the first attention
+    # behind the first attention
+    stream = sum(weight * run[0][1] for weight, run in zip((0.5, 0.2, 0.3), runs, strict=True))
     layer = model.model.layers[0]
     with torch.no_grad():
         normed = layer.post_attention_layernorm(stream.float())
@@ -362,9 +361,8 @@ def test_what_a_sub_block_adds_is_taken_as_often_as_it_is_present(
     hidden, contexts = entry(any_model, IDS)
     for part in sub_blocks(any_model):
         name = part.block_name if whole_blocks else part.name
-        if (
-            not whole_blocks or part.stages == sub_blocks(any_model)[0].stages
-        ):  # blocks are built at their first sub-block
+        # blocks are built at their first sub-block
+        if not whole_blocks or part.stages == sub_blocks(any_model)[0].stages:
             statistics = recorder.tasks[name].statistics
             assert isinstance(statistics, Moments)
             X = part.inputs(part.column, hidden, contexts[part.block]).double()

@@ -99,9 +99,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, run_search: Callable[...,
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(folder / "cache"))
-        patch.setenv(
-            "OMP_NUM_THREADS", "1"
-        )  # as the tests have it: the order of sums, and so their last bits, depends on it
+        # as the tests have it: the order of sums, and so their last bits, depends on it
+        patch.setenv("OMP_NUM_THREADS", "1")
         process = run_search(folder, "+experiment=smoke")
     assert (process.returncode, process.stderr) == (0, "")
     for row in ("dense", "uniform", "searched", "peak memory"):

@@ -224,9 +224,8 @@ def test_what_was_released_is_read_and_checked_again(finished: Supernet) -> None
     flip_a_bit(finished.path / "units" / f"{SPACE.units[0].name}.safetensors")
     with pytest.raises(InputError, match="checksum"):
         finished.candidate(0, 1)
-    assert isinstance(before, Members) and torch.equal(
-        before.kept, candidates(0)[0].kept
-    )  # what was read before is still there
+    # what was read before is still there
+    assert isinstance(before, Members) and torch.equal(before.kept, candidates(0)[0].kept)
 
 
 def manifest_of(supernet: Supernet) -> Path:

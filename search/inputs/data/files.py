@@ -265,9 +265,8 @@ def _string_from(line: str, start: int) -> str:
     """The JSON string whose contents begin at `start`, as far as the line goes."""
     try:
         return str(scanstring(line, start, True)[0])
-    except (
-        json.JSONDecodeError
-    ):  # it goes on behind the end: without an escape that is cut, or half of a surrogate pair
+    # it goes on behind the end: without an escape that is cut, or half of a surrogate pair
+    except json.JSONDecodeError:
         body = line[start:]
         cut = re.search(r"(?:\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{0,3})$", body[-12:])
         body = body[: len(body) - (len(cut.group()) if cut else 0)]

@@ -62,9 +62,8 @@ class Source:
 
     def config(self) -> Any:
         """The contents of config.json, without which there is no model."""
-        cached_file(
-            self.place, "config.json", revision=self.revision
-        )  # says what is wrong: no hub, no such repository, no right
+        # says what is wrong: no hub, no such repository, no right
+        cached_file(self.place, "config.json", revision=self.revision)
         return self.json("config.json")
 
     def json(self, name: str) -> Any:
@@ -147,9 +146,8 @@ def headers(files: list[Path], where: str) -> dict[str, Tensor]:
                 for name in file.keys():
                     part = file.get_slice(name)
                     found[name] = Tensor(part.get_dtype(), tuple(part.get_shape()))
-        except (
-            Exception
-        ) as error:  # of safetensors' own class, which is no OSError, or whatever a damaged header leads to
+        # of safetensors' own class, which is no OSError, or whatever a damaged header leads to
+        except Exception as error:
             raise InputError(
                 f"{where}: {path.name} cannot be read as safetensors ({reason(error)}); it is damaged or cut off, so "
                 "fetch it again"
@@ -170,9 +168,8 @@ def check_headers(tensors: Mapping[str, Tensor], layers: int, blocks: str, where
         if tensor.dtype.startswith("F8") or (name.endswith(("weight", "weight_packed")) and tensor.dtype not in FLOATS):
             raise quantised(where, f"{name} is of {tensor.dtype}")
     *outer, inner = blocks.split(".")
-    numbers = re.compile(
-        "".join(rf"(?:{part}\.)?" for part in outer) + rf"{inner}\.(\d+)\."
-    )  # a base model's lack the first
+    # a base model's lack the first
+    numbers = re.compile("".join(rf"(?:{part}\.)?" for part in outer) + rf"{inner}\.(\d+)\.")
     held = 1 + max((int(match[1]) for name in tensors if (match := numbers.match(name))), default=-1)
     if held != layers:
         raise InputError(

@@ -219,9 +219,8 @@ def learned(pairs: Sequence[Sequence[Any]], curves: Changes, root: np.ndarray) -
         [[[curve[level] for curve, level in zip(curves, one, strict=True)] for one in pair[:2]] for pair in pairs]
     )
     moved, differences = lost[:, 0] - lost[:, 1], np.array([pair[2] for pair in pairs])
-    squares = (
-        moved.sum(1) ** 2 + ((moved @ root) ** 2).sum(1)
-    ).mean()  # of the differences, by the prior, at a scale of 1
+    # of the differences, by the prior, at a scale of 1
+    squares = (moved.sum(1) ** 2 + ((moved @ root) ** 2).sum(1)).mean()
     scale = float((differences**2).mean() / squares) ** 0.5 if squares > 0 else 0.0
     if scale == 0.0:
         return [np.zeros(len(curves)) for _ in CAUTION]

@@ -132,9 +132,8 @@ class Guided:
             if len(found) >= self.offspring:
                 break
             damping = state.memory["damping"] * RATIO ** (attempt % self.offspring - self.offspring / 2)
-            drawn = np.exp(
-                SPREAD * rng.standard_normal(len(state.parent))
-            )  # also where unused: each attempt draws as much
+            # also where unused: each attempt draws as much
+            drawn = np.exp(SPREAD * rng.standard_normal(len(state.parent)))
             factors = drawn if attempt % 2 or attempt >= self.offspring else np.ones(len(state.parent))
             changes, prices = priced[(3 * attempt + state.generation) % len(priced)]  # each meets all dampings in time
             losses = [g + damping * factor * price for g, price, factor in zip(changes, prices, factors, strict=True)]

@@ -34,9 +34,8 @@ TIE = (
     1e-6  # weight of the distance to the uniform allocation: it decides where a wish is as near to several allocations
 )
 
-Weights = (
-    Mapping[str, Tensor] | None
-)  # of a sub-block's module, that stand for its own; None where the sub-block is absent
+# of a sub-block's module, that stand for its own; None where the sub-block is absent
+Weights = Mapping[str, Tensor] | None
 Visit = Callable[[SubBlock, Tensor, Mapping[str, Tensor], Tensor], None]
 
 

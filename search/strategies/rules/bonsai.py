@@ -153,9 +153,8 @@ class Bonsai(Rule):
             raise InputError(
                 "the losses of nearly all sub-models are not finite; check the model's weights, or use dtype=float32"
             )
-        costs = np.array(
-            [[limit.table[range(len(one)), one] for one in pair[:2]] for pair in pairs]
-        )  # (pairs, 2, units)
+        # (pairs, 2, units)
+        costs = np.array([[limit.table[range(len(one)), one] for one in pair[:2]] for pair in pairs])
         removed, differences = (costs[:, 1] - costs[:, 0]) / limit.dense, np.array([pair[2] for pair in pairs])
         losses = predicted(worths(removed, differences), limit.costs, limit.dense, start, self.reach)
         return allowed(losses, problem)

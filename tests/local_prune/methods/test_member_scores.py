@@ -143,9 +143,8 @@ def test_heads_are_ranked_by_the_squares_of_what_fluctuates() -> None:
 
 
 def test_wanda_sp_takes_the_mean_of_absolute_values() -> None:
-    dense = torch.tensor(
-        [[3.0, 2.5], [0.0, 2.5]]
-    )  # by the L2 norm the first column comes second, too; by the mean 1.5 < 2.5
+    # by the L2 norm the first column comes second, too; by the mean 1.5 < 2.5
+    dense = torch.tensor([[3.0, 2.5], [0.0, 2.5]])
     torch.testing.assert_close(wanda_sp(dense, torch.tensor([2.0, 1.0]), 1), torch.tensor([3.0, 2.5]))
     torch.testing.assert_close(wanda_sp(dense, torch.tensor([2.0, 1.0]), 2), torch.tensor([2.75]))
 

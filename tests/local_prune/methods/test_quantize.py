@@ -115,9 +115,8 @@ def test_rtn_is_the_nearest_point_of_the_best_grid(
     assert torch.equal(found.zero.double().repeat_interleave(8, 1), zero.T)
     expected = (scale * (nearest(W, scale, zero, bits) - zero)).to(dtype).double().T
     error = (found.weight.double() - W.T).abs()
-    torch.testing.assert_close(
-        error, (expected - W.T).abs(), rtol=1e-4, atol=1e-6
-    )  # of two codes at equal distance, either
+    # of two codes at equal distance, either
+    torch.testing.assert_close(error, (expected - W.T).abs(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation_order", [True, False], ids=["by activation", "as they come"])

@@ -80,9 +80,8 @@ def test_zeros_go_first(name: str) -> None:
     pruner = (WHOLE | ROWS)[name]
     task = sparse_task(pruner)
     valued = task.dense != 0
-    if isinstance(
-        task.statistics, LeastSquares
-    ):  # where weights of an input that is always 0 become 0, and so no better
+    # where weights of an input that is always 0 become 0, and so no better
+    if isinstance(task.statistics, LeastSquares):
         valued &= torch.arange(IN) != 3
     counts = [OUT * IN * 3 // 4, OUT * IN // 2, int((task.dense != 0).sum()), OUT * IN // 8]
     for kept, candidate in zip(counts, pruner.candidates(task, counts), strict=True):

@@ -167,9 +167,8 @@ def test_gblm_weighs_activations_and_gradients_as_the_authors_do(
     (candidate,) = pruner.candidates(Task("unit", case.dense, moments(case.X), survey["unit"]), [180])
     expected = torch.zeros(6, 60, dtype=torch.bool).scatter_(1, scores.topk(30, 1).indices, True)
     assert torch.equal(candidate.mask, expected)
-    sums = case.dense.double().abs() * (
-        case.X.norm(dim=0) + 30.0 * gradients
-    )  # what differs from it with many sequences
+    # what differs from it with many sequences
+    sums = case.dense.double().abs() * (case.X.norm(dim=0) + 30.0 * gradients)
     other = torch.zeros(6, 60, dtype=torch.bool).scatter_(1, sums.topk(30, 1).indices, True)
     assert torch.equal(other, expected) == (sequences == 1)
 

@@ -66,9 +66,8 @@ def assert_equal_gradients(model: PreTrainedModel, ids: Tensor, unscored: int = 
     for name in expected:
         assert expected[name].any()
         scale = float(expected[name].abs().max())
-        torch.testing.assert_close(
-            found[name], expected[name], rtol=0.0, atol=2e-6 * scale
-        )  # norms work in float32 all the same
+        # norms work in float32 all the same
+        torch.testing.assert_close(found[name], expected[name], rtol=0.0, atol=2e-6 * scale)
 
 
 def test_gradients_are_those_of_the_whole_model(any_model: PreTrainedModel, ids: Tensor) -> None:

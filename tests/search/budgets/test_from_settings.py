@@ -142,9 +142,8 @@ def test_all_that_are_given_are_kept(sparsity: Any, parameters: Any, size: Any, 
         table = tables[name]
         assert table.rest + sum(row[level] for row, level in zip(table.costs, allocation, strict=True)) <= most
     if sparsity is not None:
-        assert space.cost(allocation) <= round(
-            (1 - sparsity) * space.dense_cost, 6
-        )  # 0.1 is a little less in floating point
+        # 0.1 is a little less in floating point
+        assert space.cost(allocation) <= round((1 - sparsity) * space.dense_cost, 6)
     assert budget.met(allocation)
 
 

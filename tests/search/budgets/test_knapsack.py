@@ -281,9 +281,8 @@ def test_uniform_bits_are_the_same_width_everywhere_where_it_costs_just_that(bit
     """Of every 128 codes there are a scale of 16 and a zero of 8 bits: 0.1875 a code."""
     space = bits_space(6)
     allocation = uniform(space, Budget.from_sparsity(1 - bits / DENSE_BITS, space, "bits"))
-    assert allocation == (level,) * 6 or (
-        level == 0 and sum(allocation) == 1
-    )  # one less than dense costs a level somewhere
+    # one less than dense costs a level somewhere
+    assert allocation == (level,) * 6 or (level == 0 and sum(allocation) == 1)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.44, 0.5])

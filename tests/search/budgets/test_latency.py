@@ -108,9 +108,8 @@ def test_units_take_what_the_timer_says(noise: float, model: PreTrainedModel) ->
     table.measure(space, untracked)
     costs = table.costs(space)
     assert table.dense is not None
-    scale = (
-        table.dense.prefill / (1e-3 + 16e-3 + 10.24e-3) * (1 + 10 / 16)
-    )  # how slow it was meanwhile; with the decoded tokens
+    # how slow it was meanwhile; with the decoded tokens
+    scale = table.dense.prefill / (1e-3 + 16e-3 + 10.24e-3) * (1 + 10 / 16)
     expected = [[4, 3, 2, 0], [2.56, 1.92, 0.64]] * BLOCKS
     for row, of_unit in zip(milliseconds(costs), expected, strict=True):
         np.testing.assert_allclose(row, np.array(of_unit) * scale, rtol=1e-4, atol=1e-5)
@@ -128,9 +127,8 @@ def test_the_time_of_the_whole_model_adds_up(model: PreTrainedModel) -> None:
 def test_what_was_measured_is_not_measured_again(model: PreTrainedModel) -> None:
     space, timer = space_of(model, KEPT), FakeTimer()
     first = opened(model, timer)
-    assert (
-        len(first.missing(space)) == 3 + 3 + 1
-    )  # of attention 3, 2, 0; of MLPs 192, 64 and 0; and without all of them
+    # of attention 3, 2, 0; of MLPs 192, 64 and 0; and without all of them
+    assert len(first.missing(space)) == 3 + 3 + 1
     first.measure(space, untracked)
     passes = timer.passes
     again = opened(model, timer)

@@ -287,9 +287,8 @@ def test_products_over_the_vocabulary_are_of_plain_matrices(
 @pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 3)])
 def test_logits_have_the_shape_of_their_hidden_states(shape: tuple[int, ...], bias: bool) -> None:
     head, words = head_of(bias=True), slice(100, 150)
-    hidden = normal(*reversed(shape), HIDDEN, seed=3).movedim(
-        0, len(shape) - 1
-    )  # (tokens, models, hidden), as models lie
+    # (tokens, models, hidden), as models lie
+    hidden = normal(*reversed(shape), HIDDEN, seed=3).movedim(0, len(shape) - 1)
     found = _raw_logits(hidden, head, words, bias)
     expected = hidden @ head.linear.weight[words].T + (head.linear.bias[words] if bias else 0)
     torch.testing.assert_close(found, expected)

@@ -333,9 +333,8 @@ def test_a_sequence_may_pass_the_head_in_pieces(
     supernet = random_supernet(llama)
     pieces = copy.copy(fitness)
     expected = GenerationEvaluator(llama, supernet, ids, fitness).changes(MIXED, CHOSEN)
-    object.__setattr__(
-        pieces, "chunk_bytes", 2 * 5 * 4 * int(llama.config.vocab_size)
-    )  # of five tokens, and autograd's
+    # of five tokens, and autograd's
+    object.__setattr__(pieces, "chunk_bytes", 2 * 5 * 4 * int(llama.config.vocab_size))
     close(GenerationEvaluator(llama, supernet, ids, pieces).changes(MIXED, CHOSEN), expected, 1e-4)
 
 

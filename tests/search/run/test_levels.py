@@ -99,9 +99,8 @@ def test_later_grids_halve_the_spacing_around_what_was_found() -> None:
         window = grid.around(members(1), kept, refinement)
         levels = [128 + k * spacing for k in (2, 1, 0, -1, -2)]
         assert counts(window.space, "mlp") == [256, *levels]  # every unit has its dense level, too
-        assert expectation(window, "mlp") == pytest.approx(
-            [0.0, *(count / sum(levels) for count in levels)]
-        )  # not in the window
+        # not in the window
+        assert expectation(window, "mlp") == pytest.approx([0.0, *(count / sum(levels) for count in levels)])
 
 
 def test_later_grids_do_not_depend_on_the_lowest_of_the_first() -> None:

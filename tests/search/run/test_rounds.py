@@ -66,10 +66,8 @@ def test_a_build_for_a_rule_has_nothing_to_do(call: Call, cache: Path) -> None:
         (["prune=depth"], 1),
         (["prune=wanda", "prune.pruner.pattern=2:4"], 1),
         (["prune=rtn", "budget=bits", "budget.bits=6", "dtype=float32"], 1),
-        (
-            ["prune=sparsegpt", "prune.pruner.pattern=2:4", "prune.accumulation=chosen"],
-            2,
-        ),  # built anew along what was found
+        # built anew along what was found
+        (["prune=sparsegpt", "prune.pruner.pattern=2:4", "prune.accumulation=chosen"], 2),
         (["prune=magnitude"], 2),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

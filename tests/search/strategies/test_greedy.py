@@ -71,9 +71,8 @@ def test_an_exchange_takes_the_best_prices(space_of: SpaceOf) -> None:
     change, child = completed(problem, problem.start, (0, -1), effects) or (0.0, ())
     assert change == pytest.approx(-1.0 + 0.1 + 0.2 + 0.3)
     assert child == (0, 1, 2, 2, 2, 1)
-    freed = completed(
-        problem, problem.start, (2, 1), effects
-    )  # the level that it frees goes to the unit that gains most
+    # the level that it frees goes to the unit that gains most
+    freed = completed(problem, problem.start, (2, 1), effects)
     assert freed == (pytest.approx(0.1 - 0.4), (1, 1, 2, 1, 1, 0))
     assert completed(problem, problem.start, (0, -1), {(0, -1): -1.0, (1, 1): 0.5}) is None  # one payer has not enough
 

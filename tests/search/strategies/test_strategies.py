@@ -158,9 +158,8 @@ class TestEveryStrategy:
             assert after.generation == before.generation + 1
             assert after.fitness == final[after.parent]
             assert after.parent == before.parent or final[after.parent] == min(final.values()) < final[before.parent]
-            assert final[after.parent] == min(final.values()) or isinstance(
-                strategy, Guided
-            )  # which asks for a clear gain
+            # which asks for a clear gain
+            assert final[after.parent] == min(final.values()) or isinstance(strategy, Guided)
 
     def test_without_noise_it_never_gets_worse(self, strategy: Strategy, space_of: SpaceOf) -> None:
         problem = make_problem(space_of(*TRANSFORMER))

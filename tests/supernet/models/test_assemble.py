@@ -37,11 +37,8 @@ ALLOCATIONS: dict[str, Allocation] = {
     "two whole blocks absent": (3, 3, 2, 1, 3, 3),
     "nothing left": (3, 3, 3, 3, 3, 3),
 }
-STOCK = (
-    "dense",
-    "uniform neurons",
-    "a whole block absent, the others alike",
-)  # of which all families' own classes can be
+# of which all families' own classes can be
+STOCK = ("dense", "uniform neurons", "a whole block absent, the others alike")
 STOCK_WITH_HEADS = ("uniform", "two whole blocks absent")  # those too whose configs have a head_dim
 
 
@@ -221,9 +218,8 @@ def test_layers_whose_number_matters_are_skipped_instead(
 
 
 def test_three_groups_of_four_need_the_pruned_class(family_model: PreTrainedModel, family_supernet: Supernet) -> None:
-    pruned = assemble(
-        family_model, family_supernet, (1, 0) * 3
-    )  # six heads do not divide the hidden size: the stock config refuses
+    # six heads do not divide the hidden size: the stock config refuses
+    pruned = assemble(family_model, family_supernet, (1, 0) * 3)
     assert type(pruned) is PRUNED_CLASSES[family_model.config.model_type]
 
 

@@ -156,9 +156,8 @@ class TestExchange:
         assert len(pairs) == 10 * 9  # any unit with any other
 
     def test_what_a_large_payer_frees_goes_to_others(self, space_of: SpaceOf) -> None:
-        space = space_of(
-            (50, (4, 2, 0)), *[(10, (6, 5, 4, 3, 2, 1, 0))] * 2
-        )  # a step of the first unit is ten of the others'
+        # a step of the first unit is ten of the others'
+        space = space_of((50, (4, 2, 0)), *[(10, (6, 5, 4, 3, 2, 1, 0))] * 2)
         problem = Problem(space, budget_of(space, 150), (1, 5, 2), Synthetic(space))
         assert problem.budget.met(problem.start)
         found = children(problem, 200)

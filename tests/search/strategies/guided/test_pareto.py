@@ -236,9 +236,8 @@ def test_a_point_s_own_budget_gives_its_allocation(file: Path, problem: Problem)
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_best_of_what_a_budget_allows_is_taken(file: Path, problem: Problem, seed: int) -> None:
-    asked = replace(
-        make_problem(problem.space, 0.37), evaluate=Synthetic(problem.space, seed=seed + 10)
-    )  # others' losses
+    # others' losses
+    asked = replace(make_problem(problem.space, 0.37), evaluate=Synthetic(problem.space, seed=seed + 10))
     rule = Front(str(file), tokens=64)
     found, rows = rule.advance(asked, rule.begin(asked, 0))
     assert len(rows) > 2 and asked.start in {row.allocation for row in rows}
