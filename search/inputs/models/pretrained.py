@@ -1,7 +1,7 @@
-"""Loading a model from a local folder, or from the hub.
+"""Loading a model from a local folder or from the hub.
 
-In this order: config.json is checked, then the headers of the weights, and only then is anything loaded. What is loaded
-is what is in the checkpoint, or there is one line that says why not.
+First config.json is checked, then the headers of the weights, and only then is anything loaded. The model then holds
+exactly what the checkpoint holds, or the user gets one line that says why not.
 """
 
 import logging
@@ -35,26 +35,25 @@ from supernet.system.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-# What older versions saved of masks and rotary embeddings, which are computed today; else what a model's class itself
-# ignores.
+# Masks and rotary embeddings that older versions of transformers saved, and that are computed today.
 COMPUTED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".position_ids")
 ADVICE = "give a folder with config.json, weights and tokenizer, or a hub id that this machine can reach"
-MANY = 2  # times as many numbers as a checkpoint holds: a config that describes more was not written for it
+MANY = 2  # a config that describes so many times the numbers that a checkpoint holds was not written for it
 
 
 def from_pretrained(
     path: str, revision: str | None = None, trust_remote_code: bool = False, *, dtype: torch.dtype
 ) -> LoadedModel:
-    """Load a model of the hub, or of a local folder.
+    """Load a model from a local folder or from the hub.
 
     Args:
-        path: a folder (relative paths start at the working directory), or else a hub id such as "org/name".
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: run the Python code that the model brings along.
-        dtype: of the weights.
+        path: A folder (relative paths start at the working directory), or else a hub id such as "org/name".
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether to run Python code that the model brings along.
+        dtype: The dtype to load the weights in.
 
     Raises:
-        InputError: there is no such model, or it is not complete, or not one that can be pruned.
+        InputError: There is no such model, it is not complete, or it is none that can be pruned.
     """
     _check_arguments(path, revision, trust_remote_code)
     where = f"model.path={path}"
@@ -105,7 +104,7 @@ def _check_arguments(path: object, revision: object, trust_remote_code: object) 
 
 
 def _local_folder(path: str) -> str:
-    """The local folder that a path means, checked, or the path as it is where it can only be a hub id."""
+    """Return the folder that a path means, after a check; the path as it is if it can only be a hub id."""
     folder = Path(path).expanduser()
     try:
         there, has_config = folder.exists(), (folder / "config.json").is_file()
@@ -122,7 +121,7 @@ def _local_folder(path: str) -> str:
 
 
 def _instead(folder: Path) -> str:
-    """What to do about a folder, or file, that is no model of transformers."""
+    """Return advice about a folder, or a file, that is no model of transformers."""
     if (folder / "adapter_config.json").is_file():
         return (
             "it is an adapter, no model: merge it into its model (PEFT's merge_and_unload), and give the folder of that"
@@ -133,7 +132,7 @@ def _instead(folder: Path) -> str:
 
 
 def _config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
-    """The model's config, of a known family. The model's own code is run only where it is trusted."""
+    """Return the model's config, of a known family. The model's own code runs only if the user trusts it."""
     raw = source.config()
     check_dense(raw, source.where)
     if (
@@ -145,9 +144,8 @@ def _config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             source.place, revision=source.revision, trust_remote_code=True
         )
-        config._attn_implementation = config._experts_implementation = (
-            None  # trusted is the model's code, no kernel of others
-        )
+        # The user trusts the model's code, not kernels that it fetches from others.
+        config._attn_implementation = config._experts_implementation = None
     else:
         settings = cleaned(check_config(raw, source.where))
         with _translated(f"{source.where} has a config.json that does not describe a model", "correct it"):
@@ -158,7 +156,7 @@ def _config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def _check_amount(config: PreTrainedConfig, tensors: dict[str, Tensor], where: str) -> None:
-    """InputError for a config that describes a model of another size, before memory for it is asked for."""
+    """Raise InputError if the config describes a far larger model, before memory is taken for it."""
     with _translated(f"{where} has a config.json that does not describe a model", "correct it"), torch.device("meta"):
         described = AutoModelForCausalLM.from_config(config)
     count, held = sum(parameter.numel() for parameter in described.parameters()), elements(tensors)
@@ -170,8 +168,9 @@ def _check_amount(config: PreTrainedConfig, tensors: dict[str, Tensor], where: s
 
 
 def _check_report(report: Any, where: str) -> None:
-    """InputError if what transformers loaded is not what the checkpoint holds: it fills what is absent with random
-    numbers, leaves out what has no place, and says so in warnings only.
+    """Raise InputError if what transformers loaded is not what the checkpoint holds.
+
+    transformers fills missing weights with random numbers, leaves out those without a place, and only warns.
     """
     if mismatched := sorted(report["mismatched_keys"]):
         name, held, described = mismatched[0]
@@ -198,9 +197,9 @@ def _by(shape: Any) -> str:
 
 
 def _note_untied(model: PreTrainedModel, where: str) -> None:
-    """Correct a config that calls head and embeddings one weight where the checkpoint has two.
+    """Correct a config that ties head and embeddings although the checkpoint has two different weights.
 
-    transformers loads both and leaves the config as it is, so that whatever is made of the config ties them again.
+    transformers loads both but leaves the config as it is, so that any model made from the config would tie them again.
     """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings and head is not None and head.weight is not embeddings.weight:
@@ -213,7 +212,7 @@ def _note_untied(model: PreTrainedModel, where: str) -> None:
 
 @contextmanager
 def _translated(what: str, advice: str) -> Iterator[None]:
-    """One line for whatever the libraries raise, which is of many classes, for files that are not what they expect."""
+    """Turn whatever libraries raise about unexpected files, which are errors of many classes, into one InputError."""
     try:
         yield
     except InputError:
@@ -225,7 +224,7 @@ def _translated(what: str, advice: str) -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    """The line of an error that says most: a bare key or number says nothing without the class of the error."""
+    """Return the line of an error that says most. A bare key or number says nothing without the error's class."""
     lines = str(error).strip().splitlines()
     if len(lines) > 1 and lines[0].endswith(":"):  # a check of a config's field, and then what was wrong with it
         return " ".join(line.strip() for line in lines[:2])
@@ -235,7 +234,7 @@ def _said(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what libraries print: loads that go wrong are told in one line, with what it takes to mend them."""
+    """Silence what libraries print while they load: our own messages say what went wrong and how to mend it."""
     levels = transformers.logging.get_verbosity(), hub_logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.ERROR)

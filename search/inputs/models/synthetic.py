@@ -1,4 +1,4 @@
-"""A small model with random weights, the same for the same seed: for tests."""
+"""A small model with random weights for tests. The same seed gives the same weights."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from search.inputs.models.loaded import LoadedModel, made_ready
 from supernet.errors import InputError
 
-# A model for tests; more would be no small one.
+# It is a model for tests: larger ones are typing mistakes.
 LARGEST = {
     "hidden_size": 16_384,
     "intermediate_size": 65_536,
@@ -31,7 +31,21 @@ def random_llama(
     *,
     dtype: torch.dtype,
 ) -> LoadedModel:
-    """Make a Llama with random weights, the same for the same seed, and a tokenizer of bytes."""
+    """Make a Llama with random weights and a tokenizer with one token for each byte.
+
+    Args:
+        seed: The same seed gives the same weights.
+        hidden_size: As in transformers' `LlamaConfig`; so are the other sizes.
+        intermediate_size: Neurons of each MLP.
+        num_hidden_layers: Blocks.
+        num_attention_heads: Query heads.
+        num_key_value_heads: KV groups.
+        tie_word_embeddings: Whether the head is the embedding.
+        dtype: The dtype of the weights.
+
+    Raises:
+        InputError: A size is not a whole number in its range, or the heads do not fit the hidden size.
+    """
     _check_arguments(locals())
     _check_heads(hidden_size, num_attention_heads, num_key_value_heads)
     tokenizer = _byte_tokenizer()
