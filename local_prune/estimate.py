@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.methods.member_scores import TaylorPruner
-from local_prune.methods.members import member_layers
-from local_prune.methods.sparsegpt import WORKING
-from local_prune.methods.weight_scores import GblmPruner
+from local_prune.methods.gblm import GblmPruner
+from local_prune.methods.shared.blockwise import WORKING
+from local_prune.methods.shared.members import member_layers
+from local_prune.methods.taylor import TaylorPruner
 from local_prune.pruner import Calibration, Pruner
 from local_prune.statistics import LeastSquares
 from local_prune.text.devices import moved, on_device

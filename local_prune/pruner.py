@@ -10,17 +10,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.methods.members import Projected
-from local_prune.statistics import LeastSquares, Moments
 from supernet.encodings.encoding import Candidate
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 from supernet.models.prunables import Prunable
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]  # draws progress over a sequence with a title
-Statistics = LeastSquares | Moments | Projected
 
 FITS = ("pruned", "dense", "residual")
+
+
+class Statistics(Protocol):
+    """Sums over the calibration tokens of what a layer gets as inputs."""
+
+    def add(self, inputs: Tensor) -> None:
+        """Add a batch: X (tokens, d_in), of any float dtype."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,13 @@ def check_number(name: str, value: float, usual: str, zero: bool = False) -> Non
         raise InputError(f"prune.pruner.{name}={value} must be at most {LARGEST:,.0f}; {usual} is the usual choice")
 
 
+def finite(scores: Tensor, where: str, what: str = "activations") -> Tensor:
+    """The scores themselves; InputError if one is NaN or infinite, which says what it comes from."""
+    if not bool(torch.isfinite(scores).all()):
+        raise InputError(f"{where}: {what} are not finite; check the model's weights, or use dtype=float32")
+    return scores
+
+
 def add_gram(gram: Tensor, X: Tensor) -> None:
     """Add X^T X to the upper triangle of `gram` (d, d), panel by panel; `symmetric` gives the whole. X: (tokens, d)."""
     step = -(-len(gram) // PANELS)

@@ -8,8 +8,8 @@ reaches it are
 
     1/2 w_P [A_PP]^-1 w_P^T     and     -w_P [A_PP]^-1 A_P,:
 
-The shapes, and U, are those of `local_prune.methods.sparsegpt`: A = U^T U for the part of U from the block on, so the
-change is `-U^T e` with the errors `e = U z` of the block, where z solves `A_PP z_P = w_P` and is 0 elsewhere.
+The shapes, and U, are those of `local_prune.methods.shared.blockwise`: A = U^T U for the part of U from the block on,
+so the change is `-U^T e` with the errors `e = U z` of the block, where z solves `A_PP z_P = w_P` and is 0 elsewhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from local_prune.methods.sparsegpt import Block, BlockwisePruner, keep_largest, keep_patterned
+from local_prune.methods.shared.blockwise import Block, BlockwisePruner, keep_largest, keep_patterned
 
 SUBSETS = 70  # of a group that are compared by their joint error, at most; all of those of 4:8
 SYSTEMS = 1 << 19  # numbers in the matrices that are solved together: their 2 MiB stay in the caches
@@ -121,7 +121,7 @@ def choose(block: Block) -> Tensor:
 
 
 def solve_jointly(block: Block) -> tuple[Tensor, Tensor]:
-    """Joint removal as a `local_prune.methods.sparsegpt.Solve`: every removed weight of the block at once."""
+    """Joint removal as a `local_prune.methods.shared.blockwise.Solve`: every removed weight of the block at once."""
     mask = choose(block)
     rows = block.weight.view(len(mask), -1)
     errors = joint_errors(rows, block.U, block.removed(mask).view(len(mask), -1))

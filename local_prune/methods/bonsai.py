@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.methods.member_scores import SurveyedPruner, wanda_sp
-from local_prune.methods.members import finite
+from local_prune.methods.shared.members import SurveyedPruner
+from local_prune.methods.wanda_sp import wanda_sp
 from local_prune.pruner import Calibration, Track
-from local_prune.statistics import Moments
+from local_prune.statistics import Moments, finite
 from local_prune.text.passes import begin, lent_parts, next_token_loss
 from supernet.encodings.encoding import member_columns
 from supernet.errors import InputError

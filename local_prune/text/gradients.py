@@ -9,14 +9,12 @@ gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.methods.members import member_layers, sum_by_member
-from local_prune.pruner import Calibration, Track
 from local_prune.text.passes import Context, begin, lent_parts, loss_gradient, predictions
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
@@ -95,83 +93,8 @@ def _not_finite(what: str) -> InputError:
     return InputError(f"{what} is not finite; check the model's weights, or use dtype=float32")
 
 
-def weight_gradient_norms(
-    model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track, power: int
-) -> dict[str, Tensor]:
-    """Norm over the calibration sequences of each weight's gradient (GBLM-Pruner, Das et al. 2023).
-
-    The loss of a sequence is its mean over tokens; the sums are not divided by the number of sequences, as in the
-    authors' code.
-    Memory: one float32 copy of the linear layers.
-
-    Args:
-        model: The dense model.
-        calibration: Its text.
-        device: Where the block at work lies.
-        track: Draws progress.
-        power: 1 or 2, of the norm.
-
-    Returns:
-        Sub-block and layer, joined by a dot -> (d_out, d_in) float32 on the CPU.
-    """
-    if power not in (1, 2):
-        raise InputError(
-            f"the norm of the gradients over sequences is {power} but must be 1 or 2; 2 is the usual choice"
-        )
-    totals: dict[str, Tensor] = {}
-
-    def visit(part: SubBlock, found: Mapping[str, Tensor]) -> None:
-        for layer, gradient in found.items():
-            _add(totals, f"{part.name}.{layer}", gradient.abs() if power == 1 else gradient.square())
-
-    for ids in track(calibration.ids.split(1), "gradients"):
-        gradients(model, ids, device, visit, calibration.unscored)
-    return totals if power == 1 else {name: total.sqrt_() for name, total in totals.items()}
-
-
-def member_saliencies(
-    model: PreTrainedModel, parts: Sequence[SubBlock], calibration: Calibration, device: torch.device, track: Track
-) -> dict[str, Tensor]:
-    """First-order importance of each member (LLM-Pruner, Ma et al. 2023, section 3.2, by elements of weights:
-    `param_first`).
-
-    sum |g w| over the weights that go with the member: its rows and its columns. g is the gradient of the mean loss
-    over the whole calibration text, so it has to be summed over all batches before the absolute value is taken. Memory:
-    one float32 copy of those layers. Biases are left out, as in the authors' code.
-
-    Args:
-        model: The dense model.
-        parts: Its sub-blocks, with the members asked for.
-        calibration: Its text.
-        device: Where the block at work lies.
-        track: Draws progress.
-
-    Returns:
-        Sub-block -> (members,) float32 on the CPU, for those that have members.
-    """
-    totals: dict[str, Tensor] = {}
-    layers = {part.name: member_layers(part) for part in parts}
-    for ids in track(calibration.ids.split(calibration.batch), "gradients"):
-        share = len(ids) / len(calibration.ids)
-
-        def visit(part: SubBlock, found: Mapping[str, Tensor], share: float = share) -> None:
-            for layer in layers[part.name]:
-                _add(totals, f"{part.name}.{layer}", found[layer] * share)
-
-        gradients(model, ids, device, visit, calibration.unscored)
-    return {part.name: _saliency(part, totals) for part in parts if part.groups is not None}
-
-
-def _saliency(part: SubBlock, totals: dict[str, Tensor]) -> Tensor:
-    """Of one sub-block; takes its gradients out of `totals`."""
-    products = {}
-    for layer in member_layers(part):
-        weight = part.weight(layer).detach().to("cpu", torch.float32)
-        products[layer] = totals.pop(f"{part.name}.{layer}").mul_(weight).abs_()
-    return sum_by_member(part, products)
-
-
-def _add(totals: dict[str, Tensor], name: str, values: Tensor) -> None:
+def add_on_cpu(totals: dict[str, Tensor], name: str, values: Tensor) -> None:
+    """Add values in float32 to the total of this name in main memory."""
     values = values.to("cpu", torch.float32)
     if name in totals:
         totals[name] += values

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from local_prune.methods.obs import ObsPruner
 from local_prune.methods.sparsegpt import SparseGptPruner
-from local_prune.methods.weight_scores import WandaPruner
+from local_prune.methods.wanda import WandaPruner
 from local_prune.pruner import Calibration, Pruner
 from local_prune.walk import build
 from search.budgets.budget import Budget

@@ -10,14 +10,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from local_prune.methods.amp import AmpPruner
 from local_prune.methods.apt import AptPruner
 from local_prune.methods.bonsai import BonsaiPruner
 from local_prune.methods.depth import DepthPruner
-from local_prune.methods.member_scores import AmpPruner, FlapPruner, MagnitudeMembersPruner, TaylorPruner, WandaSpPruner
+from local_prune.methods.flap import FlapPruner
+from local_prune.methods.gblm import GblmPruner
+from local_prune.methods.gptq import GptqPruner
+from local_prune.methods.magnitude import MagnitudePruner
+from local_prune.methods.magnitude_sp import MagnitudeMembersPruner
 from local_prune.methods.obs import ObsPruner
-from local_prune.methods.quantize import GptqPruner, RtnPruner
+from local_prune.methods.rtn import RtnPruner
 from local_prune.methods.sparsegpt import SparseGptPruner
-from local_prune.methods.weight_scores import GblmPruner, MagnitudePruner, WandaPruner
+from local_prune.methods.taylor import TaylorPruner
+from local_prune.methods.wanda import WandaPruner
+from local_prune.methods.wanda_sp import WandaSpPruner
 from local_prune.pruner import Calibration, Pruner
 from local_prune.statistics import LeastSquares
 from supernet.encodings.encoding import Members, Weights, count, member_columns

@@ -15,14 +15,19 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from local_prune.estimate import Estimate, estimate, working_bytes
+from local_prune.methods.amp import AmpPruner
 from local_prune.methods.apt import AptPruner
 from local_prune.methods.bonsai import BonsaiPruner
 from local_prune.methods.depth import DepthPruner
-from local_prune.methods.member_scores import AmpPruner, FlapPruner, TaylorPruner
+from local_prune.methods.flap import FlapPruner
+from local_prune.methods.gblm import GblmPruner
+from local_prune.methods.gptq import GptqPruner
+from local_prune.methods.magnitude import MagnitudePruner
 from local_prune.methods.obs import ObsPruner
-from local_prune.methods.quantize import GptqPruner, RtnPruner
+from local_prune.methods.rtn import RtnPruner
 from local_prune.methods.sparsegpt import SparseGptPruner
-from local_prune.methods.weight_scores import GblmPruner, MagnitudePruner, WandaPruner
+from local_prune.methods.taylor import TaylorPruner
+from local_prune.methods.wanda import WandaPruner
 from local_prune.pruner import FITS, Calibration, Pruner
 from local_prune.walk import build
 from search.inputs.models import random_llama

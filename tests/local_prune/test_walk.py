@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from local_prune.methods.depth import DepthPruner
-from local_prune.methods.member_scores import FlapPruner, TaylorPruner
+from local_prune.methods.flap import FlapPruner
+from local_prune.methods.gblm import GblmPruner
+from local_prune.methods.gptq import GptqPruner
 from local_prune.methods.obs import ObsPruner
-from local_prune.methods.quantize import GptqPruner
 from local_prune.methods.sparsegpt import SparseGptPruner
-from local_prune.methods.weight_scores import GblmPruner, WandaPruner
+from local_prune.methods.taylor import TaylorPruner
+from local_prune.methods.wanda import WandaPruner
 from local_prune.pruner import FITS, Calibration, Pruner, Task
 from local_prune.statistics import LeastSquares, Moments
 from local_prune.text.streams import Streams, stream_bytes

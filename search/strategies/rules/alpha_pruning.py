@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from local_prune.methods.members import finite
+from local_prune.statistics import finite
 from local_prune.text.devices import on_device
 from search.strategies.base import Dense, Problem
 from search.strategies.checks import check_choice, check_number

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from local_prune.methods.members import finite
-from local_prune.statistics import Moments
+from local_prune.statistics import Moments, finite
 from local_prune.text.passes import begin, lent_parts
 from search.budgets.budget import Budget
 from search.budgets.knapsack import Losses, knapsack, uniform

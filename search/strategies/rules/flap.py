@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.methods.members import finite
-from local_prune.statistics import Moments
+from local_prune.statistics import Moments, finite
 from local_prune.text.devices import on_device
 from search.strategies.base import Dense, Problem
 from search.strategies.checks import check_choice

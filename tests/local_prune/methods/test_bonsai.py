@@ -20,7 +20,7 @@ from local_prune.methods.bonsai import (
     sample,
     strength_of,
 )
-from local_prune.methods.member_scores import wanda_sp
+from local_prune.methods.wanda_sp import wanda_sp
 from local_prune.pruner import Calibration, Task
 from search.inputs.models import LoadedModel
 from supernet.errors import InputError

@@ -11,19 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.methods.member_scores import (
-    AmpPruner,
-    FlapPruner,
-    MagnitudeMembersPruner,
-    TaylorPruner,
-    WandaSpPruner,
-    fluctuation,
-    magnitudes,
-    wanda_sp,
-)
-from local_prune.methods.members import best
+from local_prune.methods.amp import AmpPruner
+from local_prune.methods.flap import FlapPruner, fluctuation
+from local_prune.methods.magnitude_sp import MagnitudeMembersPruner, magnitudes
+from local_prune.methods.shared.members import best
+from local_prune.methods.taylor import TaylorPruner, member_saliencies
+from local_prune.methods.wanda_sp import WandaSpPruner, wanda_sp
 from local_prune.pruner import Calibration, Task
-from local_prune.text.gradients import member_saliencies
 from search.inputs.models import LoadedModel
 from supernet.encodings.encoding import Members, member_columns
 from supernet.errors import InputError

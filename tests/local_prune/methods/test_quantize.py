@@ -12,7 +12,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from local_prune.methods.quantize import CLIPPED_BITS, POWER, SHRINKS, GptqPruner, Layout, RtnPruner, grids
+from local_prune.methods.gptq import GptqPruner
+from local_prune.methods.rtn import RtnPruner
+from local_prune.methods.shared.grids import CLIPPED_BITS, POWER, SHRINKS, Layout, grids
 from local_prune.pruner import Pruner, Task
 from local_prune.statistics import LeastSquares
 from supernet.encodings.encoding import Quantised

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from local_prune.methods.apt import AptPruner
-from local_prune.methods.refit import refit
+from local_prune.methods.shared.refit import refit
 from local_prune.methods.sparsegpt import SparseGptPruner
 from local_prune.pruner import Task
 from supernet.errors import InputError

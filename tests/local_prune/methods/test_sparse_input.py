@@ -15,11 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from local_prune.methods.apt import AptPruner, keep_least_loss
-from local_prune.methods.member_scores import WandaSpPruner
+from local_prune.methods.gblm import GblmPruner
+from local_prune.methods.gptq import GptqPruner
+from local_prune.methods.magnitude import MagnitudePruner
 from local_prune.methods.obs import ObsPruner
-from local_prune.methods.quantize import GptqPruner, RtnPruner
-from local_prune.methods.sparsegpt import SparseGptPruner, quotas
-from local_prune.methods.weight_scores import GblmPruner, MagnitudePruner, WandaPruner
+from local_prune.methods.rtn import RtnPruner
+from local_prune.methods.shared.blockwise import quotas
+from local_prune.methods.sparsegpt import SparseGptPruner
+from local_prune.methods.wanda import WandaPruner
+from local_prune.methods.wanda_sp import WandaSpPruner
 from local_prune.pruner import Pruner, Task
 from local_prune.statistics import LeastSquares, Moments
 from supernet.encodings.encoding import Candidate, Quantised, Weights

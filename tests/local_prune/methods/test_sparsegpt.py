@@ -11,9 +11,11 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from local_prune.methods import apt, sparsegpt
+from local_prune.methods import apt
 from local_prune.methods.apt import AptPruner, joint_errors, keep_least_loss, solve_jointly
-from local_prune.methods.sparsegpt import STEP, SparseGptPruner, keep_largest, quotas, solve_columns, sweep
+from local_prune.methods.shared import blockwise
+from local_prune.methods.shared.blockwise import keep_largest, quotas, sweep
+from local_prune.methods.sparsegpt import STEP, SparseGptPruner, solve_columns
 from local_prune.pruner import Task
 from supernet.errors import InputError
 from supernet.models.prunables import Pattern
@@ -257,7 +259,7 @@ def test_a_singular_problem_is_named(kind: type[Any], layer: MakeLayer, monkeypa
     def fail(*given: Any) -> None:
         raise torch.linalg.LinAlgError("singular")
 
-    monkeypatch.setattr(sparsegpt, "sweep", fail)
+    monkeypatch.setattr(blockwise, "sweep", fail)
     case, pruner = layer(), kind()
     with pytest.raises(
         InputError, match=r"^unit: the Hessian is not positive definite even with damping 1000; use more calib"

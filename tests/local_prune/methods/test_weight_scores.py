@@ -13,18 +13,16 @@ from hypothesis import given
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from local_prune.methods import sparsegpt
-from local_prune.methods import weight_scores as unstructured
+from local_prune.methods import gblm
 from local_prune.methods.apt import AptPruner
-from local_prune.methods.sparsegpt import BlockwisePruner, SparseGptPruner
-from local_prune.methods.weight_scores import (
-    GblmPruner,
-    MagnitudePruner,
-    ScoredPruner,
-    WandaPruner,
-    pattern_of,
-    rank_in_rows,
-)
+from local_prune.methods.gblm import GblmPruner
+from local_prune.methods.magnitude import MagnitudePruner
+from local_prune.methods.shared import blockwise, weights
+from local_prune.methods.shared.blockwise import BlockwisePruner
+from local_prune.methods.shared.ranking import rank_in_rows
+from local_prune.methods.shared.weights import ScoredPruner, pattern_of
+from local_prune.methods.sparsegpt import SparseGptPruner
+from local_prune.methods.wanda import WandaPruner
 from local_prune.pruner import Calibration, Pruner, Task
 from local_prune.statistics import LeastSquares, Moments
 from supernet.encodings.encoding import Candidate
@@ -108,7 +106,7 @@ def test_the_best_scores_stay(kind: type[Any], layer: MakeLayer) -> None:
 def test_the_best_of_each_group_stay(
     kind: type[Any], text: str, layer: MakeLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unstructured, "PAIRS", 300)  # several chunks of groups
+    monkeypatch.setattr(weights, "PAIRS", 300)  # several chunks of groups
     case, pruner, pattern = layer(members=20, d_out=7), kind(text), Pattern.parse(text)
     scores = reference_scores(pruner, case)
     (candidate,) = pruner.candidates(task_of(pruner, case), [pattern.kept(140)])
@@ -156,7 +154,7 @@ def test_gblm_weighs_activations_and_gradients_as_the_authors_do(
     """There the squared norms are a running mean over the sequences, of sums over tokens, and gradients a sum."""
     case = layer(members=60, tokens=120)
     gradients = gradients_of(case)
-    monkeypatch.setattr(unstructured, "weight_gradient_norms", lambda *given: {"unit": gradients.clone()})
+    monkeypatch.setattr(gblm, "weight_gradient_norms", lambda *given: {"unit": gradients.clone()})
     pruner = GblmPruner(gradient_weight=30.0)
     survey = pruner.survey(None, Calibration(torch.zeros(sequences, 20, dtype=torch.int64)), None, None)  # type: ignore[arg-type]
     scaler_row = torch.zeros(60, dtype=torch.float64)
@@ -402,7 +400,7 @@ def test_levels_do_not_depend_on_those_they_run_with(
     case, pruner = layer(members=48, d_out=16), UNSTRUCTURED[name]
     kept, task = levels_of(pruner, case.dense), task_of(pruner, case)
     together = pruner.candidates(task, kept)
-    monkeypatch.setattr(sparsegpt, "WORKING", 1)
+    monkeypatch.setattr(blockwise, "WORKING", 1)
     for first, second in zip(together, pruner.candidates(task, kept), strict=True):
         assert torch.equal(first.mask, second.mask)
         torch.testing.assert_close(first.weight, second.weight, rtol=1e-4, atol=1e-5)

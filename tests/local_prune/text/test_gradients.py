@@ -11,9 +11,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from local_prune.methods.gblm import weight_gradient_norms
+from local_prune.methods.taylor import member_saliencies
 from local_prune.pruner import Calibration
 from local_prune.text import passes
-from local_prune.text.gradients import gradients, member_saliencies, weight_gradient_norms
+from local_prune.text.gradients import gradients
 from local_prune.text.passes import next_token_loss
 from search.inputs.models import LoadedModel
 from supernet.errors import InputError

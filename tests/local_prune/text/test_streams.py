@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from local_prune.methods.obs import ObsPruner
 from local_prune.methods.sparsegpt import SparseGptPruner
-from local_prune.methods.weight_scores import WandaPruner
+from local_prune.methods.wanda import WandaPruner
 from local_prune.pruner import FITS, Calibration, Pruner, Task
 from local_prune.text.devices import moved
 from local_prune.text.passes import begin

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from local_prune.methods.depth import DepthPruner
-from local_prune.methods.member_scores import FlapPruner
+from local_prune.methods.flap import FlapPruner
+from local_prune.methods.gptq import GptqPruner
 from local_prune.methods.obs import ObsPruner
-from local_prune.methods.quantize import GptqPruner
 from local_prune.methods.sparsegpt import SparseGptPruner
-from local_prune.methods.weight_scores import WandaPruner
+from local_prune.methods.wanda import WandaPruner
 from local_prune.pruner import Calibration, Pruner
 from local_prune.walk import build
 from search.evaluation.fitness import CrossEntropy, Fitness, KlDivergence, TopKDivergence

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.methods.weight_scores import WandaPruner
+from local_prune.methods.wanda import WandaPruner
 from local_prune.pruner import Calibration
 from local_prune.walk import build
 from search.budgets.budget import Budget

@@ -1,0 +1,102 @@
+"""GBLM-Pruner (Das et al. 2023): Wanda's score plus the gradient of the loss at the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from local_prune.methods.shared.weights import ScoredPruner, input_norms
+from local_prune.pruner import Calibration, Task, Track
+from local_prune.statistics import check_number
+from local_prune.text.gradients import COST, add_on_cpu, gradients
+from supernet.errors import InputError
+from supernet.models.architecture import SubBlock
+
+
+def weight_gradient_norms(
+    model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track, power: int
+) -> dict[str, Tensor]:
+    """Norm over the calibration sequences of each weight's gradient (GBLM-Pruner, Das et al. 2023).
+
+    The loss of a sequence is its mean over tokens; the sums are not divided by the number of sequences, as in the
+    authors' code.
+    Memory: one float32 copy of the linear layers.
+
+    Args:
+        model: The dense model.
+        calibration: Its text.
+        device: Where the block at work lies.
+        track: Draws progress.
+        power: 1 or 2, of the norm.
+
+    Returns:
+        Sub-block and layer, joined by a dot -> (d_out, d_in) float32 on the CPU.
+    """
+    if power not in (1, 2):
+        raise InputError(
+            f"the norm of the gradients over sequences is {power} but must be 1 or 2; 2 is the usual choice"
+        )
+    totals: dict[str, Tensor] = {}
+
+    def visit(part: SubBlock, found: Mapping[str, Tensor]) -> None:
+        for layer, gradient in found.items():
+            add_on_cpu(totals, f"{part.name}.{layer}", gradient.abs() if power == 1 else gradient.square())
+
+    for ids in track(calibration.ids.split(1), "gradients"):
+        gradients(model, ids, device, visit, calibration.unscored)
+    return totals if power == 1 else {name: total.sqrt_() for name, total in totals.items()}
+
+
+@dataclass(frozen=True)
+class GblmPruner(ScoredPruner):
+    """|W_ij| ||X_j||_2 + `gradient_weight` |W_ij| |g_ij|, compared per output (Das et al. 2023, section 3.2):
+    `prune=gblm`.
+
+    ||X_j||_2 is the root of the mean over the calibration sequences of the squared norm over their tokens, see
+    `survey`.
+
+    Attributes:
+        gradient_weight: The paper's alpha: activations and gradients differ in size.
+        norm: g is the l1 (1) or l2 (2) norm of the gradients of the loss over the calibration sequences.
+    """
+
+    name: ClassVar[str] = "gblm"
+    version: ClassVar[int] = 1
+
+    gradient_weight: float = 100.0
+    norm: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("gradient_weight", self.gradient_weight, "100", zero=True)
+        if self.norm not in (1, 2):
+            raise InputError(f"prune.pruner.norm={self.norm} must be 1 or 2, the norm over the sequences' gradients")
+
+    def survey(
+        self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
+    ) -> Mapping[str, Tensor]:
+        """The norms g of every linear layer, by unit, times the root of the number of sequences.
+
+        In the authors' code ||X_j||^2 is a mean over sequences, of sums over tokens, and g a sum over sequences.
+        `Moments` knows tokens alone, so g is scaled instead: a factor common to all scores changes no order.
+        """
+        found = weight_gradient_norms(model, calibration, device, track, self.norm)
+        return {name: norms.mul_(len(calibration.ids) ** 0.5) for name, norms in found.items()}
+
+    def survey_tokens(self, calibration: Calibration) -> int:
+        """See `Pruner`."""
+        return COST * calibration.ids.numel()
+
+    def scores(self, task: Task) -> Tensor:
+        """|W_ij| (||X_j||_2 + gradient_weight |g_ij|), times the root of the number of sequences."""
+        if task.scores is None:
+            raise InputError(f"{task.where}: gblm needs the gradients of its survey, and there are none for this layer")
+        gradients = task.scores.to(task.dense.device).float()
+        if not bool(torch.isfinite(gradients).all()):
+            raise InputError(f"{task.where}: gradients are not finite; check the model's weights, or use dtype=float32")
+        return task.dense.float().abs() * (input_norms(task) + self.gradient_weight * gradients)
