@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from local_prune.text.attention import blocked_attention
 from local_prune.text.devices import moved, on_device
-from search.evaluation.attention import blocked_attention
+from local_prune.text.workers import Workers
 from search.evaluation.fitness import NO_LABEL, Fitness, Targets, targets, token_slices
 from search.evaluation.gradient import Scorer, loss_gradient, part_gradient, presence
 from search.evaluation.teacher import TeacherTargets
-from search.evaluation.workers import Workers
 from supernet.cache import CandidateCache, Key
 from supernet.encodings.encoding import Candidate, Members
 from supernet.errors import InputError

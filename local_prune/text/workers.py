@@ -32,7 +32,7 @@ class Workers:
         """Start them if the device has use for them."""
         self.count = SIDE_BY_SIDE if device.type == "cpu" and torch.get_num_threads() > 1 else 1
         self._own = threading.local()
-        self._pool = ThreadPoolExecutor(self.count, "evaluator") if self.count > 1 else None
+        self._pool = ThreadPoolExecutor(self.count, "worker") if self.count > 1 else None
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`work` of every item, in their order and without gradients. When it ends, with an error too, no thread is at

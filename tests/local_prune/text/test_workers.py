@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from search.evaluation.workers import Workers
+from local_prune.text.workers import Workers
 from supernet.models.architecture import entry, sub_blocks
 
 
