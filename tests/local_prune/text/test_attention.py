@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from local_prune.text import attention
 from local_prune.text.attention import BLOCK, NAME, blocked_attention, blocked_causal
-from search.evaluation import attention
 from supernet.models.architecture import entry, sub_blocks
 
 ModelOf = Callable[..., PreTrainedModel]
