@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,11 @@ class Fitness(Protocol):
         """Of logits that exist at a time."""
         ...
 
+    @property
+    def is_divergence(self) -> bool:
+        """Whether it measures how far a model is from the dense one, whose own loss is then 0."""
+        ...
+
     def __call__(self, students: Tensor, head: Head, teacher: Targets, labels: Tensor) -> Tensor:
         """The losses of n tokens.
 
@@ -88,6 +93,8 @@ class _Settings:
         hidden_weight: Of 1 - cosine similarity of the final hidden states, added to the loss of every token
             (Týr-the-Pruner adds such a term, of three layers).
     """
+
+    is_divergence: ClassVar[bool] = True
 
     chunk_bytes: int = CHUNK_BYTES
     hidden_weight: float = 0.0
@@ -125,6 +132,8 @@ class KlDivergence(_Settings):
 @dataclass(frozen=True)
 class CrossEntropy(_Settings):
     """-log p of the following token, without the last token of each sequence: the logarithm of the perplexity."""
+
+    is_divergence: ClassVar[bool] = False
 
     def __call__(self, students: Tensor, head: Head, teacher: Targets, labels: Tensor) -> Tensor:
         """See `Fitness`."""

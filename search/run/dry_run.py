@@ -1,20 +1,13 @@
-"""What `dry_run=true` prints: the space, the budget, and what the run would cost; and what is told before a search."""
+"""What `dry_run=true` prints: the space, the budget, and what the run would cost."""
 
 from __future__ import annotations
 
 import logging
 
-from torch import Tensor
-
 from local_prune.estimate import estimate
 from search.budgets.knapsack import uniform
 from search.run.job import Job
 from search.run.levels import exact, mixture
-from search.strategies.base import Strategy
-from search.strategies.guided.race import FEWEST
-from search.strategies.guided.search import Guided
-from search.strategies.rules.base import Rule
-from search.strategies.rules.front import Front
 from supernet.space import Allocation
 
 log = logging.getLogger(__name__)
@@ -37,8 +30,7 @@ def describe(job: Job) -> None:
     else:
         budget = job.budget(space)
         log.info("budget: %s", budget)
-        if isinstance(strategy, Front):
-            strategy.place(space, budget)
+        strategy.check_budget(space, budget)
         around = uniform(space, budget)
     if strategy.needs_candidates:
         weights = mixture(window, job.accumulation, around)
@@ -49,30 +41,11 @@ def describe(job: Job) -> None:
         last, weights = exact(job.prunables, space.kept(around), job.accumulation)
         cost = estimate(job.loaded.model, job.calibration, job.pruner, last, weights, job.device)
         log.info("build: nothing but the last rebuilds of 2 allocations, for each of them %s", cost)
-    if isinstance(strategy, Rule) and not strategy.tokens_per_generation:
+    if not strategy.tokens_per_generation:
         each = f"in each of {rounds} rounds " if rounds > 1 else ""
         log.info("search: no allocation is measured; %sthe rule looks at %s", each, strategy.looks_at)
     else:
         tokens = rounds * strategy.generations * strategy.tokens_per_generation
         log.info(
             "search: about %s forward tokens, fewer where it ends early or the search text is short", f"{tokens:,}"
-        )
-
-
-def warn_if_few(strategy: Strategy, pool: Tensor) -> None:
-    """Tell the user where a search is on too few sequences, (sequences, tokens), to tell a better allocation from
-    chance.
-    """
-    if not strategy.needs_candidates or not strategy.tokens_per_generation:
-        return
-    sequences, length = pool.shape
-    if isinstance(strategy, Guided) and strategy.judged_on(sequences, length) < 2:
-        log.warning(
-            "offspring are judged on a single sequence, which proves nothing, so none will be taken: use "
-            "data.sequences.search=%d or more, and strategy.tokens=%d",
-            *(max(FEWEST, sequences), max(strategy.tokens, 2 * length)),
-        )
-    elif sequences < FEWEST:
-        log.warning(
-            "data.sequences.search=%d: differences on so few are mostly chance; take at least %d", sequences, FEWEST
         )

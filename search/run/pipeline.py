@@ -33,15 +33,12 @@ from search.export.check import SEQUENCES, Checked, Sample
 from search.export.huggingface import Wanted, export, rounded
 from search.report.table import allocation_json, metrics_table
 from search.run.directory import RunDirectory, locked
-from search.run.dry_run import describe, warn_if_few
+from search.run.dry_run import describe
 from search.run.job import Job
 from search.run.progress import clock, track
 from search.settings import budget_record, check_settings, given_limits, without_effect
-from search.strategies.base import Problem, State, Unmeasurable
-from search.strategies.guided.pareto import Pareto
-from search.strategies.rules.base import Rule
-from search.strategies.rules.front import Front, front_json
-from search.strategies.rules.uniform import Uniform
+from search.strategies.base import FrontPoint, Problem, State, Unmeasurable
+from search.strategies.rules.front import front_json
 from search.trackers.optuna import Trials
 from supernet.errors import InputError
 from supernet.models.architecture import parameter_count
@@ -68,7 +65,7 @@ class Found:
     allocation: Allocation
     budget: Budget
     tokens: int  # forward tokens of all rounds
-    front: Sequence[Mapping[str, Any]] | None = None  # of a search that finds one (`search.strategies.guided.pareto`)
+    front: Sequence[FrontPoint] | None = None  # of a search that finds one (`search.strategies.guided.pareto`)
 
     @property
     def kept(self) -> Kept:
@@ -87,9 +84,8 @@ def run(config: DictConfig, path: Path, typed: Collection[str] = ()) -> None:
     if dry:
         job = Job(config, RunDirectory(path, _settings(config), fresh=False))
         _ = job.fitness, job.resources, job.export_dtype
-        _check_rounds(job)
+        job.strategy.check_rounds(int(config.rounds))
         _check_units(job, typed)
-        warn_if_few(job.strategy, job.tokens["search"].ids)
         describe(job)
         return
     keep_freed_memory()
@@ -97,10 +93,9 @@ def run(config: DictConfig, path: Path, typed: Collection[str] = ()) -> None:
         job = Job(config, RunDirectory(path, _settings(config), bool(config.fresh)))
         # a mistake in their settings should not wait for hours of building
         _ = (job.strategy, job.pruner, job.fitness, job.resources, job.export_dtype)
-        _check_rounds(job)
+        job.strategy.check_rounds(int(config.rounds))
         job.directory.identify(job.identity)
         _check_units(job, typed)
-        warn_if_few(job.strategy, job.tokens["search"].ids)
         trials = None if config.study is None else Trials(config.study, job.directory)
         found = _rounds(job, stages, trials)
         if found is not None:
@@ -129,18 +124,6 @@ def _stages(config: DictConfig) -> list[str]:
     return list(stages)
 
 
-def _check_rounds(job: Job) -> None:
-    rounds = int(job.config.rounds)
-    if isinstance(job.strategy, Pareto) and rounds != 1:
-        raise InputError(f"rounds={rounds} with strategy=pareto: a front is of one set of levels; use rounds=1")
-    if isinstance(job.strategy, Front) and rounds != 1:
-        log.warning(
-            "rounds=%d with strategy=front: every round is built, for levels a little nearer to the front; rounds=1 "
-            "will do",
-            rounds,
-        )
-
-
 def _check_units(job: Job, typed: Collection[str]) -> None:
     """InputError for units that cannot be pruned so, or of which a rule has nothing to say: not after hours of
     building.
@@ -148,8 +131,9 @@ def _check_units(job: Job, typed: Collection[str]) -> None:
     if all(one.choices is not None for one in job.prunables):
         for key in sorted({"supernet.levels", "supernet.step", "supernet.lowest"} & set(typed)):
             log.warning("%s has no effect: the levels of this kind of pruning are fixed", key)
-    if isinstance(job.strategy, Rule):
-        job.strategy.check(job.loaded.model, job.first_window.space)
+    job.strategy.check_units(job.loaded.model, job.first_window.space)
+    if (warning := job.strategy.pool_warning(*job.tokens["search"].ids.shape)) is not None:
+        log.warning("%s", warning)
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
@@ -172,8 +156,7 @@ def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
     log.info("budget: %s", budget)
     if (why := why_one_round(job)) is not None:
         log.info("rounds: one, as %s", why)
-    if isinstance(job.strategy, Front):
-        job.strategy.place(window.space, budget)
+    job.strategy.check_budget(window.space, budget)
     if not budget.met(start):
         nearest = window.space.cost(start) / window.space.dense_cost
         log.warning(
@@ -200,7 +183,7 @@ def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
             log.info("%s: searched before", title)
             _follow(trials, job, index, space)
         tokens += state.tokens
-        found = Found(space, state.parent, budget, tokens, state.memory.get("front"))
+        found = Found(space, state.parent, budget, tokens, job.strategy.front(state))
         if index + 1 < job.rounds:
             window = job.grid.around(job.prunables, found.kept, index + 1)
             budget = job.budget(window.space)
@@ -259,7 +242,7 @@ def _write_allocation(job: Job, found: Found) -> None:
     content = allocation_json(found.space, found.allocation, found.budget, job.identity["model"])
     job.directory.write("allocation.json", content)
     if found.front is not None:
-        dense = None if isinstance(job.fitness, CrossEntropy) else 0.0
+        dense = 0.0 if job.fitness.is_divergence else None
         content = front_json(found.space, found.front, found.budget, job.identity["model"], dense)
         job.directory.write("front.json", content)
 
@@ -390,8 +373,8 @@ def _facts(job: Job, trust: bool) -> Facts:
     return Facts(
         name=job.loaded.name,
         pruner=job.pruner.name,
-        strategy=str(job.config.strategy["_target_"]).split(".")[-2],
-        rule=isinstance(job.strategy, Rule),
+        strategy=job.strategy.name,
+        rule=job.strategy.is_rule,
         fitness=type(job.fitness).__name__,
         dtype=str(job.export_dtype).removeprefix("torch."),
         trust=trust,
@@ -408,7 +391,8 @@ def warn_if_worse(metrics: Mapping[str, Any], rule: bool) -> None:
     searched, even = (metrics[name]["kl_divergence"] for name in ("searched", "uniform"))
     gap = metrics["searched_minus_uniform"]
     error = gap["kl_divergence_error"]
-    if not math.isfinite(searched) or (error is not None and gap["kl_divergence"] > error):
+    lost = math.isfinite(even) and not math.isfinite(searched)
+    if lost or (error is not None and gap["kl_divergence"] > error):
         longer = "search longer (strategy.generations), or on more text (data.sequences.search)"
         advice = "use another strategy, such as guided" if rule else longer
         log.warning(
@@ -424,8 +408,8 @@ def _summarise(job: Job) -> None:
     metrics = job.directory.read("metrics.json")
     if metrics is not None:
         log.info("on %s held-out tokens:\n%s", f"{metrics['evaluation_tokens']:,}", metrics_table(metrics))
-        if not isinstance(job.strategy, Uniform) and not isinstance(job.fitness, CrossEntropy):
-            warn_if_worse(metrics, isinstance(job.strategy, Rule))
+        if job.fitness.is_divergence:
+            warn_if_worse(metrics, job.strategy.is_rule)
     seconds = {name: cost["seconds"] for name, cost in job.directory.costs().items()}
     peak = max((cost["peak_memory_bytes"] for cost in job.directory.costs().values()), default=0)
     log.info(

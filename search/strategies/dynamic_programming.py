@@ -15,11 +15,12 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
 from search.budgets.knapsack import knapsack
-from search.strategies.base import Problem, Row, State, first_state, rng_state
+from search.strategies.base import Problem, Row, State, StrategyDefaults, first_state, rng_state
 from search.strategies.checks import check_choice, check_tokens, check_whole
 from search.strategies.evolution.base import draw
 from search.strategies.measuring import Measured
@@ -33,7 +34,7 @@ Probe = tuple[int, int]  # a unit, and the level that it is measured at
 
 
 @dataclass(frozen=True)
-class DynamicProgramming:
+class DynamicProgramming(StrategyDefaults):
     """Settings of the scores.
 
     Attributes:
@@ -44,6 +45,8 @@ class DynamicProgramming:
         tokens: That a score is measured on, and that the result is compared with the start on.
         reference: Level of all other units: `dense`, or as at the `start`.
     """
+
+    name: ClassVar[str] = "dynamic_programming"
 
     generations: int
     candidates: int
@@ -57,11 +60,6 @@ class DynamicProgramming:
         check_whole("points", self.points, 1)
         check_tokens(self.tokens, "a score", "the comparison with the start")
         check_choice("reference", self.reference, REFERENCES)
-
-    @property
-    def needs_candidates(self) -> bool:
-        """See `Strategy`."""
-        return True
 
     @property
     def tokens_per_generation(self) -> int:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
-from search.strategies.base import Problem, Row, State, first_state, rng_state
+from search.strategies.base import Problem, Row, State, StrategyDefaults, first_state, rng_state
 from search.strategies.checks import check_tokens, check_whole
 from search.strategies.evolution.base import ATTEMPTS, affordable, draw, exchange
 from search.strategies.measuring import Measured
@@ -25,7 +26,7 @@ Effects = Mapping[Move, float]  # of single moves on the fitness
 
 
 @dataclass(frozen=True)
-class Greedy:
+class Greedy(StrategyDefaults):
     """Settings of the steepest exchange.
 
     Attributes:
@@ -35,6 +36,8 @@ class Greedy:
         exchanges: The most that are tried together.
         tokens: That a single move is measured on, and that exchanges are compared with the parent on.
     """
+
+    name: ClassVar[str] = "greedy"
 
     generations: int
     candidates: int
@@ -46,11 +49,6 @@ class Greedy:
         check_whole("candidates", self.candidates, 2)
         check_whole("exchanges", self.exchanges, 1)
         check_tokens(self.tokens, "a single move", "the comparison with the parent")
-
-    @property
-    def needs_candidates(self) -> bool:
-        """See `Strategy`."""
-        return True
 
     @property
     def tokens_per_generation(self) -> int:

@@ -17,7 +17,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import optuna
@@ -27,7 +27,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.budgets.knapsack import knapsack, relaxed
-from search.strategies.base import Problem, Row, State, first_state, rng_state
+from search.strategies.base import Problem, Row, State, StrategyDefaults, first_state, rng_state
 from search.strategies.checks import check_whole
 from search.strategies.measuring import Measured, sequences_for
 from supernet.errors import InputError
@@ -49,7 +49,7 @@ Trial = dict[
 
 
 @dataclass(frozen=True)
-class OptunaStudy:
+class OptunaStudy(StrategyDefaults):
     """Settings of the search.
 
     Attributes:
@@ -60,6 +60,8 @@ class OptunaStudy:
         knots: Of the curve of each kind of unit.
         spread: The most that a curve adds to the start's sparsity, or takes from it, before the shift to the budget.
     """
+
+    name: ClassVar[str] = "optuna"
 
     generations: int
     offspring: int
@@ -77,11 +79,6 @@ class OptunaStudy:
             raise InputError(
                 f"strategy.spread={self.spread} must be a number above 0, and at most 1; 0.25 is a good start"
             )
-
-    @property
-    def needs_candidates(self) -> bool:
-        """See `Strategy`."""
-        return True
 
     @property
     def tokens_per_generation(self) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from search.budgets.budget import Budget
-from search.strategies.base import Problem, Row, State, first_state, rng_state
+from search.strategies.base import Problem, Row, State, StrategyDefaults, first_state, rng_state
 from search.strategies.checks import check_steps, check_whole
 from search.strategies.measuring import Measured, sequences_for
 from supernet.space import Allocation
@@ -23,7 +23,7 @@ ATTEMPTS = 50  # tries for each offspring before the space counts as exhausted
 
 
 @dataclass(frozen=True)
-class Evolution(ABC):
+class Evolution(StrategyDefaults, ABC):
     """What every such search is told.
 
     Attributes:
@@ -42,11 +42,6 @@ class Evolution(ABC):
         check_whole("generations", self.generations, 0)
         check_whole("offspring", self.offspring, 1)
         check_steps(self.tokens, self.survivors)
-
-    @property
-    def needs_candidates(self) -> bool:
-        """See `Strategy`."""
-        return True
 
     @property
     def tokens_per_generation(self) -> int:

@@ -8,6 +8,7 @@ many weights apart; here levels may differ in cost, and random units pay or spen
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from supernet.space import Allocation
 @dataclass(frozen=True)
 class EvoPress(Exchanges):
     """Settings of EvoPress."""
+
+    name: ClassVar[str] = "evopress"
 
     max_exchanges: int = 3
 

@@ -8,6 +8,7 @@ its guidance.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,6 +26,8 @@ class Random(Evolution):
     Attributes:
         spread: How far from the start: near 0 next to it, 1 anywhere.
     """
+
+    name: ClassVar[str] = "random"
 
     spread: float = 0.3
 

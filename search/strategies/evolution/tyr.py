@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from supernet.space import Allocation
 @dataclass(frozen=True)
 class Tyr(Exchanges):
     """Settings of Týr's search."""
+
+    name: ClassVar[str] = "tyr"
 
     max_exchanges: int = 4
 

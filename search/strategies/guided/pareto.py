@@ -12,18 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from search.budgets.budget import Budget
 from search.budgets.knapsack import closest, uniform
-from search.strategies.base import Problem, Row, State, first_state, rng_state
+from search.strategies.base import FrontPoint, Problem, Row, State, first_state, rng_state
 from search.strategies.checks import check_whole
 from search.strategies.guided.proposals import PROPOSALS
 from search.strategies.guided.race import Outcome, race
 from search.strategies.guided.search import LEADER, Guided, next_damping
 from search.strategies.measuring import Measured, sequences_for
+from supernet.errors import InputError
 from supernet.space import Allocation
 
 
@@ -81,6 +82,8 @@ class Pareto(Guided):
         points: Budgets, evenly from the run's own to the dense model, which is no point of its own.
     """
 
+    name: ClassVar[str] = "pareto"
+
     points: int = 8
 
     def __post_init__(self) -> None:
@@ -93,6 +96,16 @@ class Pareto(Guided):
         more = 0 if self.points == 1 else 2 * (LEADER + 2 * self.growth)
         last = self.points * self.growth * self.tokens // max(1, self.generations)
         return super().tokens_per_generation + self.tokens * more + last
+
+    def check_rounds(self, rounds: int) -> None:
+        """Refuse more than one round: the levels of a second one would be made for one point of the front."""
+        if rounds != 1:
+            raise InputError(f"rounds={rounds} with strategy=pareto: a front is of one set of levels; use rounds=1")
+
+    def front(self, state: State) -> Sequence[FrontPoint] | None:
+        """Return the points as the last generation left them."""
+        found = (Point.from_json(content) for content in state.memory["front"])
+        return [FrontPoint(point.target, point.allocation, point.fitness, point.tokens) for point in found]
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""

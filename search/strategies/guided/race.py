@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from search.strategies.base import FEWEST
 from search.strategies.measuring import Measured
 from supernet.space import Allocation
 
-FEWEST = 4  # sequences that a leader is judged on, unless there are no more
 LAST = 0.5  # of the standard errors that a gain must exceed: enough at the last look
 
 

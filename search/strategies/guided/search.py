@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
 from search.budgets.knapsack import relaxed
-from search.strategies.base import Problem, Row, State, first_state, rng_state
+from search.strategies.base import FEWEST, Problem, Row, State, StrategyDefaults, first_state, rng_state
 from search.strategies.checks import check_whole
 from search.strategies.evolution.base import ATTEMPTS, exchange
 from search.strategies.guided.proposals import PROPOSALS, Changes
@@ -42,7 +43,7 @@ LEADER = 4
 
 
 @dataclass(frozen=True)
-class Guided:
+class Guided(StrategyDefaults):
     """Settings of the search.
 
     Attributes:
@@ -54,6 +55,8 @@ class Guided:
         growth: How many times as many it is judged on at most.
         errors: Standard errors by which an offspring must be better; half as many on all that it may be judged on.
     """
+
+    name: ClassVar[str] = "guided"
 
     generations: int = 10
     offspring: int = 8
@@ -81,11 +84,6 @@ class Guided:
         return PROPOSALS[self.proposal].tokens if self.proposal_tokens is None else self.proposal_tokens
 
     @property
-    def needs_candidates(self) -> bool:
-        """See `Strategy`."""
-        return True
-
-    @property
     def tokens_per_generation(self) -> int:
         """See `Strategy`; less where races end early, or the pool has less."""
         return PROPOSALS[self.proposal].cost * self.predicted_on + self.tokens * (LEADER + 2 * self.growth)
@@ -93,6 +91,16 @@ class Guided:
     def judged_on(self, pool: int, length: int) -> int:
         """Sequences that the leader of a race is judged on at most, of a pool of sequences of a length."""
         return min(-(-self.tokens * self.growth // length), pool - 1)  # it has been found on one of them at least
+
+    def pool_warning(self, sequences: int, length: int) -> str | None:
+        """Warn, too, of a text and settings with which no offspring could ever be taken."""
+        if self.judged_on(sequences, length) >= 2:
+            return super().pool_warning(sequences, length)
+        more, tokens = max(FEWEST, sequences), max(self.tokens, 2 * length)
+        return (
+            "offspring are judged on a single sequence, which proves nothing, so none will be taken: use "
+            f"data.sequences.search={more} or more, and strategy.tokens={tokens}"
+        )
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""

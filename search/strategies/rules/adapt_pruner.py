@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -79,7 +80,8 @@ class AdaptPruner(Rule):
         sequences: Of the calibration text, that they are measured on.
     """
 
-    looks_at = "strategy.sequences of the calibration text, at most strategy.steps times"
+    name: ClassVar[str] = "adapt_pruner"
+    looks_at: ClassVar[str] = "strategy.sequences of the calibration text, at most strategy.steps times"
 
     steps: int = 50
     amplitude: float = 0.02

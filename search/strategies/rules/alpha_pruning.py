@@ -10,6 +10,7 @@ others.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -115,7 +116,8 @@ class AlphaPruning(Rule):
         tail: See `hill`.
     """
 
-    looks_at = "the weights alone"
+    name: ClassVar[str] = "alpha_pruning"
+    looks_at: ClassVar[str] = "the weights alone"
 
     epsilon: float = 0.3
     by: str = "block"

@@ -23,7 +23,7 @@ from local_prune.statistics import Moments, finite
 from local_prune.text.passes import begin, lent_parts
 from search.budgets.budget import Budget
 from search.budgets.knapsack import Losses, knapsack, uniform
-from search.strategies.base import Dense, Problem, Row, State, first_state
+from search.strategies.base import Dense, Problem, Row, State, StrategyDefaults, first_state
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 from supernet.models.placement import places
@@ -38,18 +38,18 @@ Weights = Mapping[str, Tensor] | None
 Visit = Callable[[SubBlock, Tensor, Mapping[str, Tensor], Tensor], None]
 
 
-class Rule:
+class Rule(StrategyDefaults):
     """A strategy that computes its allocation, in one generation and without measuring any unless it says so.
 
-    Attributes:
-        looks_at: What its allocation comes from where it measures nothing, as `dry_run=true` says it.
+    Most rules look at the dense model alone, and need no candidates.
     """
 
+    is_rule: ClassVar[bool] = True
     looks_at: ClassVar[str] = "the calibration text once"
 
     @property
     def needs_candidates(self) -> bool:
-        """See `Strategy`: most rules look at the dense model alone."""
+        """Return False: the dense model is there without any."""
         return False
 
     @property
@@ -62,8 +62,9 @@ class Rule:
         """See `Strategy`. What a rule spends is calibration text, whose size is not known here; the state counts it."""
         return 0
 
-    def check(self, model: PreTrainedModel, space: Space) -> None:
-        """InputError for units of a kind that the rule has nothing to say about: known before anything is built."""
+    def pool_warning(self, sequences: int, length: int) -> str | None:
+        """Warn only where something is measured on the search text."""
+        return super().pool_warning(sequences, length) if self.tokens_per_generation else None
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""
@@ -75,7 +76,7 @@ class Rule:
         if only is not None:
             return replace(state, parent=only, exhausted=True), []
         if problem.dense is not None:
-            self.check(problem.dense.model, problem.space)
+            self.check_units(problem.dense.model, problem.space)
         allocation, tokens = self.allocate(problem)
         return State(allocation, math.nan, state.generation + 1, state.tokens + tokens, state.rng), []
 

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -92,6 +93,8 @@ class Bonsai(Rule):
         tokens: Of the search's text, that each pair is measured on, drawn anew for each.
         reach: Levels that a unit may go from the start, while measuring and in the end.
     """
+
+    name: ClassVar[str] = "bonsai"
 
     samples: int = 200
     tokens: int = 2048

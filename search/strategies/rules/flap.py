@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -135,13 +136,15 @@ class Flap(Rule):
         metric: WIFV or WIFN; None for WIFV of heads and neurons and WIFN of single weights.
     """
 
+    name: ClassVar[str] = "flap"
+
     metric: str | None = None
 
     def __post_init__(self) -> None:
         if self.metric is not None:
             check_choice("metric", self.metric, METRICS)
 
-    def check(self, model: PreTrainedModel, space: Space) -> None:
+    def check_units(self, model: PreTrainedModel, space: Space) -> None:
         """See `Rule`."""
         for site, unit in zip(sites(model, space), space.units, strict=True):
             _check_kind(site, unit)

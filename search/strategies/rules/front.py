@@ -9,24 +9,27 @@ which holds a front, is written and read here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from search.budgets.budget import Budget, Limit
 from search.budgets.knapsack import closest
 from search.errors import reason
-from search.strategies.base import Problem, Row, State, rng_state
+from search.strategies.base import FrontPoint, Problem, Row, State, rng_state
 from search.strategies.checks import check_whole
 from search.strategies.measuring import Measured, sequences_for
 from search.strategies.rules.base import Rule, only_allocation, towards
 from supernet.errors import InputError
 from supernet.space import Space
 from supernet.system.records import WRONG, UnreadableError, read_json, verified
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2
 CANDIDATES = 4  # that may be measured: in between, beside, the start
@@ -44,7 +47,8 @@ class Front(Rule):
             it is.
     """
 
-    looks_at = "strategy.file alone"
+    name: ClassVar[str] = "front"
+    looks_at: ClassVar[str] = "strategy.file alone"
 
     file: str
     tokens: int = 8192
@@ -62,6 +66,19 @@ class Front(Rule):
     def tokens_per_generation(self) -> int:
         """See `Strategy`."""
         return CANDIDATES * self.tokens
+
+    def check_rounds(self, rounds: int) -> None:
+        """Advise against more than one round, each of which is built for little."""
+        if rounds != 1:
+            log.warning(
+                "rounds=%d with strategy=front: every round is built, for levels a little nearer to the front; "
+                "rounds=1 will do",
+                rounds,
+            )
+
+    def check_budget(self, space: Space, budget: Budget) -> None:
+        """Refuse a budget sparser than all of the front, and a front of other units."""
+        self.place(space, budget)
 
     @cached_property
     def points(self) -> list[Kept]:
@@ -121,26 +138,31 @@ class Front(Rule):
 
 def front_json(
     space: Space,
-    front: Sequence[Mapping[str, Any]],
+    front: Sequence[FrontPoint],
     budget: Budget,
     model: Mapping[str, str],
     dense_fitness: float | None = 0.0,
 ) -> dict[str, Any]:
-    """The content of `front.json`: the points that a search remembers, and the dense model.
+    """The content of `front.json`: the points that a search found, and the dense model.
 
     Args:
         space: That was searched.
-        front: See `search.strategies.guided.pareto`.
+        front: Its points, from the sparsest on.
         budget: Of the run.
         model: Name and fingerprint.
         dense_fitness: Of the dense model: 0 for a divergence from it; None where it is not known.
     """
-    limit, dense = budget.first, (0,) * len(space.units)
-    ends = {"target": limit.dense, "allocation": dense, "fitness": dense_fitness, "tokens": 0}
+    limit = budget.first
+    dense = FrontPoint(limit.dense, (0,) * len(space.units), dense_fitness)
     points = [
-        {"target": point["target"], "achieved": limit.cost(point["allocation"])}
-        | {"fitness": point["fitness"], "tokens": point["tokens"], "kept": space.kept(point["allocation"])}
-        for point in (*front, ends)
+        {
+            "target": point.target,
+            "achieved": limit.cost(point.allocation),
+            "fitness": point.fitness,
+            "tokens": point.tokens,
+            "kept": space.kept(point.allocation),
+        }
+        for point in (*front, dense)
     ]
     return {"format": FORMAT, "model": dict(model), "space": space.fingerprint, "kind": limit.kind, "points": points}
 

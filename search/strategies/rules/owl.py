@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -78,6 +79,8 @@ class Owl(Rule):
         outlier: M, how many times the mean an outlier is.
         spread: lambda, half of the width of the keep ratios.
     """
+
+    name: ClassVar[str] = "owl"
 
     outlier: float = 5.0
     spread: float = 0.08

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -83,7 +84,9 @@ def _close(blocks: dict[int, float], passed: dict[int, float]) -> None:
 class ShortGPT(Rule):
     """Drop the blocks, or sub-blocks, of lowest influence until the budget is met."""
 
-    def check(self, model: PreTrainedModel, space: Space) -> None:
+    name: ClassVar[str] = "shortgpt"
+
+    def check_units(self, model: PreTrainedModel, space: Space) -> None:
         """See `Rule`."""
         for unit in space.units:
             if unit.total != 1:

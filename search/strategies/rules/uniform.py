@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from search.budgets import knapsack
 from search.strategies.base import Problem
@@ -14,7 +15,8 @@ from supernet.space import Allocation
 class Uniform(Rule):
     """The uniform allocation of the space, whatever an earlier round found."""
 
-    looks_at = "the budget alone"
+    name: ClassVar[str] = "uniform"
+    looks_at: ClassVar[str] = "the budget alone"
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
         """See `Rule`."""

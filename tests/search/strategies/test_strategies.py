@@ -4,14 +4,17 @@ import itertools
 import json
 import random
 from dataclasses import asdict
+from pydoc import locate
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from search.budgets.budget import Budget, Limit
 from search.budgets.knapsack import knapsack, uniform
+from search.paths import conf_dir
 from search.strategies.base import Problem, Strategy
 from search.strategies.dynamic_programming import DynamicProgramming
 from search.strategies.evolution.evopress import EvoPress
@@ -20,6 +23,7 @@ from search.strategies.evolution.tyr import Tyr
 from search.strategies.greedy import Greedy
 from search.strategies.guided.pareto import Pareto
 from search.strategies.guided.search import Guided
+from search.strategies.rules.base import Rule
 from supernet.errors import InputError
 from tests.search.synthetic import (
     TRANSFORMER,
@@ -246,3 +250,10 @@ class TestEveryStrategy:
         assert problem.start != best
         states, _ = run(strategy, problem)
         assert states[-1].parent == best
+
+
+@pytest.mark.parametrize("file", sorted(file.stem for file in (conf_dir() / "strategy").glob("*.yaml")))
+def test_every_setting_names_the_strategy_that_it_makes(file: str) -> None:
+    made: type[Strategy] = locate(OmegaConf.load(conf_dir() / "strategy" / f"{file}.yaml")["_target_"])  # type: ignore
+    assert made.name == file
+    assert made.is_rule == issubclass(made, Rule)

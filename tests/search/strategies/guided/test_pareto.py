@@ -201,7 +201,10 @@ def file(problem: Problem, tmp_path: Path) -> Path:
     """A front at sparsities of 0.6, 0.45, 0.3 and 0.15."""
     state = run(STRATEGIES["gradient"], problem)[0][-1]
     path = tmp_path / "front.json"
-    write_record(path, front_json(problem.space, state.memory["front"], problem.budget, {"name": "synthetic"}))
+    write_record(
+        path,
+        front_json(problem.space, STRATEGIES["gradient"].front(state) or [], problem.budget, {"name": "synthetic"}),
+    )
     return path
 
 
