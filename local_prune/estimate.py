@@ -25,8 +25,7 @@ from local_prune.text.streams import stream_bytes
 from local_prune.walk import Mixture, Walk
 from supernet.models.architecture import SubBlock, blocks, entry, sub_blocks
 from supernet.models.placement import Place, places
-from supernet.models.prunables import BITS, WEIGHTS
-from supernet.space import Space, Unit
+from supernet.space import BITS, WEIGHTS, Space, Unit
 from supernet.store import Supernet
 
 HESSIANS = 7.5  # float32 copies while a unit is fitted: upper half, whole, damped, factor, inverse, and what makes them

@@ -23,10 +23,9 @@ from local_prune.text.devices import on_device
 from local_prune.text.streams import OWN_OUTPUT, Streams
 from supernet.encodings.encoding import Candidate, Members, Quantised, member_columns
 from supernet.errors import InputError
-from supernet.models.architecture import MIXER, SubBlock, blocks
+from supernet.models.architecture import SubBlock, blocks
 from supernet.models.placement import Place, full_weight, is_absent, places
-from supernet.models.prunables import BITS, BLOCK, WEIGHTS
-from supernet.space import Space, Unit
+from supernet.space import BITS, BLOCK, MIXER, WEIGHTS, Space, Unit
 from supernet.store import Supernet
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,11 @@ from typing import Any
 
 import xxhash
 
+# Kinds of units: a sub-block with its members (KV groups, neurons) or as a whole,
+ATTENTION, MLP, MIXER = "attention", "mlp", "mixer"
+# the query heads of an attention, the weights of a linear layer, their bit width, and a block that is there or is not.
+HEADS, WEIGHTS, BITS, BLOCK = "heads", "weights", "bits", "block"
+
 Allocation = tuple[int, ...]  # one level index per unit, in the order of the space
 
 

@@ -46,9 +46,9 @@ from transformers import (
 from search.inputs.models import LoadedModel, random_llama
 from search.paths import CACHE_VARIABLE, conf_dir
 from supernet.encodings.encoding import Members, member_columns
-from supernet.models.architecture import ATTENTION, MLP, SubBlock, sub_blocks
+from supernet.models.architecture import SubBlock, sub_blocks
 from supernet.models.prunables import member_prunables
-from supernet.space import Level, Space, Unit
+from supernet.space import ATTENTION, MLP, Level, Space, Unit
 from supernet.store import Supernet
 
 assert torch.get_num_threads() == 1, "torch was imported before tests/conftest.py could choose its threads"

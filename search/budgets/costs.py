@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from search.budgets.budget import Costs
-from supernet.models.architecture import ATTENTION, SubBlock, parameter_count, sub_blocks
+from supernet.models.architecture import SubBlock, parameter_count, sub_blocks
 from supernet.models.placement import places
-from supernet.models.prunables import WEIGHTS
-from supernet.space import Space, Unit
+from supernet.space import ATTENTION, WEIGHTS, Space, Unit
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from search.settings import OF, given_limits, read_bytes
 from supernet.errors import InputError
 from supernet.models.assemble import slices_query_heads
 from supernet.models.families import family_of
-from supernet.models.prunables import BITS, HEADS, WEIGHTS
-from supernet.space import Space
+from supernet.space import BITS, HEADS, WEIGHTS, Space
 
 Latencies = Callable[[Space], CostTable]  # measured, in nanoseconds
 

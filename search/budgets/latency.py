@@ -35,11 +35,10 @@ from search.inputs.data import longest_sequence
 from search.paths import cache_dir
 from supernet.encodings.encoding import Candidate, Dropped, Members
 from supernet.errors import InputError
-from supernet.models.architecture import ATTENTION, MIXER, MLP, SubBlock
+from supernet.models.architecture import SubBlock
 from supernet.models.assemble import assemble
 from supernet.models.placement import places
-from supernet.models.prunables import BLOCK
-from supernet.space import Level, Space, Unit
+from supernet.space import ATTENTION, BLOCK, MIXER, MLP, Level, Space, Unit
 from supernet.store import Supernet
 from supernet.system.atomic import make_folder, write_atomic
 

@@ -13,8 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from search.export.check import Checked
 from search.report.table import metrics_table
-from supernet.models.architecture import ATTENTION, MLP
-from supernet.models.prunables import BITS, BLOCK, HEADS, WEIGHTS
+from supernet.space import ATTENTION, BITS, BLOCK, HEADS, MLP, WEIGHTS
 
 REMOVED = {
     ATTENTION: "attention heads",

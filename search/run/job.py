@@ -36,10 +36,10 @@ from search.run.progress import track
 from search.settings import check_types, given_limits, read_bytes
 from search.strategies.base import Dense, Strategy
 from supernet.errors import InputError
-from supernet.models.architecture import ATTENTION, MLP, check_walk, sub_blocks
+from supernet.models.architecture import check_walk, sub_blocks
 from supernet.models.assemble import check_family
-from supernet.models.prunables import HEADS, Prunable
-from supernet.space import Allocation, Space
+from supernet.models.prunables import Prunable
+from supernet.space import ATTENTION, HEADS, MLP, Allocation, Space
 from supernet.store import Supernet
 
 log = logging.getLogger(__name__)

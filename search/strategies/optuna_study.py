@@ -31,8 +31,7 @@ from search.strategies.base import Problem, Row, State, StrategyDefaults, first_
 from search.strategies.checks import check_whole
 from search.strategies.measuring import Measured, sequences_for
 from supernet.errors import InputError
-from supernet.models.prunables import BITS, WEIGHTS
-from supernet.space import Allocation, Unit
+from supernet.space import BITS, WEIGHTS, Allocation, Unit
 
 SAMPLERS = ("tpe", "cmaes", "nsga2")
 SMALLEST = {"tpe": 1, "cmaes": 4, "nsga2": 2}  # number of trials in a generation

@@ -11,8 +11,7 @@ from supernet.admin.listing import readable, table
 from supernet.encodings.encoding import count
 from supernet.errors import InputError
 from supernet.manifest import FORMAT, damaged
-from supernet.models.prunables import BITS, WEIGHTS
-from supernet.space import Unit
+from supernet.space import BITS, WEIGHTS, Unit
 from supernet.store import Supernet
 from supernet.unit_file import UnitFile
 

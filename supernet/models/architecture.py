@@ -19,10 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from supernet.errors import InputError
-from supernet.models.families import ATTENTION as ATTENTION
-from supernet.models.families import MIXER as MIXER
-from supernet.models.families import MLP as MLP
 from supernet.models.families import Family, family_of
+from supernet.space import ATTENTION, MIXER, MLP
 from supernet.system.memory import is_out_of_memory
 
 # arguments of a block that a pass without a cache does not need

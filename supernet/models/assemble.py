@@ -14,11 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from supernet.encodings.encoding import Members
 from supernet.errors import InputError
-from supernet.models.architecture import ATTENTION, SubBlock, heads_of
+from supernet.models.architecture import SubBlock, heads_of
 from supernet.models.families import Family, family_of
 from supernet.models.modeling_pruned import PRUNED_CLASSES
 from supernet.models.placement import Place, cleared, places
-from supernet.models.prunables import HEADS
+from supernet.space import ATTENTION, HEADS
 from supernet.store import Supernet
 
 # Of the dense model's config, what names code of strangers: nothing of theirs lies in our folder, nor was it run.

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from supernet.errors import InputError
-
-ATTENTION, MLP, MIXER = "attention", "mlp", "mixer"
+from supernet.space import ATTENTION, MLP
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
 from supernet.models.architecture import SubBlock, sub_blocks
-from supernet.models.prunables import HEADS
-from supernet.space import Space
+from supernet.space import HEADS, Space
 
 
 @dataclass(frozen=True)

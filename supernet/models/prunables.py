@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from supernet.errors import InputError
-from supernet.models.architecture import ATTENTION, SubBlock, by_query_heads
-from supernet.space import Level
-
-HEADS, WEIGHTS, BITS, BLOCK = "heads", "weights", "bits", "block"  # kinds of units, besides those of sub-blocks
+from supernet.models.architecture import SubBlock, by_query_heads
+from supernet.space import ATTENTION, BITS, BLOCK, HEADS, WEIGHTS, Level
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from local_prune.methods.obs import ObsPruner
 from local_prune.pruner import Task
 from local_prune.statistics import LeastSquares
 from supernet.encodings.encoding import Members, member_columns
-from supernet.models.architecture import MLP, by_query_heads, entry, sub_blocks
-from supernet.space import Level, Space, Unit
+from supernet.models.architecture import by_query_heads, entry, sub_blocks
+from supernet.space import MLP, Level, Space, Unit
 from supernet.store import Supernet
 
 LEVELS = 9

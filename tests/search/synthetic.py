@@ -11,8 +11,7 @@ from search.budgets.budget import Budget, Limit, costs_of
 from search.budgets.knapsack import uniform
 from search.strategies.base import Problem, Row, State, Strategy
 from search.strategies.measuring import GRADIENT_COST
-from supernet.models.prunables import BITS
-from supernet.space import Allocation, Level, Space, Unit
+from supernet.space import BITS, Allocation, Level, Space, Unit
 
 SpaceOf = Callable[..., Space]
 TRANSFORMER = [(1000, (8, 7, 6, 5, 4, 3, 2, 1, 0)), (30, (256, 224, 192, 160, 128, 96, 64, 32, 0))] * 4

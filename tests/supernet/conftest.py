@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
 from supernet.models.architecture import SubBlock, by_query_heads, sub_blocks
 from supernet.models.prunables import (
-    HEADS,
     Pattern,
     Prunable,
     bit_prunables,
@@ -22,7 +21,7 @@ from supernet.models.prunables import (
     presence_prunables,
     weight_prunables,
 )
-from supernet.space import Level, Space, Unit
+from supernet.space import HEADS, Level, Space, Unit
 from supernet.store import Supernet
 
 

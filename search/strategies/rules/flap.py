@@ -34,9 +34,8 @@ from search.strategies.rules.base import (
     unit_sizes,
     wrong_kind,
 )
-from supernet.models.architecture import ATTENTION, blocks
-from supernet.models.prunables import BITS, WEIGHTS
-from supernet.space import Allocation, Space, Unit
+from supernet.models.architecture import blocks
+from supernet.space import ATTENTION, BITS, WEIGHTS, Allocation, Space, Unit
 
 METRICS = ("WIFV", "WIFN")
 NEEDS = "heads, neurons and single weights"

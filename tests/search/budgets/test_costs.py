@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from search.budgets import costs
 from search.budgets.costs import CostTable
 from search.budgets.latency import sliced
-from supernet.models.architecture import MLP, parameter_count, sub_blocks
+from supernet.models.architecture import parameter_count, sub_blocks
 from supernet.models.assemble import assemble
 from supernet.models.prunables import bit_prunables, member_prunables, presence_prunables, weight_prunables
-from supernet.space import Allocation, Level, Space, Unit
+from supernet.space import MLP, Allocation, Level, Space, Unit
 from supernet.store import Supernet
 
 TOKENS = 12  # of `ids`

@@ -13,8 +13,7 @@ from search.budgets import sums
 from search.budgets.budget import Budget, Limit, costs_of
 from search.budgets.knapsack import closest, knapsack, relaxed, uniform
 from supernet.errors import InputError
-from supernet.models.prunables import BITS, WEIGHTS
-from supernet.space import Allocation, Level, Space, Unit
+from supernet.space import BITS, WEIGHTS, Allocation, Level, Space, Unit
 from tests.search.synthetic import D_IN, DENSE_BITS, TRANSFORMER, SpaceOf, bits_space
 
 SPACES: st.SearchStrategy[dict[str, int]] = st.builds(

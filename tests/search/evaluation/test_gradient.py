@@ -23,7 +23,6 @@ from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, 
 from supernet.models.architecture import SubBlock, entry, final_norm_and_head, sub_blocks
 from supernet.models.placement import Place, full_weight, is_absent, places
 from supernet.models.prunables import (
-    BITS,
     Pattern,
     Prunable,
     bit_prunables,
@@ -31,7 +30,7 @@ from supernet.models.prunables import (
     presence_prunables,
     weight_prunables,
 )
-from supernet.space import Allocation, Space
+from supernet.space import BITS, Allocation, Space
 from supernet.store import Supernet
 from tests.conftest import CONFIGS, MIXER_CONFIGS
 

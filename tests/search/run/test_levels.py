@@ -10,8 +10,8 @@ from search.budgets.budget import Budget
 from search.budgets.knapsack import uniform
 from search.run.levels import ACCUMULATIONS, Grid, Mixture, Window, check_accumulation, exact, mixture
 from supernet.errors import InputError
-from supernet.models.prunables import BITS, WEIGHTS, Prunable
-from supernet.space import Allocation, Level, Space
+from supernet.models.prunables import Prunable
+from supernet.space import BITS, WEIGHTS, Allocation, Level, Space
 
 
 def members(multiple: int = 32) -> tuple[Prunable, ...]:

@@ -22,9 +22,6 @@ from transformers.pytorch_utils import Conv1D
 from supernet.encodings.encoding import Members, member_columns
 from supernet.errors import InputError
 from supernet.models.architecture import (
-    ATTENTION,
-    MIXER,
-    MLP,
     SubBlock,
     blocks,
     by_query_heads,
@@ -38,6 +35,7 @@ from supernet.models.architecture import (
 from supernet.models.families import FAMILIES, Family
 from supernet.models.modeling_pruned import PRUNED_CLASSES
 from supernet.models.placement import parameters, sliced, zeroed
+from supernet.space import ATTENTION, MIXER, MLP
 
 ModelOf = Callable[..., PreTrainedModel]
 

@@ -33,9 +33,10 @@ from transformers import (
 
 from supernet.encodings.encoding import Members, member_columns
 from supernet.models import modeling_pruned
-from supernet.models.architecture import ATTENTION, SubBlock, heads_of, sub_blocks
+from supernet.models.architecture import SubBlock, heads_of, sub_blocks
 from supernet.models.modeling_pruned import PRUNED_CLASSES, PrunedMixin, SkippedAttn
 from supernet.models.placement import sliced
+from supernet.space import ATTENTION
 
 pytestmark = pytest.mark.usefixtures("remote_code_stays_here")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
-from supernet.models.architecture import ATTENTION, SubBlock, by_query_heads, entry, sub_blocks
+from supernet.models.architecture import SubBlock, by_query_heads, entry, sub_blocks
 from supernet.models.placement import Place, full_weight, is_absent, parameters, places, sliced
 from supernet.models.prunables import (
     Prunable,
@@ -19,7 +19,7 @@ from supernet.models.prunables import (
     presence_prunables,
     weight_prunables,
 )
-from supernet.space import Level, Space, Unit
+from supernet.space import ATTENTION, Level, Space, Unit
 from supernet.store import Supernet
 
 WithZeros = Callable[[PreTrainedModel, Supernet, Sequence[int]], PreTrainedModel]

@@ -8,12 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from supernet.errors import InputError
-from supernet.models.architecture import ATTENTION, MIXER, MLP, SubBlock, parameter_count, sub_blocks
+from supernet.models.architecture import SubBlock, parameter_count, sub_blocks
 from supernet.models.prunables import (
-    BITS,
-    BLOCK,
-    HEADS,
-    WEIGHTS,
     Pattern,
     Prunable,
     bit_prunables,
@@ -22,7 +18,7 @@ from supernet.models.prunables import (
     presence_prunables,
     weight_prunables,
 )
-from supernet.space import Level
+from supernet.space import ATTENTION, BITS, BLOCK, HEADS, MIXER, MLP, WEIGHTS, Level
 
 ModelOf = Callable[..., PreTrainedModel]
 
