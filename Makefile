@@ -8,16 +8,28 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progre
 # Idle OpenMP threads must sleep: spinning, they take the cores from each other on small machines.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-slow gemma lint format clean
+# A process for each core: torch does the tests' tiny sums on one thread. A file is one process's, so that what its
+# tests share is made once.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+
+.PHONY: demo test test-slow test-gpu coverage gemma lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m search +experiment=demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
+# Hours: all cases of tables that `make test` takes samples of, killed and full processes, two real models, the demo.
 test-slow: $(VENV)/gemma
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
+
+# One process: two would measure each other's memory and time.
+test-gpu: $(VENV)/ready
+	$(BIN)/python -m pytest -m gpu
+
+coverage: $(VENV)/ready
+	$(PYTEST) --cov --cov-report=term:skip-covered
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

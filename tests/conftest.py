@@ -50,6 +50,7 @@ from supernet.models.architecture import SubBlock, sub_blocks
 from supernet.models.prunables import member_prunables
 from supernet.space import ATTENTION, MLP, Level, Space, Unit
 from supernet.store import Supernet
+from tests.sampling import mark_the_rest_slow
 
 assert torch.get_num_threads() == 1, "torch was imported before tests/conftest.py could choose its threads"
 del os.environ["OMP_NUM_THREADS"]
@@ -87,13 +88,24 @@ MIXER_CONFIGS: dict[str, PreTrainedConfig] = {
 KEPT = {ATTENTION: (4, 3, 1, 0), MLP: (96, 64, 31, 0)}  # of the random supernets
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest_slow(items)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test session, which all of its processes share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cache(shared: Path) -> Iterator[Path]:
     """A cache of this test session's own, which subprocesses inherit."""
-    folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_VARIABLE, str(folder))
-        yield folder
+        patch.setenv(CACHE_VARIABLE, str(shared / "cache"))
+        yield shared / "cache"
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from transformers import PreTrainedModel
 
 from search.__main__ import main
@@ -94,17 +95,20 @@ def refusal() -> Callable[[CompletedProcess[str]], str]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, run_search: Callable[..., CompletedProcess[str]]) -> Path:
+def finished(shared: Path, run_search: Callable[..., CompletedProcess[str]]) -> Path:
     """A folder in which a fresh process ran the smoke experiment, its cache within. Not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_VARIABLE, str(folder / "cache"))
-        # as the tests have it: the order of sums, and so their last bits, depends on it
-        patch.setenv("OMP_NUM_THREADS", "1")
-        process = run_search(folder, "+experiment=smoke")
-    assert (process.returncode, process.stderr) == (0, "")
-    for row in ("dense", "uniform", "searched", "peak memory"):
-        assert row in process.stdout
+    folder, done = shared / "finished", shared / "finished.done"
+    with FileLock(shared / "finished.lock"), pytest.MonkeyPatch.context() as patch:
+        if not done.exists():  # else another process of the session was here before
+            folder.mkdir(exist_ok=True)
+            patch.setenv(CACHE_VARIABLE, str(folder / "cache"))
+            # As the tests have it: the order of sums, and so their last bits, depends on it.
+            patch.setenv("OMP_NUM_THREADS", "1")
+            process = run_search(folder, "+experiment=smoke")
+            assert (process.returncode, process.stderr) == (0, "")
+            for row in ("dense", "uniform", "searched", "peak memory"):
+                assert row in process.stdout
+            done.touch()
     return folder
 
 
