@@ -12,7 +12,8 @@ from search.budgets import costs
 from search.budgets.budget import Budget, Limit
 from search.budgets.costs import CostTable
 from search.budgets.latency import Request, check_faster
-from search.settings import OF, given_limits, read_bytes
+from search.budgets.settings import DETAILS, given_limits
+from search.values import read_bytes
 from supernet.errors import InputError
 from supernet.models.assemble import slices_query_heads
 from supernet.models.families import family_of
@@ -23,7 +24,7 @@ Latencies = Callable[[Space], CostTable]  # measured, in nanoseconds
 
 def request_of(budget: Mapping[str, Any]) -> Request:
     """What latency is measured of."""
-    return Request(**{name: budget[name] for name in OF["speedup"] if name in budget})
+    return Request(**{name: budget[name] for name in DETAILS["speedup"] if name in budget})
 
 
 def make_budget(

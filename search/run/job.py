@@ -24,6 +24,7 @@ from search.budgets.budget import Budget
 from search.budgets.costs import CostTable
 from search.budgets.from_settings import make_budget, request_of
 from search.budgets.latency import LatencyTable, Point, check_faster, speedup, warn_if_busy
+from search.budgets.settings import given_limits
 from search.evaluation.fitness import Fitness
 from search.evaluation.generation import Resources
 from search.inputs.data import TokenSet, check_ids, check_sequence_length, prepare, split_record
@@ -33,8 +34,9 @@ from search.paths import cache_dir
 from search.run.directory import RunDirectory
 from search.run.levels import Grid, Mixture, Window, check_accumulation, exact, mixture
 from search.run.progress import track
-from search.settings import check_types, given_limits, read_bytes
+from search.run.settings import check_types
 from search.strategies.base import Dense, Strategy
+from search.values import read_bytes
 from supernet.errors import InputError
 from supernet.models.architecture import check_walk, sub_blocks
 from supernet.models.assemble import check_family

@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from transformers import PreTrainedModel
 
-from local_prune.walk import VERSION
 from search.budgets.budget import Budget
 from search.budgets.knapsack import closest, uniform
-from search.components import recorded
+from search.budgets.settings import given_limits
 from search.evaluate.held_out import HeldOut, Metrics, difference, streamed
 from search.evaluation.fitness import CrossEntropy
 from search.evaluation.generation import GenerationEvaluator
@@ -36,7 +35,7 @@ from search.run.directory import RunDirectory, locked
 from search.run.dry_run import describe
 from search.run.job import Job
 from search.run.progress import clock, track
-from search.settings import budget_record, check_settings, given_limits, without_effect
+from search.run.settings import check_settings, settings_record, without_effect
 from search.strategies.base import FrontPoint, Problem, State, Unmeasurable
 from search.strategies.rules.front import front_json
 from search.trackers.optuna import Trials
@@ -52,8 +51,6 @@ log = logging.getLogger(__name__)
 
 MISSED = 0.05  # of the speed-up asked for
 STAGES = ("build", "search", "evaluate", "export")
-# These may change between runs in the same directory.
-NOT_SETTINGS = ("stages", "dry_run", "fresh", "run_name", "device", "evaluator", "study")
 Kept = dict[str, int]  # members kept per unit
 
 
@@ -82,7 +79,7 @@ def run(config: DictConfig, path: Path, typed: Collection[str] = ()) -> None:
         log.warning("%s", line)
     stages, dry = _stages(config), bool(config.dry_run)
     if dry:
-        job = Job(config, RunDirectory(path, _settings(config), fresh=False))
+        job = Job(config, RunDirectory(path, settings_record(config), fresh=False))
         _ = job.fitness, job.resources, job.export_dtype
         job.strategy.check_rounds(int(config.rounds))
         _check_units(job, typed)
@@ -90,7 +87,7 @@ def run(config: DictConfig, path: Path, typed: Collection[str] = ()) -> None:
         return
     keep_freed_memory()
     with locked(path):  # first: fresh=true must not move a run that is at work
-        job = Job(config, RunDirectory(path, _settings(config), bool(config.fresh)))
+        job = Job(config, RunDirectory(path, settings_record(config), bool(config.fresh)))
         # a mistake in their settings should not wait for hours of building
         _ = (job.strategy, job.pruner, job.fitness, job.resources, job.export_dtype)
         job.strategy.check_rounds(int(config.rounds))
@@ -134,18 +131,6 @@ def _check_units(job: Job, typed: Collection[str]) -> None:
     job.strategy.check_units(job.loaded.model, job.first_window.space)
     if (warning := job.strategy.pool_warning(*job.tokens["search"].ids.shape)) is not None:
         log.warning("%s", warning)
-
-
-def _settings(config: DictConfig) -> dict[str, Any]:
-    settings = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(settings, dict)
-    settings["budget"] = budget_record(settings["budget"])  # what makes no difference may change, too
-    del settings["supernet"]["root"]  # a full disk must not end a run: supernets may move
-    settings["fitness"].pop("chunk_bytes", None)  # nor must a lack of memory
-    settings["prune"].pop("batch", None)
-    settings["export"].pop("check", None)
-    settings["prune"]["walk"] = VERSION
-    return {str(key): recorded(value) for key, value in settings.items() if key not in NOT_SETTINGS}
 
 
 def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:

@@ -16,7 +16,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from search.paths import CACHE_VARIABLE, cache_dir, conf_dir
-from search.settings import check_settings
+from search.run.settings import check_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = conf_dir()  # here, as parameters are made before fixtures

@@ -17,11 +17,11 @@ from search.budgets.budget import Budget
 from search.budgets.costs import CostTable
 from search.budgets.from_settings import make_budget, request_of
 from search.budgets.knapsack import uniform
+from search.budgets.settings import budget_record, given_limits
 from search.export.card import Facts, model_card
 from search.inputs.models import LoadedModel, random_llama
 from search.report.table import allocation_json, metrics_table
 from search.run.pipeline import warn_if_missed, warn_if_worse
-from search.settings import budget_record, given_limits
 from supernet.errors import InputError
 from supernet.models.architecture import parameter_count, sub_blocks
 from supernet.models.prunables import bit_prunables, member_prunables, weight_prunables

@@ -7,7 +7,7 @@ import pytest
 
 import search
 from local_prune.methods.obs import ObsPruner
-from search.components import recorded
+from search.run.recorded import recorded
 from search.strategies.evolution.evopress import EvoPress
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from search.settings import read_bytes
+from search.values import read_bytes
 from supernet.errors import InputError
 
 
