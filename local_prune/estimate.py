@@ -23,7 +23,8 @@ from local_prune.statistics import LeastSquares
 from local_prune.text.devices import moved, on_device
 from local_prune.text.streams import stream_bytes
 from local_prune.walk import Mixture, Walk
-from supernet.models.architecture import SubBlock, blocks, entry, sub_blocks
+from supernet.models.architecture import SubBlock, blocks, sub_blocks
+from supernet.models.forward import entry
 from supernet.models.placement import Place, places
 from supernet.space import BITS, WEIGHTS, Space, Unit
 from supernet.store import Supernet

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from supernet.encodings.encoding import Candidate
+from supernet.candidates import Candidate
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 from supernet.models.prunables import Prunable

@@ -21,7 +21,7 @@ from local_prune.pruner import Calibration, Pruner, Statistics, Task, Track
 from local_prune.statistics import LeastSquares
 from local_prune.text.devices import on_device
 from local_prune.text.streams import OWN_OUTPUT, Streams
-from supernet.encodings.encoding import Candidate, Members, Quantised, member_columns
+from supernet.candidates import Candidate, Members, Quantised, member_columns
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock, blocks
 from supernet.models.placement import Place, full_weight, is_absent, places

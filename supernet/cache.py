@@ -11,7 +11,7 @@ from dataclasses import fields
 
 from torch import Tensor
 
-from supernet.encodings.encoding import Candidate
+from supernet.candidates import Candidate
 
 Key = tuple[int, int]  # unit, level
 

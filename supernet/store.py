@@ -25,7 +25,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from supernet.encodings.encoding import Candidate, count, decode, encode
+from supernet.candidates import Candidate, count
+from supernet.encodings.codec import decode, encode
 from supernet.errors import InputError
 from supernet.manifest import LOCK, MANIFEST, damaged, new_manifest, read_manifest, unit_path, write_manifest
 from supernet.space import Space

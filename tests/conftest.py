@@ -45,7 +45,7 @@ from transformers import (
 
 from search.inputs.models import LoadedModel, random_llama
 from search.paths import CACHE_VARIABLE, conf_dir
-from supernet.encodings.encoding import Members, member_columns
+from supernet.candidates import Members, member_columns
 from supernet.models.architecture import SubBlock, sub_blocks
 from supernet.models.prunables import member_prunables
 from supernet.space import ATTENTION, MLP, Level, Space, Unit

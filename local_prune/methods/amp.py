@@ -12,7 +12,7 @@ from torch import Tensor
 from local_prune.methods.shared.members import MembersPruner, best
 from local_prune.pruner import Task
 from local_prune.statistics import finite
-from supernet.encodings.encoding import Candidate, Members
+from supernet.candidates import Candidate, Members
 
 
 @dataclass

@@ -26,7 +26,7 @@ from local_prune.methods.wanda_sp import wanda_sp
 from local_prune.pruner import Calibration, Track
 from local_prune.statistics import Moments, finite
 from local_prune.text.passes import begin, lent_parts, next_token_loss
-from supernet.encodings.encoding import member_columns
+from supernet.candidates import member_columns
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 

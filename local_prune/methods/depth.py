@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from local_prune.pruner import NoSurvey, Task
-from supernet.encodings.encoding import Candidate, Dropped
+from supernet.candidates import Candidate, Dropped
 from supernet.models.architecture import SubBlock
 from supernet.models.prunables import Prunable, presence_prunables
 

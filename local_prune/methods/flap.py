@@ -15,7 +15,7 @@ from torch import Tensor
 from local_prune.methods.shared.members import MembersPruner, best
 from local_prune.pruner import Task
 from local_prune.statistics import Moments, finite
-from supernet.encodings.encoding import Candidate, Members, member_columns
+from supernet.candidates import Candidate, Members, member_columns
 from supernet.models.architecture import SubBlock
 from supernet.models.prunables import Prunable, member_prunables
 

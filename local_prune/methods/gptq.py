@@ -16,7 +16,7 @@ from torch import Tensor
 from local_prune.methods.shared.grids import GridPruner, Grids, Layout, grids, quantised
 from local_prune.pruner import Task
 from local_prune.statistics import Damped, LeastSquares, check_number, solved, zeros_of
-from supernet.encodings.encoding import Candidate, Quantised
+from supernet.candidates import Candidate, Quantised
 from supernet.errors import InputError
 
 COLUMNS = 32  # inputs between two updates of the rest of a block

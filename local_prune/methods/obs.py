@@ -25,7 +25,7 @@ from torch import Tensor
 
 from local_prune.pruner import NoSurvey, Task
 from local_prune.statistics import Damped, LeastSquares, check_number, solved
-from supernet.encodings.encoding import Candidate, Members, member_columns
+from supernet.candidates import Candidate, Members, member_columns
 from supernet.models.architecture import SubBlock
 from supernet.models.prunables import Prunable, member_prunables
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from local_prune.methods.shared.grids import GridPruner, Layout, grids, quantised
 from local_prune.pruner import Task
-from supernet.encodings.encoding import Candidate, Quantised
+from supernet.candidates import Candidate, Quantised
 
 
 def round_to_nearest(W: Tensor, bits: int, layout: Layout) -> Quantised:

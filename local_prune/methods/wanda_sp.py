@@ -11,7 +11,7 @@ from torch import Tensor
 from local_prune.methods.shared.members import MembersPruner, best
 from local_prune.pruner import Task
 from local_prune.statistics import Moments, finite
-from supernet.encodings.encoding import Candidate, Members
+from supernet.candidates import Candidate, Members
 
 
 def wanda_sp(dense: Tensor, norms: Tensor, width: int) -> Tensor:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from local_prune.text.devices import moved, on_device
 from supernet.errors import InputError
-from supernet.models.architecture import SubBlock, blocks, entry, final_norm_and_head, head_of, sub_blocks
+from supernet.models.architecture import SubBlock, blocks, sub_blocks
 from supernet.models.families import family_of
+from supernet.models.forward import entry, final_norm_and_head, head_of
 
 PREDICTIONS = 128  # whose logits exist at a time: with a vocabulary of 128k they take 64 MiB
 

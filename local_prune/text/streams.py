@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from local_prune.pruner import Calibration
 from local_prune.text.activations import SHARE, Activations
 from local_prune.text.devices import moved
-from supernet.models.architecture import SubBlock, entry, sub_blocks
+from supernet.models.architecture import SubBlock, sub_blocks
+from supernet.models.forward import entry
 from supernet.system.memory import available
 
 OWN_OUTPUT = "own output"  # of the dense layer, on the inputs that it gets in the pruned model

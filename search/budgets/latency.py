@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from search.budgets.costs import CostTable
 from search.inputs.data import longest_sequence
 from search.paths import cache_dir
-from supernet.encodings.encoding import Candidate, Dropped, Members
+from supernet.candidates import Candidate, Dropped, Members
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 from supernet.models.assemble import assemble

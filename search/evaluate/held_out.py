@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from search.evaluation.fitness import CrossEntropy, KlDivergence, kl_divergence, negative_log_likelihood, targets
 from search.evaluation.generation import GenerationEvaluator, Resources
 from search.evaluation.teacher import TeacherTargets
-from supernet.models.architecture import head_of, nonzero_count, parameter_count
+from supernet.models.architecture import nonzero_count, parameter_count
+from supernet.models.forward import head_of
 from supernet.space import Allocation
 from supernet.store import Supernet
 

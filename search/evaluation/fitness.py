@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from supernet.errors import InputError
-from supernet.models.architecture import Head
+from supernet.models.forward import LmHead
 
 CHUNK_BYTES = 32 << 20  # of logits in float32 that exist at a time
 TILE = 2048  # words of the vocabulary in a product: fewer waste the matrix units, more leave the caches
@@ -65,7 +65,7 @@ class Fitness(Protocol):
         """Whether it measures how far a model is from the dense one, whose own loss is then 0."""
         ...
 
-    def __call__(self, students: Tensor, head: Head, teacher: Targets, labels: Tensor) -> Tensor:
+    def __call__(self, students: Tensor, head: LmHead, teacher: Targets, labels: Tensor) -> Tensor:
         """The losses of n tokens.
 
         Args:
@@ -124,7 +124,7 @@ class _Settings:
 class KlDivergence(_Settings):
     """KL(dense || pruned) over the whole vocabulary."""
 
-    def __call__(self, students: Tensor, head: Head, teacher: Targets, labels: Tensor) -> Tensor:
+    def __call__(self, students: Tensor, head: LmHead, teacher: Targets, labels: Tensor) -> Tensor:
         """See `Fitness`."""
         return kl_divergence(students, head, teacher, self.chunk_bytes) + self._hidden_term(students, teacher)
 
@@ -135,7 +135,7 @@ class CrossEntropy(_Settings):
 
     is_divergence: ClassVar[bool] = False
 
-    def __call__(self, students: Tensor, head: Head, teacher: Targets, labels: Tensor) -> Tensor:
+    def __call__(self, students: Tensor, head: LmHead, teacher: Targets, labels: Tensor) -> Tensor:
         """See `Fitness`."""
         known = labels != NO_LABEL
         losses = cross_entropy(students, head, teacher, labels.clamp_min(0), self.chunk_bytes)
@@ -162,7 +162,7 @@ class TopKDivergence(_Settings):
         if type(self.k) is not int or self.k < 1:
             raise InputError(f"fitness.k={self.k} must be a whole number of at least 1; Týr's is 8192")
 
-    def __call__(self, students: Tensor, head: Head, teacher: Targets, labels: Tensor) -> Tensor:
+    def __call__(self, students: Tensor, head: LmHead, teacher: Targets, labels: Tensor) -> Tensor:
         """See `Fitness`."""
         return topk_divergence(students, head, teacher, self.k, self.chunk_bytes) + self._hidden_term(students, teacher)
 
@@ -174,7 +174,7 @@ def token_slices(tokens: int, models: int, chunk_bytes: int) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
-def _tiles(head: Head) -> Iterator[slice]:
+def _tiles(head: LmHead) -> Iterator[slice]:
     """Runs of words, of one length whatever is measured: what is measured beside a model changes no more than its
     rounding.
     """
@@ -182,7 +182,7 @@ def _tiles(head: Head) -> Iterator[slice]:
         yield slice(start, start + TILE)
 
 
-def _raw_logits(hidden: Tensor, head: Head, words: slice, bias: bool = True) -> Tensor:
+def _raw_logits(hidden: Tensor, head: LmHead, words: slice, bias: bool = True) -> Tensor:
     """(..., hidden) -> (..., words) without the cap, in the head's dtype.
 
     As one matrix: of a single model the strides are odd, and the product would be a hundred times slower on a CPU.
@@ -194,7 +194,7 @@ def _raw_logits(hidden: Tensor, head: Head, words: slice, bias: bool = True) -> 
     return logits.view(*hidden.shape[:-1], -1)
 
 
-def _capped(logits: Tensor, head: Head) -> Tensor:
+def _capped(logits: Tensor, head: LmHead) -> Tensor:
     """Of logits in float32, which it may change; not what tanh gave: autograd needs that."""
     return logits if head.cap is None else logits.div_(head.cap).tanh_() * head.cap
 
@@ -202,12 +202,12 @@ def _capped(logits: Tensor, head: Head) -> Tensor:
 ALL = slice(None)
 
 
-def logits_of(hidden: Tensor, head: Head) -> Tensor:
+def logits_of(hidden: Tensor, head: LmHead) -> Tensor:
     """(n, hidden) -> (n, vocabulary) float32, multiplied in the head's dtype."""
     return _capped(_raw_logits(hidden, head, ALL).float(), head)
 
 
-def targets(hidden: Tensor, head: Head, chunk_bytes: int = CHUNK_BYTES) -> Targets:
+def targets(hidden: Tensor, head: LmHead, chunk_bytes: int = CHUNK_BYTES) -> Targets:
     """The teacher's side from the dense model's final hidden states (n, hidden)."""
     expected, normaliser = [], []
     for chunk in hidden.split(max(1, chunk_bytes // (4 * len(head.linear.weight)))):
@@ -218,7 +218,7 @@ def targets(hidden: Tensor, head: Head, chunk_bytes: int = CHUNK_BYTES) -> Targe
     return Targets(hidden, torch.cat(expected), torch.cat(normaliser))
 
 
-def _expected(p: Tensor, head: Head) -> Tensor:
+def _expected(p: Tensor, head: LmHead) -> Tensor:
     """Expected output embedding (n, hidden) of probabilities (n, vocabulary), both float32: a divergence is a small
     difference of it and the logarithm of a sum, so rounding it to bfloat16 would be a quarter of the divergence's
     error.
@@ -229,7 +229,7 @@ def _expected(p: Tensor, head: Head) -> Tensor:
     return total
 
 
-def kl_divergence(students: Tensor, head: Head, teacher: Targets, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+def kl_divergence(students: Tensor, head: LmHead, teacher: Targets, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
     """KL(dense || pruned) of each token for several pruned models.
 
     Args:
@@ -254,7 +254,7 @@ def kl_divergence(students: Tensor, head: Head, teacher: Targets, chunk_bytes: i
 
 
 def cross_entropy(
-    students: Tensor, head: Head, teacher: Targets, labels: Tensor, chunk_bytes: int = CHUNK_BYTES
+    students: Tensor, head: LmHead, teacher: Targets, labels: Tensor, chunk_bytes: int = CHUNK_BYTES
 ) -> Tensor:
     """-log p of the words `labels` (n,), (models, n) float32; the other arguments are those of `kl_divergence`."""
     losses = torch.empty(students.shape[:2], dtype=torch.float32, device=students.device)
@@ -266,7 +266,7 @@ def cross_entropy(
     return losses
 
 
-def _logits_of_words(step: Tensor, head: Head, teacher: Targets, words: Tensor) -> Tensor:
+def _logits_of_words(step: Tensor, head: LmHead, teacher: Targets, words: Tensor) -> Tensor:
     """A word's logit for each token, (models, n), from words (n,) and steps (n, models, hidden).
 
     The dense model's and the difference are each rounded as in the products over the whole vocabulary, so that what
@@ -282,7 +282,7 @@ def _logits_of_words(step: Tensor, head: Head, teacher: Targets, words: Tensor) 
     return logits.T
 
 
-def topk_divergence(students: Tensor, head: Head, teacher: Targets, k: int, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+def topk_divergence(students: Tensor, head: LmHead, teacher: Targets, k: int, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
     """KL of the distributions over the dense model's k likeliest words alone; arguments and result as of
     `kl_divergence`.
     """
@@ -301,7 +301,7 @@ def topk_divergence(students: Tensor, head: Head, teacher: Targets, k: int, chun
     return divergence
 
 
-def token_slices_of_all_words(tokens: int, head: Head, chunk_bytes: int) -> Iterator[slice]:
+def token_slices_of_all_words(tokens: int, head: LmHead, chunk_bytes: int) -> Iterator[slice]:
     """Runs of tokens whose logits over the whole vocabulary, of one model, stay within the bytes."""
     size = max(1, chunk_bytes // (4 * len(head.linear.weight)))
     for start in range(0, tokens, size):
@@ -313,7 +313,7 @@ def _steps(students: Tensor, teacher: Targets) -> Tensor:
     return (students.float() - teacher.hidden.float()).transpose(0, 1).contiguous()
 
 
-def _log_ratio(step: Tensor, head: Head, teacher: Targets) -> Tensor:
+def _log_ratio(step: Tensor, head: LmHead, teacher: Targets) -> Tensor:
     """Log sum_v p_v exp(d_v), (models, n), from steps (n, models, hidden); a bias is the same on both sides."""
     count, models, _ = step.shape
     step = step.to(head.linear.weight.dtype)
@@ -329,13 +329,13 @@ def _log_ratio(step: Tensor, head: Head, teacher: Targets) -> Tensor:
     return found.T
 
 
-def _log_terms(step: Tensor, head: Head, teacher: Targets, words: slice) -> Tensor:
+def _log_terms(step: Tensor, head: LmHead, teacher: Targets, words: slice) -> Tensor:
     """Log p_v + d_v, (n, models, words) float32, from steps (n, models, hidden) in the head's dtype."""
     log_p = _raw_logits(teacher.hidden, head, words).float().sub_(teacher.normaliser.unsqueeze(1))
     return torch.add(_raw_logits(step, head, words, bias=False), log_p.unsqueeze(1))
 
 
-def _capped_terms(step: Tensor, head: Head, teacher: Targets) -> tuple[Tensor, Tensor]:
+def _capped_terms(step: Tensor, head: LmHead, teacher: Targets) -> tuple[Tensor, Tensor]:
     """With capped logits z of the dense model and z' of the pruned: log sum_v p_v exp(z'_v - z_v) and sum_v p_v (z_v -
     z'_v).
 
@@ -355,7 +355,7 @@ def _capped_terms(step: Tensor, head: Head, teacher: Targets) -> tuple[Tensor, T
     return log_ratio.T, cross.T
 
 
-def negative_log_likelihood(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
+def negative_log_likelihood(hidden: Tensor, head: LmHead, ids: Tensor) -> Tensor:
     """-log p of each following token, (batch, tokens - 1), from hidden (batch, tokens, hidden) and ids (batch,
     tokens).
     """

@@ -29,10 +29,11 @@ from search.evaluation.fitness import NO_LABEL, Fitness, Targets, targets, token
 from search.evaluation.gradient import Scorer, loss_gradient, part_gradient, presence
 from search.evaluation.teacher import TeacherTargets
 from supernet.cache import CandidateCache, Key
-from supernet.encodings.encoding import Candidate, Members
+from supernet.candidates import Candidate, Members
 from supernet.errors import InputError
-from supernet.models.architecture import blocks, entry, final_norm_and_head, head_of
+from supernet.models.architecture import blocks
 from supernet.models.families import family_of
+from supernet.models.forward import entry, final_norm_and_head, head_of
 from supernet.models.placement import Place, is_absent, places, together
 from supernet.space import Allocation
 from supernet.store import Supernet

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from search.evaluation.fitness import NO_LABEL, Fitness, Targets, token_slices_of_all_words
-from supernet.encodings.encoding import Candidate, Members, Quantised, Weights, member_columns
-from supernet.models.architecture import SubBlock, final_norm_and_head
+from supernet.candidates import Candidate, Members, Quantised, Weights, member_columns
+from supernet.models.architecture import SubBlock
+from supernet.models.forward import final_norm_and_head
 from supernet.models.placement import full_weight, is_absent
 
 

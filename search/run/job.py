@@ -38,8 +38,9 @@ from search.run.settings import check_types
 from search.strategies.base import Dense, Strategy
 from search.values import read_bytes
 from supernet.errors import InputError
-from supernet.models.architecture import check_walk, sub_blocks
+from supernet.models.architecture import sub_blocks
 from supernet.models.assemble import check_family
+from supernet.models.forward import check_walk
 from supernet.models.prunables import Prunable
 from supernet.space import ATTENTION, HEADS, MLP, Allocation, Space
 from supernet.store import Supernet

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from supernet.admin.folders import Folder, inspect, plain, supernet_folders
 from supernet.admin.listing import readable, table
-from supernet.encodings.encoding import count
+from supernet.candidates import count
 from supernet.errors import InputError
 from supernet.manifest import FORMAT, damaged
 from supernet.space import BITS, WEIGHTS, Unit

@@ -1,5 +1,4 @@
-"""What a candidate is, and the compact tensors that it is stored as: kept members, masks with values, N:M patterns,
-bits.
+"""The compact tensors that candidates are stored as: kept members, masks with values, N:M patterns, bits.
 
-May import nothing of the project but `supernet.errors`; the store and the local pruners use it.
+May import nothing of the project but `supernet.candidates` and `supernet.errors`; the store uses it.
 """

@@ -6,25 +6,17 @@ gives every residual sub-block in the order of the forward pass; everything else
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from supernet.errors import InputError
-from supernet.models.families import Family, family_of
+from supernet.models.families import Family, Heads, family_of, heads_of
+from supernet.models.layers import Layer, Receive, first_argument, inputs_of, layer_of, with_stacks
 from supernet.space import ATTENTION, MIXER, MLP
-from supernet.system.memory import is_out_of_memory
-
-# arguments of a block that a pass without a cache does not need
-CACHE = ("past_key_values", "use_cache", "cache_params")
 
 
 @dataclass(frozen=True)
@@ -76,6 +68,9 @@ class SubBlock:
         query_heads: The same by single query heads, with rows of the queries alone (Týr-the-Pruner); None but for
             attention.
         wide_residual: The residual stream is float32 whatever the weights are.
+        receive: What a layer gets as inputs, from the call of the module that holds it: its argument, for a linear
+            module. A sub-block with stacked experts has one that knows how tokens are routed
+            (`supernet.models.layers.routed_tokens`).
     """
 
     name: str
@@ -92,29 +87,36 @@ class SubBlock:
     groups: Removable | None = None
     query_heads: Removable | None = None
     wide_residual: bool = False
+    receive: Receive = first_argument
 
     @property
     def column(self) -> str:
         """The linear layer that ends the module, and that loses input columns."""
         return self.stages[-1][0]
 
+    def layer(self, name: str) -> Layer:
+        """The linear layer of this name, one of those in `stages`."""
+        return layer_of(self.module, name)
+
     def weight(self, layer: str) -> Tensor:
-        """(d_out, d_in), a view."""
-        module = self.module.get_submodule(layer)
-        assert isinstance(module, nn.Linear | Conv1D)
-        return module.weight.T if isinstance(module, Conv1D) else module.weight
+        """The weight of a linear layer as a view, (d_out, d_in)."""
+        return self.layer(layer).weight
 
     def bias(self, layer: str) -> Tensor | None:
-        """(d_out,), or None."""
-        module = self.module.get_submodule(layer)
-        assert isinstance(module, nn.Linear | Conv1D)
-        return module.bias
+        """The bias of a linear layer, (d_out,); None where it has none."""
+        return self.layer(layer).bias
 
     def replaced(self, layer: str, weight: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
-        """The module's parameters that stand for a layer of another weight (d_out, d_in), and bias if one is given."""
-        if isinstance(self.module.get_submodule(layer), Conv1D):
-            weight = weight.T.contiguous()
-        return {f"{layer}.weight": weight} | ({} if bias is None else {f"{layer}.bias": bias})
+        """The module's parameters that stand for a layer of another weight (d_out, d_in), and bias if one is given.
+
+        Those of several layers can be united and given to a call.
+        """
+        return self.layer(layer).replaced(weight, bias)
+
+    def state(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters that stand for the module's own, by their paths in the model's state."""
+        whole = with_stacks(self.module, parameters)
+        return {self.state_name(name): tensor for name, tensor in whole.items()}
 
     def state_name(self, parameter: str) -> str:
         """Path in the model's state of a parameter of the module."""
@@ -161,30 +163,19 @@ class SubBlock:
         """What the sub-block adds to the residual stream, (batch, tokens, hidden); arguments as for a call."""
         arguments = dict(context) if self.kind == ATTENTION else {}
         inputs = self.norm(hidden.to(next(self.norm.parameters()).dtype) if self.wide_residual else hidden)
-        output = functional_call(self.module, dict(weights or {}), (inputs,), arguments)
+        output = functional_call(self.module, with_stacks(self.module, weights or {}), (inputs,), arguments)
         change: Tensor = output[0] if isinstance(output, tuple) else output
         return change if self.post_norm is None else self.post_norm(change)
 
     def inputs(
         self, layer: str, hidden: Tensor, context: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Inputs of a linear layer, (batch * tokens, d_in); nothing behind it is computed."""
-        seen: list[Tensor] = []
+        """Inputs of a linear layer; nothing behind it is computed. Arguments are those of a call.
 
-        def record(inputs: Tensor) -> Tensor:
-            seen.append(inputs.flatten(0, -2))
-            raise _SeenError
-
-        with _forward_replaced({self.module.get_submodule(layer): record}):
-            try:
-                self.change(hidden, context, weights)
-            except _SeenError:
-                pass
-        return seen[0]
-
-
-class _SeenError(Exception):
-    """Ends a forward pass where its result is known."""
+        Returns:
+            (batch * tokens, d_in), or a row for each token that is sent to the layer's expert.
+        """
+        return inputs_of(self.layer(layer), lambda: self.change(hidden, context, weights), self.receive)
 
 
 class _MlpOfBlock(nn.Module):
@@ -209,35 +200,26 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Attention heads of a dense model: `groups` KV heads, each with `queries` query heads, all of `dim` channels."""
-
-    groups: int
-    queries: int
-    dim: int
-
-
-def heads_of(config: PreTrainedConfig) -> Heads:
-    """The heads that a dense model's config describes."""
-    heads = int(config.num_attention_heads)
-    groups = int(getattr(config, "num_key_value_heads", None) or heads)
-    return Heads(groups, heads // groups, int(getattr(config, "head_dim", None) or config.hidden_size // heads))
-
-
 def sub_blocks(model: PreTrainedModel) -> tuple[SubBlock, ...]:
-    """Every sub-block in the order of the forward pass: attention and MLP of block 0, of block 1, ..., or the
-    mixers.
+    """Every sub-block in the order of the forward pass: attention, mixer and MLP of block 0, of block 1, ..., as far as
+    each block has them.
     """
     family = family_of(model)
     found: list[SubBlock] = []
     for index, block in enumerate(blocks(model)):
-        name = f"{family.blocks}.{index}"
-        if family.mixer:
-            found.append(_mixer(family, model.config, block, index, name))
-        else:
-            found += [_attention(family, heads_of(model.config), block, index, name), _mlp(family, block, index, name)]
+        found += _sub_blocks(family.of_block(model.config, index), model.config, block, index)
     return tuple(found)
+
+
+def _sub_blocks(family: Family, config: PreTrainedConfig, block: nn.Module, index: int) -> Iterator[SubBlock]:
+    """Those of one block. family: What `Family.of_block` says of this block."""
+    name = f"{family.blocks}.{index}"
+    if family.attention:
+        yield _attention(family, family.heads or heads_of(config), block, index, name)
+    if family.mixer:
+        yield _mixer(family, config, block, index, name)
+    if family.mlp_rows:
+        yield _mlp(family, block, index, name)
 
 
 def by_query_heads(parts: Sequence[SubBlock]) -> tuple[SubBlock, ...]:
@@ -290,7 +272,7 @@ def _mixer(family: Family, config: PreTrainedConfig, block: nn.Module, index: in
         prefix=f"{name}.{family.mixer}",
         module=block.get_submodule(family.mixer),
         stages=family.mixer_stages,
-        wide_residual=bool(config.residual_in_fp32),
+        wide_residual=bool(getattr(config, "residual_in_fp32", False)),
         **_norms(block, name, family.mixer_norm, None),
     )
 
@@ -310,116 +292,6 @@ def _norms(block: nn.Module, name: str, norm: str, post_norm: str | None) -> dic
         "post_norm": block.get_submodule(post_norm) if post_norm else None,
         "post_norm_name": f"{name}.{post_norm}" if post_norm else None,
     }
-
-
-def entry(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """What the first block receives, and the context (masks, positions) that each block's attention gets.
-
-    The model's own forward runs with every block replaced by the identity, so that each family's way of making
-    embeddings, positions and masks is followed without knowing it.
-
-    Args:
-        ids: (batch, tokens) token ids, without padding.
-
-    Returns:
-        The residual stream (batch, tokens, hidden) and one dict of keyword arguments a block.
-    """
-    contexts: list[dict[str, Any]] = []
-    first: list[Tensor] = []
-    layers = blocks(model)
-    names = tuple(inspect.signature(type(layers[0]).forward).parameters)[2:]  # without itself and the hidden states
-
-    def record(hidden: Tensor, *unnamed: Any, **named: Any) -> Tensor:
-        first.append(hidden)
-        arguments = dict(zip(names, unnamed, strict=False)) | named
-        contexts.append({k: v for k, v in arguments.items() if k not in CACHE})
-        return hidden
-
-    with _forward_replaced(dict.fromkeys(layers, record)):
-        model.base_model(input_ids=ids, use_cache=False)
-    return first[0], contexts
-
-
-@dataclass(frozen=True)
-class Head:
-    """What turns normalised last hidden states into logits: a linear layer, and `cap * tanh(logits / cap)` where `cap`
-    is set.
-    """
-
-    linear: nn.Linear
-    cap: float | None
-
-
-def final_norm_and_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Head]:
-    """The normalised last hidden states (batch, tokens, hidden) in the dtype of the head, and what turns them into
-    logits.
-    """
-    norm, head = model.get_submodule(family_of(model).final_norm), head_of(model)
-    return norm(hidden).to(head.linear.weight.dtype), head
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """What turns normalised last hidden states into logits."""
-    linear = model.get_output_embeddings()
-    assert isinstance(linear, nn.Linear)
-    return Head(linear, getattr(model.config, "final_logit_softcapping", None))
-
-
-@torch.no_grad()
-def check_walk(model: PreTrainedModel) -> None:
-    """InputError if the sub-blocks of a few tokens, one after the other, and the head are not what the model itself
-    computes.
-
-    So an entry in `FAMILIES` that does not fit, or a model that does more (scales what a sub-block adds, or the
-    logits), is told before any work. Differences may be half of the dtype's digits; output that is not finite is told
-    later, with its unit.
-    """
-    family_of(model)  # before anything is asked of a model that may be of any kind
-    ids = (torch.arange(8, device=model.device) % int(model.config.vocab_size)).unsqueeze(0)
-    try:
-        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden, contexts = entry(model, ids)
-        for part in sub_blocks(model):
-            hidden = part(hidden, contexts[part.block])
-        normed, head = final_norm_and_head(model, hidden)
-        walked = head.linear(normed)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a model's own code comes to where sizes or modules are not what it expects
-        if is_out_of_memory(error):
-            raise
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _does_not_fit(model, f"modules are called or made differently ({said})") from error
-    walked = walked if head.cap is None else head.cap * torch.tanh(walked / head.cap)
-    for what, own, found in (("last hidden states", states, normed), ("logits", logits, walked)):
-        difference, largest = float((own - found).abs().max()), float(own.abs().max())
-        if largest < torch.inf and not difference <= torch.finfo(model.dtype).eps ** 0.5 * largest:
-            raise _does_not_fit(model, f"its sub-blocks, one by one, end in other {what} than the model's own code")
-
-
-def _does_not_fit(model: PreTrainedModel, why: str) -> InputError:
-    where = f"the entry '{model.config.model_type}' in supernet/models/families.py does not fit this model"
-    return InputError(
-        f"{where}: {why}; correct it, or choose another model: sub-blocks must be x + post_norm(module(norm(x)))"
-    )
-
-
-@contextmanager
-def _forward_replaced(replacements: Mapping[nn.Module, Any]) -> Iterator[None]:
-    before = {
-        module: module.__dict__.get("forward") for module in replacements
-    }  # hooks of other libraries may sit there
-    for module, forward in replacements.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, own in before.items():
-            if own is None:
-                del module.forward  # the class's own forward shows again
-            else:
-                module.forward = own
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from supernet.encodings.encoding import Members
+from supernet.candidates import Members
 from supernet.errors import InputError
-from supernet.models.architecture import SubBlock, heads_of
-from supernet.models.families import Family, family_of
+from supernet.models.architecture import SubBlock
+from supernet.models.families import Family, family_of, heads_of
 from supernet.models.modeling_pruned import PRUNED_CLASSES
 from supernet.models.placement import Place, cleared, places
 from supernet.space import ATTENTION, HEADS
@@ -100,7 +100,10 @@ def assemble(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[in
     sub-blocks.
     """
     family = family_of(model)
-    changes = [_change(family, place, supernet, allocation) for place in places(model, supernet.space)]
+    changes = [
+        _change(family.of_block(model.config, place.part.block), place, supernet, allocation)
+        for place in places(model, supernet.space)
+    ]
     shape = pruned_shape(model.config, family, changes)
     shape.config.tie_word_embeddings = is_tied(model)
     pruned_class: type[PreTrainedModel] = type(model)
@@ -143,7 +146,7 @@ def pruned_shape(config: PreTrainedConfig, family: Family, changes: Sequence[Cha
     layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
     for change in changes:
         layer = layers[change.part.block]
-        for key, value in _overrides(config, family, change).items():
+        for key, value in _overrides(config, family.of_block(config, change.part.block), change).items():
             layer[key] = layer.get(key, []) + value if isinstance(value, list) else value
     present = {change.part.block for change in changes if change.tensors is not None}
     blocks = tuple(block for block in range(len(layers)) if block in present)
@@ -165,7 +168,10 @@ def pruned_shape(config: PreTrainedConfig, family: Family, changes: Sequence[Cha
 
 
 def _overrides(config: PreTrainedConfig, family: Family, change: Change) -> dict[str, Any]:
-    """How the config of a layer differs by a change: numbers, and lists of kinds of sub-blocks."""
+    """How the config of a layer differs by a change: numbers, and lists of kinds of sub-blocks.
+
+    family: What `Family.of_block` says of the layer.
+    """
     part, heads = change.part, _key(config, "num_attention_heads")
     grouped = hasattr(config, "num_key_value_heads")
     if change.tensors is None:
@@ -177,13 +183,14 @@ def _overrides(config: PreTrainedConfig, family: Family, change: Change) -> dict
         return {"skip": [part.kind]} | placeholder
     found: dict[str, Any] = {}
     if change.members is not None and change.heads:
-        queries, groups = heads_of(config).queries, heads_of(config).groups
+        dense = family.heads or heads_of(config)
         found[heads] = len(change.members)
-        of_heads = [member // queries for member in change.members]
-        if len({of_heads.count(group) for group in range(groups)}) > 1:  # else they still share the KV heads evenly
+        of_heads = [member // dense.queries for member in change.members]
+        shared_evenly = len({of_heads.count(group) for group in range(dense.groups)}) == 1
+        if not shared_evenly:
             found["query_groups"] = of_heads
     elif change.members is not None and part.kind == ATTENTION:
-        found[heads] = len(change.members) * heads_of(config).queries
+        found[heads] = len(change.members) * (family.heads or heads_of(config)).queries
         if grouped:
             found["num_key_value_heads"] = len(change.members)
     elif change.members is not None:
@@ -223,7 +230,7 @@ def _state(model: PreTrainedModel, changes: Sequence[Change]) -> dict[str, Tenso
             for name in change.part.own_state:
                 del state[name]
         else:
-            state |= {change.part.state_name(name): tensor for name, tensor in change.tensors.items()}
+            state |= change.part.state(change.tensors)
     return state
 
 

@@ -11,23 +11,47 @@ from supernet.space import ATTENTION, MLP
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Attention heads of a dense model: `groups` KV heads, each with `queries` query heads, all of `dim` channels."""
+
+    groups: int
+    queries: int
+    dim: int
+
+
+def heads_of(config: PreTrainedConfig) -> Heads:
+    """The heads that the config of a dense model describes."""
+    heads = int(config.num_attention_heads)
+    groups = int(getattr(config, "num_key_value_heads", None) or heads)
+    return Heads(groups, heads // groups, int(getattr(config, "head_dim", None) or config.hidden_size // heads))
+
+
+@dataclass(frozen=True)
 class Family:
-    """Names of a family's modules. Sub-blocks must be sequential and pre-norm: `x + post_norm(module(norm(x)))`,
-    attention first.
+    """What the modules of a family are called. Sub-blocks must be sequential and pre-norm, that is
+    `x + post_norm(module(norm(x)))`, in the order attention, mixer, MLP.
 
     When a KV group goes, its rows of queries, keys and values go, and its columns of `attention_column`. When a neuron
     goes, its row of each of `mlp_rows` and its column of `mlp_column` go. A layer that is named again holds the next
     section of rows: ("qkv", "qkv", "qkv").
 
     Attributes:
+        blocks: Path of the list of blocks in the model.
+        final_norm: Path of the norm behind the last block.
         attention: Path of the attention in a block; empty where blocks have none.
-        mlp: Path of the MLP in a block; empty where its layers lie in the block itself, or where blocks have none.
-        mixer: Path of a state-space mixer in a block, which takes the place of both; `mixer_stages` are its linear
-            layers.
+        attention_rows: Layers of the attention that make queries, keys and values.
+        attention_column: Layer that ends the attention.
+        mlp: Path of the MLP in a block; empty where its layers lie in the block itself.
+        mlp_rows: Layers of the MLP that make neurons; none where blocks have no MLP.
+        mlp_column: Layer that ends the MLP.
+        mlp_activation: Path of the activation function in a block, where the MLP's layers lie in the block itself.
+        mixer: Path of a state-space mixer in a block; empty where blocks have none.
+        mixer_stages: Linear layers of the mixer, in the order of computation.
         slices: Kinds of sub-blocks whose own code runs with fewer members; the others are measured with zeros instead.
         config_neurons: What the config calls the number of neurons.
         free_heads: Whether the config has a `head_dim`. Without it the family's own class takes the channels of a head
             for `hidden_size / heads`, so that it cannot hold fewer heads.
+        heads: The attention heads, where they are not those that the config tells for all blocks.
     """
 
     blocks: str = "model.layers"
@@ -49,6 +73,20 @@ class Family:
     slices: tuple[str, ...] = (ATTENTION, MLP)
     config_neurons: str = "intermediate_size"
     free_heads: bool = True
+    heads: Heads | None = None
+
+    def of_block(self, config: PreTrainedConfig, index: int) -> Family:
+        """What the modules of one block are called: the same for all blocks, unless a subclass knows better.
+
+        A family whose blocks differ (the first blocks of DeepSeek-V3 are dense, hybrids have attention in some blocks
+        and mixers in others, layers may have heads of their own) is a subclass that gives each block's names with
+        `dataclasses.replace`. What concerns the whole model (`blocks`, `final_norm`, `free_heads`) must stay the same.
+
+        Args:
+            config: Of the model.
+            index: Of the block, from 0.
+        """
+        return self
 
 
 GEMMA = Family(
@@ -56,7 +94,7 @@ GEMMA = Family(
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
-MAMBA = Family(blocks="backbone.layers", final_norm="backbone.norm_f", mixer="mixer")
+MAMBA = Family(blocks="backbone.layers", final_norm="backbone.norm_f", attention="", mlp_rows=(), mixer="mixer")
 
 # By `config.model_type`. An entry is all that pruning of weights, of whole blocks and to fewer bits takes. Pruning of
 # members and of single sub-blocks leaves layers of different sizes, for which the family also needs its two classes in

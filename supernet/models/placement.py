@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
+from supernet.candidates import Candidate, Dropped, Members, Quantised, Weights, member_columns
 from supernet.models.architecture import SubBlock, sub_blocks
 from supernet.space import HEADS, Space
 

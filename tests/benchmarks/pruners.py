@@ -37,7 +37,8 @@ from search.evaluation.fitness import negative_log_likelihood
 from search.inputs.models import LoadedModel, dtype_of, from_wheel, random_llama
 from search.paths import conf_dir
 from search.run.levels import Grid, exact, mixture
-from supernet.models.architecture import entry, final_norm_and_head, sub_blocks
+from supernet.models.architecture import sub_blocks
+from supernet.models.forward import entry, final_norm_and_head
 from supernet.models.placement import places
 from supernet.space import Space
 from supernet.store import Supernet

@@ -20,8 +20,9 @@ from torch import Tensor
 from local_prune.methods.obs import ObsPruner
 from local_prune.pruner import Task
 from local_prune.statistics import LeastSquares
-from supernet.encodings.encoding import Members, member_columns
-from supernet.models.architecture import by_query_heads, entry, sub_blocks
+from supernet.candidates import Members, member_columns
+from supernet.models.architecture import by_query_heads, sub_blocks
+from supernet.models.forward import entry
 from supernet.space import MLP, Level, Space, Unit
 from supernet.store import Supernet
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from local_prune.pruner import Calibration, Pruner, Task
 from local_prune.statistics import LeastSquares
 from local_prune.walk import build
-from supernet.encodings.encoding import Members, member_columns
+from supernet.candidates import Members, member_columns
 from supernet.models.architecture import sub_blocks
 from supernet.space import Level, Space, Unit
 from supernet.store import Supernet

@@ -32,7 +32,7 @@ from local_prune.methods.wanda_sp import WandaSpPruner
 from local_prune.pruner import FITS, Calibration, Pruner, Task
 from local_prune.text import streams
 from search.inputs.models import LoadedModel
-from supernet.encodings.encoding import Candidate
+from supernet.candidates import Candidate
 from supernet.errors import InputError
 from supernet.models.architecture import sub_blocks
 from supernet.space import Unit

@@ -27,9 +27,10 @@ from local_prune.methods.wanda import WandaPruner
 from local_prune.methods.wanda_sp import WandaSpPruner
 from local_prune.pruner import Calibration, Pruner
 from local_prune.statistics import LeastSquares
-from supernet.encodings.encoding import Members, Weights, count, member_columns
-from supernet.models.architecture import entry, final_norm_and_head, sub_blocks
+from supernet.candidates import Members, Weights, count, member_columns
+from supernet.models.architecture import sub_blocks
 from supernet.models.assemble import assemble
+from supernet.models.forward import entry, final_norm_and_head
 from supernet.models.placement import Place, full_weight, places
 from supernet.space import Space, Unit
 from supernet.store import Supernet

@@ -24,9 +24,10 @@ from local_prune.pruner import FITS, Calibration, Pruner, Task
 from local_prune.statistics import LeastSquares, Moments
 from local_prune.text.streams import Streams, stream_bytes
 from search.inputs.models import LoadedModel
-from supernet.encodings.encoding import member_columns
-from supernet.models.architecture import entry, sub_blocks
+from supernet.candidates import member_columns
+from supernet.models.architecture import sub_blocks
 from supernet.models.assemble import assemble
+from supernet.models.forward import entry
 from supernet.space import Unit
 from supernet.store import Supernet
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
+from supernet.candidates import Candidate, Dropped, Members, Quantised, Weights, member_columns
 from supernet.models.architecture import SubBlock, by_query_heads, sub_blocks
 from supernet.models.prunables import (
     Pattern,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from supernet.cache import CandidateCache, candidate_bytes
-from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights
+from supernet.candidates import Candidate, Dropped, Members, Quantised, Weights
 from supernet.errors import InputError
 
 SIZE = 8 * 4  # of a candidate here

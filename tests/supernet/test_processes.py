@@ -28,7 +28,7 @@ COMMON = """
 import itertools, os, signal, sys, time
 from pathlib import Path
 import torch
-from supernet.encodings.encoding import Members
+from supernet.candidates import Members
 from supernet.errors import InputError
 from supernet.space import Level, Space, Unit
 from supernet.store import Supernet

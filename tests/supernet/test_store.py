@@ -19,7 +19,7 @@ import filelock
 import pytest
 import torch
 
-from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights
+from supernet.candidates import Candidate, Dropped, Members, Quantised, Weights
 from supernet.errors import InputError
 from supernet.space import Level, Space, Unit
 from supernet.store import Supernet, write_atomic

@@ -22,7 +22,7 @@ from local_prune.methods.shared.refit import refit
 from local_prune.methods.shared.weights import WeightPruner, pattern_of
 from local_prune.pruner import Task
 from local_prune.statistics import Damped, LeastSquares, check_number, solved, zeros_of
-from supernet.encodings.encoding import Candidate, Weights
+from supernet.candidates import Candidate, Weights
 from supernet.errors import InputError
 from supernet.models.prunables import Pattern
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from local_prune.pruner import NoSurvey, Task
-from supernet.encodings.encoding import Quantised
+from supernet.candidates import Quantised
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 from supernet.models.prunables import Prunable, bit_prunables, group_size

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from local_prune.pruner import NoSurvey, Task
 from local_prune.statistics import finite
-from supernet.encodings.encoding import Candidate, Members
+from supernet.candidates import Candidate, Members
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock, by_query_heads, sub_blocks
 from supernet.models.prunables import Prunable, member_prunables

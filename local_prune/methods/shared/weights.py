@@ -16,7 +16,7 @@ from torch import Tensor
 from local_prune.methods.shared.ranking import rank_in_groups, rank_in_rows
 from local_prune.pruner import NoSurvey, Task
 from local_prune.statistics import LeastSquares, Moments, finite
-from supernet.encodings.encoding import Candidate, Weights
+from supernet.candidates import Candidate, Weights
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 from supernet.models.prunables import Pattern, Prunable, weight_prunables

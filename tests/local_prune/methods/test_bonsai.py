@@ -24,7 +24,8 @@ from local_prune.methods.wanda_sp import wanda_sp
 from local_prune.pruner import Calibration, Task
 from search.inputs.models import LoadedModel
 from supernet.errors import InputError
-from supernet.models.architecture import entry, sub_blocks
+from supernet.models.architecture import sub_blocks
+from supernet.models.forward import entry
 
 CPU = torch.device("cpu")
 MLP_1 = "model.layers.1.mlp"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from local_prune.methods.depth import DepthPruner
 from local_prune.pruner import Calibration, Task
-from supernet.encodings.encoding import Dropped
+from supernet.candidates import Dropped
 from supernet.models.architecture import sub_blocks
 from supernet.models.assemble import assemble
 from supernet.space import Level

@@ -19,7 +19,7 @@ from local_prune.methods.taylor import TaylorPruner, member_saliencies
 from local_prune.methods.wanda_sp import WandaSpPruner, wanda_sp
 from local_prune.pruner import Calibration, Task
 from search.inputs.models import LoadedModel
-from supernet.encodings.encoding import Members, member_columns
+from supernet.candidates import Members, member_columns
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock, sub_blocks
 

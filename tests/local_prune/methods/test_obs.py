@@ -13,7 +13,7 @@ from torch import Tensor
 from local_prune.methods import obs as structured
 from local_prune.methods.obs import BLOCK, ObsPruner, _order_of_groups, removal_order, solve_levels
 from local_prune.pruner import Pruner
-from supernet.encodings.encoding import Members, member_columns
+from supernet.candidates import Members, member_columns
 from supernet.errors import InputError
 
 MakeLayer = Callable[..., Any]

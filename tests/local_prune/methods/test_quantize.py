@@ -17,7 +17,7 @@ from local_prune.methods.rtn import RtnPruner
 from local_prune.methods.shared.grids import CLIPPED_BITS, POWER, SHRINKS, Layout, grids
 from local_prune.pruner import Pruner, Task
 from local_prune.statistics import LeastSquares
-from supernet.encodings.encoding import Quantised
+from supernet.candidates import Quantised
 from supernet.errors import InputError
 
 MakeLayer = Callable[..., Any]

@@ -26,7 +26,7 @@ from local_prune.methods.wanda import WandaPruner
 from local_prune.methods.wanda_sp import WandaSpPruner
 from local_prune.pruner import Pruner, Task
 from local_prune.statistics import LeastSquares, Moments
-from supernet.encodings.encoding import Candidate, Quantised, Weights
+from supernet.candidates import Candidate, Quantised, Weights
 from supernet.store import Supernet
 
 OUT, IN = 24, 32

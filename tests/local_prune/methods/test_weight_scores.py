@@ -25,7 +25,7 @@ from local_prune.methods.sparsegpt import SparseGptPruner
 from local_prune.methods.wanda import WandaPruner
 from local_prune.pruner import Calibration, Pruner, Task
 from local_prune.statistics import LeastSquares, Moments
-from supernet.encodings.encoding import Candidate
+from supernet.candidates import Candidate
 from supernet.errors import InputError
 from supernet.models.prunables import Pattern
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from local_prune.text import attention
 from local_prune.text.attention import BLOCK, NAME, blocked_attention, blocked_causal
-from supernet.models.architecture import entry, sub_blocks
+from supernet.models.architecture import sub_blocks
+from supernet.models.forward import entry
 
 ModelOf = Callable[..., PreTrainedModel]
 

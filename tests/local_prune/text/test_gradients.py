@@ -19,7 +19,8 @@ from local_prune.text.gradients import gradients
 from local_prune.text.passes import next_token_loss
 from search.inputs.models import LoadedModel
 from supernet.errors import InputError
-from supernet.models.architecture import SubBlock, by_query_heads, entry, sub_blocks
+from supernet.models.architecture import SubBlock, by_query_heads, sub_blocks
+from supernet.models.forward import entry
 
 CPU = torch.device("cpu")
 

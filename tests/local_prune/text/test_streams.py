@@ -22,9 +22,10 @@ from local_prune.text.devices import moved
 from local_prune.text.passes import begin
 from local_prune.text.streams import Streams
 from local_prune.walk import mean_parameters
-from supernet.encodings.encoding import Candidate, Members, member_columns
+from supernet.candidates import Candidate, Members, member_columns
 from supernet.errors import InputError
-from supernet.models.architecture import entry, sub_blocks
+from supernet.models.architecture import sub_blocks
+from supernet.models.forward import entry
 from supernet.models.placement import full_weight
 from supernet.space import Unit
 from supernet.store import Supernet

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from local_prune.text.workers import Workers
-from supernet.models.architecture import entry, sub_blocks
+from supernet.models.architecture import sub_blocks
+from supernet.models.forward import entry
 
 
 @pytest.fixture

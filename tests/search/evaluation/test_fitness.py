@@ -26,7 +26,7 @@ from search.evaluation.fitness import (
     topk_divergence,
 )
 from supernet.errors import InputError
-from supernet.models.architecture import Head
+from supernet.models.forward import LmHead
 
 VOCABULARY, HIDDEN = TILE + 301, 16  # a whole tile of the vocabulary and a part of one
 CHUNK = 128  # tokens of one model
@@ -38,22 +38,22 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def head_of(dtype: torch.dtype = torch.float32, bias: bool = False, cap: float | None = None) -> Head:
+def head_of(dtype: torch.dtype = torch.float32, bias: bool = False, cap: float | None = None) -> LmHead:
     linear = nn.Linear(HIDDEN, VOCABULARY, bias=bias)
     linear.weight.data = normal(VOCABULARY, HIDDEN, seed=1).to(dtype)
     if bias:
         linear.bias.data = normal(VOCABULARY, seed=2).to(dtype)
-    return Head(linear.requires_grad_(False), cap)
+    return LmHead(linear.requires_grad_(False), cap)
 
 
-def exact_logits(hidden: Tensor, head: Head) -> Tensor:
+def exact_logits(hidden: Tensor, head: LmHead) -> Tensor:
     logits = hidden.double() @ head.linear.weight.double().T
     if head.linear.bias is not None:
         logits = logits + head.linear.bias.double()
     return logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
 
 
-def kl_by_definition(dense: Tensor, pruned: Tensor, head: Head) -> Tensor:
+def kl_by_definition(dense: Tensor, pruned: Tensor, head: LmHead) -> Tensor:
     p, q = (exact_logits(hidden, head).log_softmax(-1) for hidden in (dense, pruned))
     return (p.exp() * (p - q)).sum(-1)
 

@@ -24,7 +24,7 @@ from local_prune.walk import build
 from search.evaluation.fitness import CrossEntropy, Fitness, KlDivergence, TopKDivergence
 from search.evaluation.generation import GenerationEvaluator, Resources
 from search.run.levels import Grid, mixture
-from supernet.encodings.encoding import Candidate, Dropped, Members
+from supernet.candidates import Candidate, Dropped, Members
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock, sub_blocks
 from supernet.models.assemble import assemble

@@ -19,8 +19,9 @@ from search.evaluation.fitness import CrossEntropy, Fitness, KlDivergence, TopKD
 from search.evaluation.generation import GenerationEvaluator, Resources
 from search.evaluation.gradient import Gradient, part_gradient
 from search.run.levels import Grid
-from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
-from supernet.models.architecture import SubBlock, entry, final_norm_and_head, sub_blocks
+from supernet.candidates import Candidate, Dropped, Members, Quantised, Weights, member_columns
+from supernet.models.architecture import SubBlock, sub_blocks
+from supernet.models.forward import entry, final_norm_and_head
 from supernet.models.placement import Place, full_weight, is_absent, places
 from supernet.models.prunables import (
     Pattern,

@@ -20,8 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from search.inputs.models import from_pretrained, random_llama
 from search.inputs.models.checks import check_config
 from supernet.errors import InputError
-from supernet.models.architecture import check_walk
 from supernet.models.families import FAMILIES, family_of_config
+from supernet.models.forward import check_walk
 
 SIZES = {
     "hidden_size": 16,

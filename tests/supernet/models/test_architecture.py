@@ -19,20 +19,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from supernet.encodings.encoding import Members, member_columns
+from supernet.candidates import Members, member_columns
 from supernet.errors import InputError
-from supernet.models.architecture import (
-    SubBlock,
-    blocks,
-    by_query_heads,
-    check_walk,
-    entry,
-    final_norm_and_head,
-    heads_of,
-    parameter_count,
-    sub_blocks,
-)
-from supernet.models.families import FAMILIES, Family
+from supernet.models.architecture import SubBlock, blocks, by_query_heads, parameter_count, sub_blocks
+from supernet.models.families import FAMILIES, Family, heads_of
+from supernet.models.forward import check_walk, entry, final_norm_and_head
 from supernet.models.modeling_pruned import PRUNED_CLASSES
 from supernet.models.placement import parameters, sliced, zeroed
 from supernet.space import ATTENTION, MIXER, MLP
@@ -321,8 +312,8 @@ def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
     }
     model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
     known = (
-        r"'gpt_neox' is not known; known are llama, .*mamba2; .*one entry in supernet/families\.py, "
-        r"and .*two classes in supernet/modeling_pruned\.py"
+        r"'gpt_neox' is not known; known are llama, .*mamba2; .*one entry in supernet/models/families\.py, "
+        r"and .*two classes in supernet/models/modeling_pruned\.py"
     )
     with pytest.raises(InputError, match=known):
         sub_blocks(model)

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel, P
 
 from search.export.huggingface import export
 from supernet.errors import InputError
-from supernet.models.architecture import entry, final_norm_and_head, parameter_count, sub_blocks
+from supernet.models.architecture import parameter_count, sub_blocks
 from supernet.models.assemble import assemble, check_family
 from supernet.models.families import FAMILIES, Family
+from supernet.models.forward import entry, final_norm_and_head
 from supernet.models.modeling_pruned import PRUNED_CLASSES, PrunedMixin
 from supernet.models.placement import places
 from supernet.space import Space

@@ -31,9 +31,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from supernet.encodings.encoding import Members, member_columns
+from supernet.candidates import Members, member_columns
 from supernet.models import modeling_pruned
-from supernet.models.architecture import SubBlock, heads_of, sub_blocks
+from supernet.models.architecture import SubBlock, sub_blocks
+from supernet.models.families import heads_of
 from supernet.models.modeling_pruned import PRUNED_CLASSES, PrunedMixin, SkippedAttn
 from supernet.models.placement import sliced
 from supernet.space import ATTENTION

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights, member_columns
-from supernet.models.architecture import SubBlock, by_query_heads, entry, sub_blocks
+from supernet.candidates import Candidate, Dropped, Members, Quantised, Weights, member_columns
+from supernet.models.architecture import SubBlock, by_query_heads, sub_blocks
+from supernet.models.forward import entry
 from supernet.models.placement import Place, full_weight, is_absent, parameters, places, sliced
 from supernet.models.prunables import (
     Prunable,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Generator
 
-from supernet.encodings.encoding import Candidate, Dropped, Members, Quantised, Weights, count, member_columns
+from supernet.candidates import Candidate, Dropped, Members, Quantised, Weights, count, member_columns
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

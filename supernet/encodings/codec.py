@@ -1,4 +1,4 @@
-"""What a candidate is, one class a kind, and the compact tensors that it is stored as.
+"""The compact tensors that candidates are stored as: `encode` makes them, `decode` reads a candidate back.
 
 Values that are the dense model's own are never stored: a method that only chooses what stays gives candidates without
 weights, and all of a unit's levels share one order of removal where they are nested. Tensors of a level, by name behind
@@ -18,99 +18,19 @@ shape, pattern, dropped and contents are headers (`supernet.encodings.tensors`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from supernet.candidates import Candidate, Dropped, Members, Quantised, Weights, count
 from supernet.encodings.packing import at_least, gathered, keeps, plane_bytes, scattered, unpacked
 from supernet.encodings.patterns import find_pattern, mask_of, rank_bits, ranks_of
 from supernet.encodings.tensors import Stored, header, planes
 
-
-@dataclass(frozen=True)
-class Members:
-    """Structured: the members (KV groups, query heads, neurons) that stay.
-
-    Attributes:
-        kept: (k,) int64, rising.
-        weight: (d_out, k * width), the projection's columns of those members, refitted; None where they are the dense
-            ones.
-        bias: (d_out,), in place of the projection's own bias, which may be none; None where nothing makes up for the
-            removed.
-    """
-
-    kept: Tensor
-    weight: Tensor | None
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Unstructured or N:M: the weights of a linear layer that stay.
-
-    Attributes:
-        mask: (d_out, d_in) bool, True where a weight stays.
-        weight: (d_out, d_in), zero where the mask is False; None where kept weights are the dense ones.
-    """
-
-    mask: Tensor
-    weight: Tensor | None
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """A linear layer on a grid of `2 ** bits` values for each group of neighbouring inputs: `scale * (code - zero)`.
-
-    Attributes:
-        codes: (d_out, d_in) uint8, below 2 ** bits.
-        scale: (d_out, groups), in the dense weight's dtype.
-        zero: (d_out, groups) uint8, the code of 0.
-        bits: Of a code.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    bits: int
-
-    @property
-    def weight(self) -> Tensor:
-        """(d_out, d_in), computed in float32 and rounded to the dtype of the scales."""
-        d_out, groups = self.scale.shape
-        steps = self.codes.view(d_out, groups, -1).float() - self.zero.unsqueeze(2).float()
-        return (steps * self.scale.unsqueeze(2).float()).to(self.scale.dtype).view(self.codes.shape)
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """The whole sub-block, or block, is absent."""
-
-
-Candidate = Members | Weights | Quantised | Dropped
-
 MOST_ORDERED = 255  # levels that share one order of removal: it is kept in bytes while it is made
 INDEX = torch.int32  # of kept members
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def member_columns(kept: Tensor, width: int) -> Tensor:
-    """(k,) members -> (k * width,) the columns (or rows) that belong to them, in order."""
-    return (kept.unsqueeze(1) * width + torch.arange(width, device=kept.device)).flatten()
-
-
-def count(candidate: Candidate) -> int:
-    """What a level counts: members, weights, or bits that are kept."""
-    match candidate:
-        case Members():
-            return len(candidate.kept)
-        case Weights():
-            return int(candidate.mask.count_nonzero())
-        case Quantised():
-            return candidate.bits
-        case Dropped():
-            return 0
 
 
 def encode(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
@@ -131,13 +51,6 @@ def encode(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
         parts["contents"] = header(count(candidate), len(parts))
         tensors |= {f"{level}.{name}": tensor for name, tensor in parts.items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def encoded_bytes(candidates: Sequence[Candidate]) -> int:
-    """Of all tensors that `encode` gives, without making them."""
-    values = sum(_value_bytes(candidate) for candidate in candidates)
-    masks = _ordered_masks(candidates)
-    return values + (sum(map(_choice_bytes, candidates)) if masks is None else _order_bytes(masks))
 
 
 def _choice(candidate: Candidate) -> dict[str, Tensor]:
@@ -182,19 +95,6 @@ def _values(candidate: Candidate) -> dict[str, Tensor]:
             return named if _is_symmetric(candidate) else named | {"zero": candidate.zero}
         case Dropped():
             return {"dropped": header()}
-
-
-def _value_bytes(candidate: Candidate) -> int:
-    match candidate:
-        case Members():
-            return sum(tensor.nbytes for tensor in (candidate.weight, candidate.bias) if tensor is not None)
-        case Weights():
-            return 0 if candidate.weight is None else count(candidate) * candidate.weight.element_size()
-        case Quantised():
-            zeros = 0 if _is_symmetric(candidate) else candidate.zero.nbytes
-            return plane_bytes(candidate.codes.numel(), candidate.bits) + candidate.scale.nbytes + zeros
-        case Dropped():
-            return 0
 
 
 def _middle(scale: Tensor, bits: int) -> Tensor:

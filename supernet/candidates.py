@@ -1,0 +1,91 @@
+"""What a candidate is, one class a kind: the weights of a unit at one level, without what the dense model has anyway.
+
+May import nothing of the project; encodings, the store, the local pruners and the search use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Members:
+    """Structured: the members (KV groups, query heads, neurons) that stay.
+
+    Attributes:
+        kept: (k,) int64, rising.
+        weight: (d_out, k * width), the projection's columns of those members, refitted; None where they are the dense
+            ones.
+        bias: (d_out,), in place of the projection's own bias, which may be none; None where nothing makes up for the
+            removed.
+    """
+
+    kept: Tensor
+    weight: Tensor | None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Unstructured or N:M: the weights of a linear layer that stay.
+
+    Attributes:
+        mask: (d_out, d_in) bool, True where a weight stays.
+        weight: (d_out, d_in), zero where the mask is False; None where kept weights are the dense ones.
+    """
+
+    mask: Tensor
+    weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A linear layer on a grid of `2 ** bits` values for each group of neighbouring inputs: `scale * (code - zero)`.
+
+    Attributes:
+        codes: (d_out, d_in) uint8, below 2 ** bits.
+        scale: (d_out, groups), in the dense weight's dtype.
+        zero: (d_out, groups) uint8, the code of 0.
+        bits: Of a code.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+    @property
+    def weight(self) -> Tensor:
+        """(d_out, d_in), computed in float32 and rounded to the dtype of the scales."""
+        d_out, groups = self.scale.shape
+        steps = self.codes.view(d_out, groups, -1).float() - self.zero.unsqueeze(2).float()
+        return (steps * self.scale.unsqueeze(2).float()).to(self.scale.dtype).view(self.codes.shape)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The whole sub-block, or block, is absent."""
+
+
+Candidate = Members | Weights | Quantised | Dropped
+
+
+def member_columns(kept: Tensor, width: int) -> Tensor:
+    """(k,) members -> (k * width,) the columns (or rows) that belong to them, in order."""
+    return (kept.unsqueeze(1) * width + torch.arange(width, device=kept.device)).flatten()
+
+
+def count(candidate: Candidate) -> int:
+    """What a level counts: members, weights, or bits that are kept."""
+    match candidate:
+        case Members():
+            return len(candidate.kept)
+        case Weights():
+            return int(candidate.mask.count_nonzero())
+        case Quantised():
+            return candidate.bits
+        case Dropped():
+            return 0
