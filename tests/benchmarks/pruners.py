@@ -1,5 +1,6 @@
-"""Every local pruner on SmolLM2 and WikiText-2, side by side: `python -m tests.benchmarks.pruners speed|quality|memory
-[names]`.
+"""Every local pruner on SmolLM2 and WikiText-2, side by side.
+
+    python -m tests.benchmarks.pruners speed|quality|memory [names]
 
 `speed`: SparseGPT at eleven levels, all at once, against the same rule level by level with a loop over single columns.
 `quality`: WikiText-2 test perplexity (windows of 512 tokens) of uniform allocations. `memory`: peak memory of a build

