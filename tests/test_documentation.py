@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from search.cli.arguments import check_choices, prepared
 from search.cli.declared import check_declared
 from search.paths import conf_dir
 from search.run.settings import check_settings
+from tests.search.settings_only import at_work, configured
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = conf_dir()
@@ -142,26 +142,22 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_is_accepted(command: str) -> None:
-    arguments = [one for one in shlex.split(command, comments=True)[3:] if one != "-m"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        given = prepared(arguments, CONF)
-        check_choices(given, CONF)
-        for overrides in jobs(given):
-            config = compose("search", overrides, return_hydra_config=True)
+    with at_work():
+        for arguments in jobs([one for one in shlex.split(command, comments=True)[3:] if one != "-m"]):
+            config = configured(arguments)
             hydra = config.hydra
-            OmegaConf.set_struct(config, False)
-            del config["hydra"]
-            config.run_name = "run"
+            with open_dict(config):
+                del config["hydra"]
+                config.run_name = "run"
             check_declared(config, hydra)
             check_settings(config)
 
 
-def jobs(given: list[str]) -> list[list[str]]:
-    """The overrides of each job of a command: several where it sweeps over a setting."""
-    parsed = OverridesParser.create().parse_overrides(given)
-    sweeps = [one for one in parsed if one.is_sweep_override()]
+def jobs(arguments: list[str]) -> list[list[str]]:
+    """The arguments of each job of a command: several where it sweeps over a setting."""
+    sweeps = [one for one in OverridesParser.create().parse_overrides(arguments) if one.is_sweep_override()]
     assert len(sweeps) < 2, "this test has no product of sweeps yet"
-    fixed = [str(one.input_line) for one in parsed if one not in sweeps]
+    fixed = [one for one in arguments if one not in {sweep.input_line for sweep in sweeps}]
     each = [f"{one.key_or_group}={value}" for one in sweeps for value in one.sweep_string_iterator()]
     return [[*fixed, one] for one in each] or [fixed]
 
