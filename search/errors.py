@@ -1,6 +1,4 @@
-"""What other libraries and the system report, put so that it fits into our one-line messages: the one place for
-that.
-"""
+"""The one place where errors of other libraries and of the system become our one-line messages."""
 
 import difflib
 import errno
@@ -40,18 +38,18 @@ MORE_MEMORY = (
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an exception says, or the name of its class if it says nothing."""
+    """Return the first line of an exception's message, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names most like a misspelt one, or all of them where none is like it."""
+    """Return the known names that are most like a misspelt one, or all of them if none is like it."""
     names = sorted(known)
     return ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names)
 
 
 def no_setting(key: str, siblings: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
-    """What to say of a setting that is not there.
+    """Return the message for a setting that does not exist.
 
     Args:
         key: As it was given, with its groups: "budget.sparsty".
@@ -72,11 +70,10 @@ def no_setting(key: str, siblings: Iterable[str], elsewhere: Iterable[str] = ())
 
 
 def explained(error: BaseException) -> str | None:
-    """What an exception and its causes come to for the user, on one line; None for one that only a fault of ours can
-    explain.
+    """Return what an exception means for the user, on one line; None if it can only be a fault of this program.
 
-    It is the first InputError of the chain, or what can be done about an exception of Hydra, of OmegaConf or of the
-    system.
+    The line comes from the first InputError in the chain of causes, or says what can be done about an exception of
+    Hydra, OmegaConf or the system.
     """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
@@ -92,9 +89,7 @@ def explained(error: BaseException) -> str | None:
 
 
 def _translated(error: BaseException) -> str:
-    """What a user can do about an exception; nothing where a later link of the chain knows more, or where nothing can
-    be done.
-    """
+    """Return what a user can do about an exception; an empty text if nothing, or if a later cause knows more."""
     match error:
         case MissingMandatoryValue(full_key=str(key)):
             return f"{key} is not given; add {key}=VALUE to the command"
@@ -126,7 +121,7 @@ def _translated(error: BaseException) -> str:
 
 
 def _ending_in(name: str, node: DictConfig, path: str = "") -> list[str]:
-    """Settings within groups that are called so: what somebody means who leaves the group out."""
+    """Return the settings in groups that have this name: users often leave the group out."""
     found = []
     for key in map(str, node):
         inner = None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
@@ -138,8 +133,9 @@ def _ending_in(name: str, node: DictConfig, path: str = "") -> list[str]:
 
 
 def _of_component(text: str) -> str:
-    """What Hydra says of a component that could not be made: `Error in call to target 'a.b': TypeError("...") full_key:
-    c`.
+    """Return what Hydra's report of a component that could not be made means.
+
+    Such reports look like this: `Error in call to target 'a.b': TypeError("...") full_key: c`.
     """
     found = re.match(
         r"Error (?:in call to|locating) target '[^']*'[,:]?\s*(.*?)\s*(?:full_key: (\S+))?$", text, re.DOTALL
@@ -151,7 +147,7 @@ def _of_component(text: str) -> str:
 
 
 def _of_system(error: OSError) -> str:
-    """What the system refuses, and what to do about it."""
+    """Return what the system refused, and what to do about it."""
     advice = next((words for numbers, words in ADVICE.items() if error.errno in numbers), "")
     place = f"{error.filename}: " if error.filename is not None else "the system refuses to go on: "
     return f"{place}{error.strerror or reason(error)}{'; ' if advice else ''}{advice}"
@@ -168,7 +164,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_of_hydra(error: BaseException) -> bool:
-    """Whether Hydra's own code raised it."""
+    """Return whether Hydra's own code raised the exception."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next

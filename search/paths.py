@@ -12,23 +12,23 @@ LONGEST = 80  # characters of a folder's name; file systems take 255 bytes
 
 
 def conf_dir() -> Path:
-    """The root of the Hydra configuration: inside an installed package, else the checkout's `conf`."""
+    """Return the root of the Hydra configuration: inside an installed package, else the checkout's `conf`."""
     package = Path(__file__).resolve().parent
     shipped = package / "_conf"
     return shipped if shipped.is_dir() else package.parent / "conf"
 
 
 def cache_dir() -> Path:
-    """What is costly to make is kept here: $SPARSITY_SEARCH_CACHE, else `~/.cache/sparsity-search`."""
+    """Return the folder for what is costly to make: $SPARSITY_SEARCH_CACHE, else `~/.cache/sparsity-search`."""
     # An empty variable means "not set": it would otherwise put the cache into whatever folder the run starts
     # from.
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/sparsity-search").expanduser()
 
 
 def folder_name(overrides: str) -> str:
-    """A run's folder after its overrides, "a=1,b=2": another name for other overrides, whatever they hold.
+    """Return a name for a run's folder made of its overrides, such as "a=1,b=2"; other overrides get another name.
 
-    What no folder should be called, or would be too long, is replaced or cut off; a hash then tells such names apart.
+    Characters that no folder name should have are replaced, and long names are cut off; a hash then tells them apart.
     """
     unquoted = re.sub("""['"]""", "", overrides)
     name = re.sub(r"[^\w=.,+@-]", "_", unquoted).strip(".")
@@ -39,7 +39,7 @@ def folder_name(overrides: str) -> str:
 
 
 def _run_name(*, _root_: DictConfig) -> str:
-    """Of the experiment, or of the overrides where there is none."""
+    """Return the name of the experiment, or of the overrides if there is no experiment."""
     experiment = OmegaConf.select(_root_, "hydra.runtime.choices.experiment")
     return str(experiment) if experiment is not None else _job_name(_root_=_root_)
 

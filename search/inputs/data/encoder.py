@@ -1,4 +1,4 @@
-"""Documents to token ids, without special tokens of the tokenizer's own, and no more of them than are needed."""
+"""From documents to token ids: without the tokenizer's own special tokens, and no more ids than are needed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ TAIL = 64  # tokens before a cut, which might be others if the text went on
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer; `separator`, the end-of-sequence token, which joins documents; and the tokens that begin each
-    sequence.
-    """
+    """A tokenizer, the token that joins documents (`separator`, end-of-sequence), and those that begin a sequence."""
 
     tokenizer: PreTrainedTokenizerBase
     separator: int
@@ -33,7 +31,7 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, leading: Sequence[int] = ()) -> Encoder:
-        """The encoder of a tokenizer, which must have an end-of-sequence token."""
+        """Return the encoder for a tokenizer, which must have an end-of-sequence token."""
         separator = tokenizer.eos_token_id
         if separator is None:
             raise InputError(
@@ -43,11 +41,11 @@ class Encoder:
         return cls(tokenizer, separator, tuple(leading))
 
     def text_of(self, document: Document) -> str:
-        """The text of a document: of a chat what the tokenizer's chat template makes of it."""
+        """Return the text of a document. A chat goes through the tokenizer's chat template."""
         return document if isinstance(document, str) else self._templated(document)
 
     def __call__(self, text: str, enough: float) -> list[int]:
-        """The first `enough` tokens of a text, or more, or all that it has."""
+        """Return at least the first `enough` tokens of a text, or all of them if it has fewer."""
         ids: list[int] = []
         for piece in cut(text, ENCODED_CHARACTERS):
             ids += self._first(piece, enough - len(ids))

@@ -1,7 +1,7 @@
 """Whether text suits a model: sequences no longer than its positions, ids no larger than its vocabulary.
 
-Checked before any work begins. Beyond its positions a model with learned ones fails in the middle of a pass, and one
-with rotary ones goes on and silently measures what it was never trained for.
+This is checked before any work begins. Beyond its positions, a model with learned position embeddings fails in the
+middle of a pass; one with rotary embeddings goes on, and what is measured is a state that it was never trained for.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from supernet.errors import InputError
 
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:
-    """How many tokens a model knows positions for; None where it has no such limit (Mamba).
+    """Return how many tokens a model knows positions for; None if it has no such limit, as Mamba.
 
-    Sliding windows are no limit. Where rotary positions are stretched by a factor, what they were stretched from times
-    the factor counts, if it is more than what the config announces.
+    Sliding windows are no limit. If rotary positions are stretched by a factor, their first length times the factor
+    counts where it is more than what the config announces.
     """
     announced = getattr(config, "max_position_embeddings", None)
     if type(announced) is not int or announced < 1:
@@ -42,7 +42,7 @@ def _stretched(config: PreTrainedConfig, announced: int) -> Iterator[int]:
 
 
 def check_sequence_length(model: PreTrainedModel, sequence_length: int) -> None:
-    """InputError where sequences are longer than the model's positions."""
+    """Raise InputError if sequences are longer than the model's positions."""
     longest = longest_sequence(model.config)
     if longest is not None and sequence_length > longest:
         raise InputError(
@@ -52,7 +52,7 @@ def check_sequence_length(model: PreTrainedModel, sequence_length: int) -> None:
 
 
 def check_ids(model: PreTrainedModel, parts: Mapping[str, TokenSet]) -> None:
-    """InputError where a token is beyond the model's embeddings."""
+    """Raise InputError if a token has no row in the model's embeddings."""
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     for part, tokens in parts.items():
         largest = int(tokens.ids.max())

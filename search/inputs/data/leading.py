@@ -13,12 +13,12 @@ BOS = ("auto", True, False)
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase, bos: object = "auto") -> tuple[int, ...]:
-    """The special tokens that begin every sequence.
+    """Return the special tokens that begin every sequence.
 
     Args:
-        tokenizer: of the model.
-        bos: `data.bos`. "auto": what the tokenizer itself puts before a text, often nothing; True: the same, with the
-            BOS token first if it is not among them; False: nothing.
+        tokenizer: The model's tokenizer.
+        bos: The setting `data.bos`. "auto" takes what the tokenizer itself puts before a text, often nothing. True
+            takes the same, with the BOS token in front if it is not among them. False takes nothing.
 
     Raises:
         InputError: `bos` is something else, or True although the tokenizer has no BOS token.
@@ -37,14 +37,13 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase, bos: object = "auto") -> 
 
 
 def own_leading_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What the tokenizer itself puts before a text; what it puts behind one (EOS, SEP) does not count."""
+    """Return what the tokenizer itself puts before a text. What it puts behind one (EOS, SEP) does not count."""
     bare = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     whole = tokenizer(PROBE, add_special_tokens=True)["input_ids"]
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return tuple(whole[:start])
-    # Some tokenizers encode a text differently behind a special token; then those of the first tokens that are special
-    # count.
+    # Some tokenizers encode a text differently behind a special token; then the special ones among the first count.
     special = set(tokenizer.all_special_ids)
     count = next((index for index, token in enumerate(whole) if token not in special), len(whole))
     return tuple(whole[:count])

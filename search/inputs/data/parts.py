@@ -1,6 +1,6 @@
-"""Documents dealt to the parts, tokenised, and packed into sequences of equal length.
+"""Documents are dealt to the parts (calibration, search, evaluation), tokenised, and packed into equal sequences.
 
-What a part consists of depends on the source, the tokenizer and the seed alone.
+What a part consists of depends on nothing but the source, the tokenizer and the seed.
 """
 
 import logging
@@ -34,11 +34,11 @@ class TokenSet:
     """The tokens of one part.
 
     Attributes:
-        ids: int64 [sequences, sequence_length]: the leading tokens, then documents joined with the end-of-sequence
-            token.
-        documents: how many documents, or pieces of cut ones, the tokens come from.
-        fingerprint: a hash of `ids` and `leading`.
-        leading: how many special tokens (BOS) begin every sequence.
+        ids: (sequences, sequence_length) int64. Each row has the leading tokens, then documents joined with the
+            end-of-sequence token.
+        documents: Number of documents, or pieces of cut ones, that the tokens come from.
+        fingerprint: A hash of `ids` and `leading`.
+        leading: Number of special tokens (BOS) that begin every sequence.
     """
 
     ids: torch.Tensor
@@ -48,7 +48,7 @@ class TokenSet:
 
     @property
     def unscored(self) -> int:
-        """How many first positions of each sequence are left out of losses: those that predict a leading token.
+        """Number of first positions of each sequence that losses leave out, as they predict a leading token.
 
         Position i predicts token i + 1. Nothing predicts the first token, so that a single BOS leaves every position
         scored.
@@ -66,26 +66,24 @@ def prepare(
 ) -> dict[str, TokenSet]:
     """Make the token sets of all parts.
 
-    Each document goes, whole, to the part that is filled least relative to its need. Only where that leaves a
-    part short are long documents of a split that feeds several parts cut into pieces, which are dealt likewise.
-    So a text that is too short for all is shared in proportion to the needs. No text, whole or piece, is used
-    twice.
+    Each document goes, whole, to the part that is filled least relative to its need. If that leaves a part short,
+    long documents of a split that feeds several parts are cut into pieces, which are dealt in the same way. So a text
+    that is too short for all is shared in proportion to the needs. No text, whole or in pieces, is used twice.
 
     Args:
-        source: where the documents come from.
-        tokenizer: must have an end-of-sequence token.
-        sequences: how many sequences each part needs, by part; for the evaluation also "all" that its split gives.
-        sequence_length: tokens in a sequence, leading ones included.
-        seed: determines the order of the documents.
-        bos: which special tokens begin every sequence; see `leading_tokens`.
+        source: Where the documents come from.
+        tokenizer: The model's tokenizer, with an end-of-sequence token.
+        sequences: Number of sequences that each part needs; "all" takes what the evaluation's split gives.
+        sequence_length: Tokens in a sequence, leading ones included.
+        seed: Determines the order of the documents.
+        bos: Which special tokens begin every sequence, as `leading_tokens` takes it.
 
     Returns:
         A token set for each of `PARTS`, with `sequences[part]` sequences, or fewer (and a warning) if the
         text ends early.
 
     Raises:
-        InputError: the text does not give every part at least one sequence, or a number asked for makes no
-            sense.
+        InputError: The text does not give every part at least one sequence, or a number makes no sense.
     """
     leading = leading_tokens(tokenizer, bos)
     _check_request(sequences, sequence_length, len(leading))
@@ -102,7 +100,7 @@ def prepare(
 
 
 def split_record(parts: Mapping[str, TokenSet]) -> dict[str, dict[str, int | str]]:
-    """What a run notes of its data, by part: documents, sequences, tokens, how many lead each sequence, fingerprint."""
+    """Return what a run notes of its data, by part: documents, sequences, tokens, leading tokens and fingerprint."""
     return {
         part: {
             "documents": tokens.documents,
@@ -117,7 +115,7 @@ def split_record(parts: Mapping[str, TokenSet]) -> dict[str, dict[str, int | str
 
 @dataclass
 class _Filling:
-    """A part while it is being filled."""
+    """A part while documents are dealt to it."""
 
     need: float  # tokens; `ALL` for all there are
     documents: int = 0
@@ -126,7 +124,7 @@ class _Filling:
 
     @property
     def share(self) -> float:
-        """How much of the need is met, 1 or more when all of it is."""
+        """The share of the need that is met; 1 or more if all of it is."""
         return self.tokens / self.need
 
     def add(self, ids: Sequence[int], separator: int) -> None:
@@ -136,9 +134,7 @@ class _Filling:
         self.tokens += len(chunk)
 
     def pack(self, room: int, leading: Sequence[int]) -> TokenSet:
-        """The tokens as whole sequences, `room` of them behind the leading ones in each; what is left over is
-        dropped.
-        """
+        """Return the tokens as whole sequences, `room` tokens behind the leading ones; drop what is left over."""
         tokens = torch.cat([torch.empty(0, dtype=torch.int64), *self.chunks])
         whole = int(min(self.tokens, self.need)) // room
         first = torch.tensor(leading, dtype=torch.int64).expand(whole, -1)
@@ -153,9 +149,7 @@ class _Filling:
 def _fill(
     source: TextSource, needs: Mapping[str, float], encode: Encoder, seed: int, *, cutting: bool
 ) -> dict[str, _Filling]:
-    """Deal the source's documents to the parts; with `cutting`, long ones of a split that feeds several parts in
-    pieces.
-    """
+    """Deal the source's documents to the parts; with `cutting`, shared splits give long documents in pieces."""
     fillings = {part: _Filling(need=need) for part, need in needs.items()}
     generator = np.random.default_rng(seed)
     seen: set[int] = set()
@@ -181,7 +175,7 @@ def _deal(texts: Iterable[str], fillings: Sequence[_Filling], encode: Encoder) -
 
 
 def _texts(documents: Iterable[str], *, shared: bool, seen: set[int], generator: np.random.Generator) -> Iterator[str]:
-    """The documents that are new, whole or (`shared`) the long ones as those of their pieces that are new."""
+    """Yield the documents that are new; with `shared`, long documents as pieces, of which those that are new."""
     for document in documents:
         if _is_new(document, seen):
             pieces = list(cut(document, PIECE_CHARACTERS)) if shared else [document]
@@ -193,7 +187,7 @@ def _texts(documents: Iterable[str], *, shared: bool, seen: set[int], generator:
 
 
 def _is_new(text: str, seen: set[int]) -> bool:
-    """Whether a text is neither blank nor, by its hash, in `seen`, to which it is added."""
+    """Return whether a text is not blank and not in `seen`, which holds hashes, and add it there."""
     if not text or text.isspace():
         return False
     key = xxhash.xxh3_128_intdigest(text.encode(errors="surrogatepass"))
@@ -220,7 +214,7 @@ def _check_request(sequences: Mapping[str, int | str], sequence_length: int, lea
 
 
 def _check_all(needs: Mapping[str, float], source: TextSource) -> None:
-    """Refuse "all" where it makes no sense: for parts that the model is pruned with, and where a split is shared."""
+    """Refuse "all" where it makes no sense: for parts that the model is pruned with, and for a shared split."""
     for part, need in needs.items():
         if need == ALL and part != "evaluation":
             raise InputError(
@@ -237,7 +231,7 @@ def _check_all(needs: Mapping[str, float], source: TextSource) -> None:
 def _check_length(
     parts: Mapping[str, TokenSet], fillings: Mapping[str, _Filling], sequence_length: int, room: int, source: TextSource
 ) -> None:
-    """Refuse a part without a sequence; warn, in one line, of parts with fewer than they need."""
+    """Refuse a part without a sequence, and warn in one line of parts with fewer than they need."""
     short = []
     for part, tokens in parts.items():
         have, need = tokens.ids.shape[0], fillings[part].need / room

@@ -1,4 +1,4 @@
-"""What one row of a file or data set holds: a text, or a chat."""
+"""A document as one row of a file or data set holds it: a text, or a chat."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from supernet.errors import InputError
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages, which become a text by the chat template of the model's tokenizer.
+    """The messages of a chat, which the chat template of the model's tokenizer turns into a text.
 
     Attributes:
-        messages: each a mapping with at least `role`.
-        where: the row that they come from, for messages to the user.
+        messages: The messages, mappings with at least the key `role`.
+        where: The row that they come from, for what is told the user.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -27,7 +27,7 @@ Document = str | Chat
 
 
 def document_of(row: object, column: str, where: str) -> Document:
-    """The document in a column of a row; a missing value (null) counts as no text."""
+    """Return the document in a column of a row. A missing value (null) counts as an empty text."""
     if not isinstance(row, Mapping):
         raise InputError(f'{where} is not an object; give rows such as {{"{column}": "..."}}')
     if column not in row:
@@ -42,7 +42,10 @@ def document_of(row: object, column: str, where: str) -> Document:
 
 
 def checked(text: str, where: str) -> str:
-    """The text, if it can be encoded: JSON may hold halves of a surrogate pair, which are no characters."""
+    """Return the text if it can be encoded; else raise InputError.
+
+    JSON may hold halves of a surrogate pair, which are no characters.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -65,7 +68,7 @@ def _chat(value: list[Any], column: str, where: str) -> Chat:
 
 
 def no_column(column: str, columns: Iterable[object], where: str) -> InputError:
-    """What to answer where a column does not exist: the nearest names first."""
+    """Return the error for a column that does not exist, with the nearest names first."""
     names = ", ".join(map(str, columns))
     near = nearest(column, map(str, columns)).split(", ")[0] if names else ""
     hint = f" (did you mean {near}?)" if near and near != names else ""

@@ -1,4 +1,4 @@
-"""The one way to shuffle: by a generator that is passed."""
+"""The one way to shuffle: with a random generator that the caller passes."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -9,5 +9,5 @@ T = TypeVar("T")
 
 
 def shuffled(items: Sequence[T], generator: np.random.Generator) -> Iterator[T]:
-    """The items in an order that the generator gives; numpy itself would make arrays of them."""
+    """Yield the items in an order drawn from the generator. (numpy's own shuffling would turn them into arrays.)"""
     return (items[index] for index in generator.permutation(len(items)))
