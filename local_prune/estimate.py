@@ -7,6 +7,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from local_prune.methods.shared.members import member_layers
 from local_prune.methods.taylor import TaylorPruner
 from local_prune.pruner import Calibration, Pruner
 from local_prune.statistics import LeastSquares
-from local_prune.text.devices import moved, on_device
-from local_prune.text.streams import stream_bytes
+from local_prune.text.dense_stream import DenseStream
+from local_prune.text.devices import on_device
+from local_prune.text.passes import TextWalk
+from local_prune.text.streams import kept_input_bytes, stream_bytes
 from local_prune.walk import Mixture, Walk
-from supernet.models.architecture import SubBlock, blocks, sub_blocks
-from supernet.models.forward import entry
+from supernet.models.architecture import SubBlock, blocks
 from supernet.models.placement import Place, places
 from supernet.space import BITS, WEIGHTS, Space, Unit
 from supernet.store import Supernet
@@ -51,6 +53,7 @@ class Estimate:
         streams: Bytes of activations in main memory, or on disk where that has not enough.
         model: Bytes of the dense model in main memory.
         survey: Bytes in main memory that the survey of the dense model keeps; 0 where there is none or they are few.
+        states: Bytes on disk of the dense model's activations, while the run lasts: builds that follow read them.
     """
 
     seconds: float
@@ -59,12 +62,14 @@ class Estimate:
     streams: int
     model: int
     survey: int = 0
+    states: int = 0
 
     def __str__(self) -> str:
         stored, device, streams, model = map(_readable, (self.stored, self.device, self.streams, self.model))
         survey = f"{_readable(self.survey)} for the survey, " if self.survey else ""
+        states = f" and {_readable(self.states)} more until the run ends" if self.states else ""
         return (
-            f"about {self.seconds:,.0f} s, {stored} on disk; in memory {model} for the model, {streams} for "
+            f"about {self.seconds:,.0f} s, {stored} on disk{states}; in memory {model} for the model, {streams} for "
             f"activations, {survey}{device} for a block at work"
         )
 
@@ -81,6 +86,7 @@ def estimate(
     space: Space,
     mixture: Mixture,
     device: torch.device,
+    dense: DenseStream | None = None,
 ) -> Estimate:
     """Probe the first block; the arguments are those of `local_prune.walk.build`."""
     layers = len(blocks(model))
@@ -92,22 +98,29 @@ def estimate(
     )
     with tempfile.TemporaryDirectory() as folder:
         supernet = Supernet.open_or_create(Path(folder), first, {})
-        walk = Walk(model, short, pruner, supernet, mixture, device)
-        walk.scores = {space.units[i].name: _scores(place.part, layer) for place in here for i, layer in place.units}
-        begun = time.perf_counter()
-        for place in places(model, first)[: len(here)]:
-            walk.step(place)
-        passing = time.perf_counter() - begun - walk.pruning
+        with closing(Walk(model, short, pruner, supernet, mixture, device)) as walk:
+            walk.scores = {
+                space.units[i].name: _scores(place.part, layer) for place in here for i, layer in place.units
+            }
+            begun = time.perf_counter()
+            for place in places(model, first)[: len(here)]:
+                walk.step(place)
+            passing = time.perf_counter() - begun - walk.pruning
         stored = sum(entry["bytes"] for entry in supernet.manifest["units"].values())
     surveyed = pruner.survey_tokens(calibration)
     survey = surveyed * _seconds_per_token(model, short, device) if surveyed else 0.0
+    streams, states = 0, 0
+    if walk.streams is not None:
+        streams = stream_bytes(model, calibration, walk.streams.fit) + kept_input_bytes(model, calibration)
+        states = dense.kept_bytes if dense is not None and walk.streams.fit != "pruned" else 0
     return Estimate(
         seconds=layers * (walk.pruning + passing * batches + survey),
         stored=stored * layers,
         device=_block_bytes(model) + max((working_bytes(place, pruner, space, short) for place in here), default=0),
-        streams=0 if walk.streams is None else stream_bytes(model, calibration, walk.streams.fit),
+        streams=streams,
         model=sum(parameter.nbytes for parameter in model.parameters()),
         survey=survey_bytes(pruner, [place.part for place in places(model, space)]),
+        states=states,
     )
 
 
@@ -122,13 +135,13 @@ def _scores(part: SubBlock, layer: str | None) -> Tensor:
 
 def _seconds_per_token(model: PreTrainedModel, calibration: Calibration, device: torch.device) -> float:
     """Of a forward pass through the first block."""
-    hidden, contexts = entry(model, calibration.ids.to(model.device))
-    parts = [part for part in sub_blocks(model) if part.block == 0]
+    walk = TextWalk(model, device)
+    hidden = walk.enter(calibration.ids)
     with on_device(blocks(model)[0], device):
-        hidden, context = hidden.to(device), moved(contexts[:1], device)[0]
         begun = time.perf_counter()
-        for part in parts:
-            hidden = part(hidden, context)
+        for part in walk.parts:
+            if part.block == 0:
+                hidden = part(hidden, walk.context(part, hidden))
         float(hidden.flatten()[0])  # waits for the device
         return (time.perf_counter() - begun) / calibration.ids.numel()
 

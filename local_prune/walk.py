@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from transformers import PreTrainedModel
 
 from local_prune.pruner import Calibration, Pruner, Statistics, Task, Track
 from local_prune.statistics import LeastSquares
+from local_prune.text.attention import blocked_attention
+from local_prune.text.dense_stream import DenseStream
 from local_prune.text.devices import on_device
 from local_prune.text.streams import OWN_OUTPUT, Streams
 from supernet.candidates import Candidate, Members, Quantised, member_columns
@@ -30,9 +33,7 @@ from supernet.store import Supernet
 
 log = logging.getLogger(__name__)
 
-VERSION = (
-    1  # of the walk itself: raised by one whenever the same pruner would give other candidates, see `Pruner.version`
-)
+VERSION = 2  # of the walk: raised by one whenever the same pruner would give other candidates, see `Pruner.version`
 TOLD = 0.01  # of the weights, from which on it is told that they are zero already: a few are in every model
 Mixture = Mapping[str, Sequence[float]]
 Stage = list[tuple[int, str]]  # units whose layers share their inputs: (index of the unit in the space, its layer)
@@ -49,6 +50,7 @@ def build(
     track: Track,
     title: str,
     scores: Mapping[str, Tensor] | None = None,
+    dense: DenseStream | None = None,
 ) -> None:
     """Fill the supernet with the candidates of every unit.
 
@@ -64,18 +66,19 @@ def build(
         track: Draws progress.
         title: What the progress is called.
         scores: What `pruner.survey` found before on the same model and text; None to survey now.
+        dense: The dense model's stream of the same text, which several builds share.
     """
     with supernet.building():
         supernet.refresh()
         if supernet.complete:
             return
-        walk = Walk(model, calibration, pruner, supernet, mixture, torch.device(device))
-        _tell_of_zeros(model, pruner, supernet.space)
-        if walk.behind_norms:
-            log.info("prune.fit=residual is fitted as pruned: a norm follows the sub-blocks")
-        walk.scores = pruner.survey(model, calibration, walk.device, track) if scores is None else scores
-        for place in track(places(model, supernet.space), title):
-            walk.step(place)
+        with closing(Walk(model, calibration, pruner, supernet, mixture, torch.device(device), dense)) as walk:
+            _tell_of_zeros(model, pruner, supernet.space)
+            if walk.behind_norms:
+                log.info("prune.fit=residual is fitted as pruned: a norm follows the sub-blocks")
+            walk.scores = pruner.survey(model, calibration, walk.device, track) if scores is None else scores
+            for place in track(places(model, supernet.space), title):
+                walk.step(place)
 
 
 class Walk:
@@ -97,19 +100,25 @@ class Walk:
         supernet: Supernet,
         mixture: Mixture,
         device: torch.device,
+        dense: DenseStream | None = None,
     ) -> None:
         self.model, self.calibration, self.pruner, self.supernet = model, calibration, pruner, supernet
         self.mixture, self.device = mixture, device
         self.scores: Mapping[str, Tensor] = {}
         self.pruning = 0.0
         fit, self.behind_norms = fit_of(model, calibration, pruner, supernet.space, mixture)
-        self.streams = None if fit is None else Streams(model, calibration, fit, device, supernet.path)
+        self.streams = None if fit is None else Streams(model, calibration, fit, device, supernet.path, dense)
+
+    def close(self) -> None:
+        """End the threads that pass text."""
+        if self.streams is not None:
+            self.streams.close()
 
     def step(self, place: Place) -> None:
         """Build what is missing of a sub-block's units, and move on."""
         part, present = place.part, 1.0
         replaced: dict[str, Tensor] = {}
-        with on_device(blocks(self.model)[part.block], self.device):
+        with on_device(blocks(self.model)[part.block], self.device), blocked_attention(self.model):
             for stage in _stages(place):
                 if not all(self.supernet.has(self._unit(index).name) for index, _ in stage):
                     self._build(part, stage, replaced)

@@ -25,7 +25,7 @@ from local_prune.methods.shared.members import SurveyedPruner
 from local_prune.methods.wanda_sp import wanda_sp
 from local_prune.pruner import Calibration, Track
 from local_prune.statistics import Moments, finite
-from local_prune.text.passes import begin, lent_parts, next_token_loss
+from local_prune.text.passes import TextWalk, next_token_loss
 from supernet.candidates import member_columns
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
@@ -164,14 +164,12 @@ def priors(
     CPU.
     """
     moments: dict[str, Moments] = {}
+    walk = TextWalk(model, device)
     for ids in track(calibration.ids.split(calibration.batch), "activations"):
-        hidden, contexts = begin(model, ids, device)
-        for part in lent_parts(model, device):
-            context = contexts[part.block]
-            if part.groups is not None:
-                X = part.inputs(part.column, hidden, context)
-                moments.setdefault(part.name, Moments.zeros(X.shape[1], device)).add(X)
-            hidden = part(hidden, context)
+        for step in walk.steps(ids, record=True):
+            if step.part.groups is not None:
+                X = step.inputs[step.part.column]
+                moments.setdefault(step.part.name, Moments.zeros(X.shape[1], device)).add(X)
     found = {}
     for part in parts:
         if part.groups is not None:
@@ -195,13 +193,15 @@ def loss_without(
         device: Where the block at work lies.
         unscored: First positions of each sequence that the loss leaves out; see `Calibration`.
     """
-    hidden, contexts = begin(model, ids, device)
-    for part in lent_parts(model, device):
-        weights = None
-        if part.name in columns:
-            weight = part.weight(part.column).index_fill(1, columns[part.name].to(device), 0.0)
-            weights = part.replaced(part.column, weight)
-        hidden = part(hidden, contexts[part.block], weights)
+
+    def without(part: SubBlock) -> Mapping[str, Tensor]:
+        if part.name not in columns:
+            return {}
+        weight = part.weight(part.column).index_fill(1, columns[part.name].to(device), 0.0)
+        return part.replaced(part.column, weight)
+
+    for step in TextWalk(model, device).steps(ids, without):
+        hidden = step.behind
     return next_token_loss(model, hidden, ids, unscored)
 
 
@@ -264,9 +264,9 @@ class BonsaiPruner(SurveyedPruner):
         return {name: order_scores(prior[name], pools[name], part) for name, part in zip(pools, split, strict=True)}
 
     def survey_tokens(self, calibration: Calibration) -> int:
-        """See `Pruner`. The prior takes two passes, one of them for the inputs alone."""
+        """See `Pruner`. The prior takes one pass."""
         sequences, tokens = calibration.ids.shape
-        return (2 * sequences + self.samples * min(self.sequences, sequences)) * tokens
+        return (sequences + self.samples * min(self.sequences, sequences)) * tokens
 
     def _pairs(
         self, calibration: Calibration, prior: Mapping[str, Tensor], pools: Mapping[str, Pool], loss: Loss, track: Track

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.text.passes import Context, begin, lent_parts, loss_gradient, predictions
+from local_prune.text.passes import Context, TextWalk, loss_gradient, predictions
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 
@@ -42,17 +42,16 @@ def gradients(model: PreTrainedModel, ids: Tensor, device: torch.device, visit: 
     Returns:
         The loss.
     """
-    hidden, contexts = begin(model, ids, device)
-    streams = []
-    for part in lent_parts(model, device):
-        streams.append(hidden.cpu())
-        hidden = part(hidden, contexts[part.block])
-    loss, gradient = loss_gradient(model, hidden, ids, unscored)
+    walk, streams = TextWalk(model, device), list[Tensor]()
+    for step in walk.steps(ids):
+        streams.append(step.before.cpu())
+    loss, gradient = loss_gradient(model, step.behind, ids, unscored)
     count = predictions(ids, unscored)
     if not math.isfinite(loss):
         raise _not_finite("the loss on the calibration text")
-    for part in lent_parts(model, device, backwards=True):
-        gradient, found = part_gradients(part, streams.pop().to(device), contexts[part.block], gradient)
+    for part in walk.lent(backwards=True):
+        hidden = streams.pop().to(device)
+        gradient, found = part_gradients(part, hidden, walk.context(part, hidden), gradient)
         visit(part, {layer: _mean(g, count, f"{part.name}.{layer}") for layer, g in found.items()})
     return loss
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
@@ -21,22 +22,104 @@ from supernet.models.forward import entry, final_norm_and_head, head_of
 PREDICTIONS = 128  # whose logits exist at a time: with a vocabulary of 128k they take 64 MiB
 
 Context = Mapping[str, Any]  # what a block's attention gets besides the hidden states
+Replaced = Mapping[str, Tensor] | None  # of a sub-block's module, that stand for its own; None where it is left out
 
 
-def begin(model: PreTrainedModel, ids: Tensor, device: torch.device) -> tuple[Tensor, list[dict[str, Any]]]:
-    """`entry`, on the device. ids: (batch, tokens)."""
-    hidden, contexts = entry(model, ids.to(model.device))
-    return hidden.to(device), moved(contexts, device)
+@dataclass(frozen=True)
+class Step:
+    """One batch of text at one sub-block.
 
-
-def lent_parts(model: PreTrainedModel, device: torch.device, backwards: bool = False) -> Iterator[SubBlock]:
-    """The sub-blocks in the order of the forward pass, or the other way round; the block of each is on the device
-    meanwhile.
+    Attributes:
+        part: The sub-block; its block is on the device while the step is looked at.
+        context: What its attention gets besides the hidden states.
+        before: (batch, tokens, hidden) residual stream before it.
+        behind: The same behind it.
+        inputs: What its linear layers got, (tokens, d_in) by name, of each stage's first layer for all of them; empty
+            unless they were asked for, or where the sub-block was left out.
     """
-    parts, layers = sub_blocks(model), blocks(model)
-    for index, group in groupby(reversed(parts) if backwards else parts, key=lambda part: part.block):
-        with on_device(layers[index], device):
-            yield from group
+
+    part: SubBlock
+    context: Context
+    before: Tensor
+    behind: Tensor
+    inputs: Mapping[str, Tensor]
+
+
+class TextWalk:
+    """The way of text through a model's blocks: build, surveys, gradients and allocation rules all go by it.
+
+    One block at a time is lent to the device. Masks and rotary tables are made once for each length of sequences: as
+    sequences are never padded, what a block is told of one sequence serves any number of them.
+
+    Attributes:
+        parts: The model's sub-blocks, in the order of the forward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Bind to a model, wherever it lies, and the device that does the work."""
+        self.model, self.device = model, device
+        self.parts = sub_blocks(model)
+        self._contexts: dict[int, list[dict[str, Any]]] = {}  # by length of the sequences, for each block
+
+    def enter(self, ids: Tensor) -> Tensor:
+        """Turn ids (batch, tokens) into the residual stream (batch, tokens, hidden) before the first sub-block."""
+        ids = ids.to(self.model.device)
+        if ids.shape[1] not in self._contexts:
+            self._contexts[ids.shape[1]] = moved(entry(self.model, ids[:1])[1], self.device)
+        return entry(self.model, ids)[0].to(self.device)
+
+    def context(self, part: SubBlock, hidden: Tensor) -> Context:
+        """What the attention of the sub-block's block gets besides hidden states (batch, tokens, hidden).
+
+        Text of that length has entered before.
+        """
+        return self._contexts[hidden.shape[1]][part.block]
+
+    def lent(self, backwards: bool = False) -> Iterator[SubBlock]:
+        """The sub-blocks one after the other, or the other way round; the block of each is on the device meanwhile."""
+        layers = blocks(self.model)
+        for index, group in groupby(reversed(self.parts) if backwards else self.parts, key=lambda part: part.block):
+            with on_device(layers[index], self.device):
+                yield from group
+
+    def steps(
+        self, ids: Tensor, replaced: Callable[[SubBlock], Replaced] | None = None, record: bool = False
+    ) -> Iterator[Step]:
+        """Pass one batch of text through all sub-blocks.
+
+        Args:
+            ids: (batch, tokens).
+            replaced: Parameters of a sub-block's module that stand for its own, by name; None leaves the sub-block out.
+            record: Whether to note what linear layers get.
+        """
+        hidden = self.enter(ids)
+        for part in self.lent():
+            weights = replaced(part) if replaced else {}
+            context, behind, inputs = self.context(part, hidden), hidden, dict[str, Tensor]()
+            if weights is not None:
+                with recorded(part) if record else nullcontext(inputs) as inputs:
+                    behind = part(hidden, context, weights)
+            yield Step(part, context, hidden, behind, inputs)
+            hidden = behind
+
+
+@contextmanager
+def recorded(part: SubBlock) -> Iterator[dict[str, Tensor]]:
+    """What the linear layers of a sub-block get while it runs, (tokens, d_in) by name."""
+    seen: dict[str, Tensor] = {}
+
+    def recorder(layers: Sequence[str]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            seen.update(dict.fromkeys(layers, arguments[0].flatten(0, -2)))
+
+        return record
+
+    handles = [part.module.get_submodule(stage[0]).register_forward_pre_hook(recorder(stage)) for stage in part.stages]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def next_token_loss(model: PreTrainedModel, hidden: Tensor, ids: Tensor, unscored: int = 0) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,29 +11,35 @@ from transformers import PreTrainedModel
 
 from local_prune.pruner import Calibration
 from local_prune.text.activations import SHARE, Activations
-from local_prune.text.devices import moved
+from local_prune.text.dense_stream import DenseStream, state_bytes, state_dtype, state_shapes
+from local_prune.text.passes import TextWalk
+from local_prune.text.workers import Workers
 from supernet.models.architecture import SubBlock, sub_blocks
-from supernet.models.forward import entry
 from supernet.system.memory import available
 
 OWN_OUTPUT = "own output"  # of the dense layer, on the inputs that it gets in the pruned model
 TARGETS = {"pruned": OWN_OUTPUT, "dense": "dense output", "residual": "residual"}  # by fit, as the manifest calls them
+INPUTS = 256 << 20  # bytes of a last layer's inputs that are kept until the text moves on, instead of computed again
 
 
 def stream_bytes(model: PreTrainedModel, calibration: Calibration, fit: str) -> int:
-    """What the residual streams of the calibration text take: the pruned model's and, where the fit needs it, the dense
-    one's.
+    """What the residual streams of the calibration text take: the pruned model's and, where the fit needs it, the
+    dense one's.
     """
-    token = int(model.config.hidden_size) * _stream_dtype(model).itemsize
-    return calibration.ids.numel() * token * (1 if fit == "pruned" else 2)
+    size = state_bytes(TextWalk(model, torch.device("cpu")), [calibration.ids])
+    return size if fit == "pruned" else 2 * size
 
 
-def _stream_dtype(model: PreTrainedModel) -> torch.dtype:
-    return torch.float32 if sub_blocks(model)[0].wide_residual else model.dtype
+def kept_input_bytes(model: PreTrainedModel, calibration: Calibration) -> int:
+    """What the inputs of a sub-block's last layer take that are kept while it is pruned."""
+    widest = max(part.weight(part.column).shape[1] for part in sub_blocks(model))
+    return min(INPUTS, calibration.ids.numel() * widest * model.dtype.itemsize)
 
 
 class Streams:
     """The residual stream of the calibration text in the pruned model and, where the fit needs it, in the dense one.
+
+    On a CPU a few batches are passed side by side. `close` ends the threads that do so.
 
     Attributes:
         fit: See `Calibration`.
@@ -43,33 +48,46 @@ class Streams:
     """
 
     def __init__(
-        self, model: PreTrainedModel, calibration: Calibration, fit: str, device: torch.device, folder: Path
+        self,
+        model: PreTrainedModel,
+        calibration: Calibration,
+        fit: str,
+        device: torch.device,
+        folder: Path,
+        dense: DenseStream | None = None,
     ) -> None:
-        self.device, self.fit = device, fit
+        """Bring the text before the first sub-block.
+
+        Args:
+            model: The dense model.
+            calibration: Its text.
+            fit: What is really fitted to; see `Calibration`.
+            device: Where the block at work lies.
+            folder: Where activations lie that main memory has no room for.
+            dense: The dense model's stream of the same text, from an earlier build; made anew where there is none.
+        """
+        self.device, self.fit, self.walk = device, fit, TextWalk(model, device)
+        self.workers = Workers(device)
         batches = calibration.ids.split(calibration.batch)
-        shapes, dtype = [(*ids.shape, int(model.config.hidden_size)) for ids in batches], _stream_dtype(model)
-        in_memory = stream_bytes(model, calibration, fit) <= SHARE * available()
-        self.pruned = Activations(shapes, dtype, in_memory, folder)
-        self.dense = Activations(shapes, dtype, in_memory, folder) if fit != "pruned" else None
-        self._ahead = False  # whether the dense stream is behind the sub-block at work already
-        # Sequences are equally long and unpadded, so masks and positions of a whole batch serve every batch but a short
-        # last one.
-        self._contexts: list[list[dict[str, Any]]] = []
+        in_memory = state_bytes(self.walk, batches) <= SHARE * available()
+        self.pruned = Activations(state_shapes(self.walk, batches), state_dtype(self.walk), in_memory, folder)
         for index, ids in enumerate(batches):
-            hidden, contexts = entry(model, ids.to(model.device))
-            self.pruned[index] = hidden
-            if self.dense is not None:
-                self.dense[index] = hidden
-            if index == 0 or len(ids) < len(batches[0]):
-                self._contexts.append(moved(contexts, device))
+            self.pruned[index] = self.walk.enter(ids)
+        self.dense: DenseStream | None = None
+        if fit != "pruned":
+            self.dense = dense or DenseStream(self.walk, calibration.ids, calibration.batch, folder, keep=False)
+            self.dense.rewind()
+        self._numbers = {part.name: number for number, part in enumerate(self.walk.parts)}
+        self._inputs: dict[int, Tensor] = {}  # of the last layer of the sub-block at work, by batch
 
     @property
     def target(self) -> str:
         """What a layer is fitted to that is not fitted to its own output."""
         return TARGETS[self.fit]
 
-    def _context(self, part: SubBlock, hidden: Tensor) -> dict[str, Any]:
-        return self._contexts[0 if len(hidden) == len(self.pruned[0]) else 1][part.block]
+    def close(self) -> None:
+        """End the threads."""
+        self.workers.close()
 
     def inputs_and_targets(
         self, part: SubBlock, layers: Sequence[str], dense: Tensor, replaced: Mapping[str, Tensor]
@@ -77,13 +95,20 @@ class Streams:
         """For each batch the inputs X (tokens, d_in) of the layers, and what the fit aims at, (tokens, d_out).
 
         The target is None where it is the output of the dense layers, stacked weight `dense` (d_out, d_in), on X
-        itself.
+        itself. The next batches are computed while one is looked at.
         """
-        for index in range(len(self.pruned)):
-            hidden = self.pruned[index].to(self.device)
-            X = part.inputs(layers[0], hidden, self._context(part, hidden), replaced)
-            yield X, self._target(part, layers, dense, index)
-        self._ahead = self._ahead or self._at_residual(part, layers)
+
+        def computed(index: int) -> tuple[Tensor, Tensor | None]:
+            hidden, own = self.pruned[index].to(self.device), self.workers.own(part)
+            X = own.inputs(layers[0], hidden, self.walk.context(part, hidden), replaced)
+            return X, self._target(own, layers, dense, index)
+
+        kept = 0
+        for index, (X, target) in enumerate(self.workers.stream(computed, range(len(self.pruned)))):
+            kept += X.nbytes
+            if layers[0] == part.column and part.ends_alone and kept <= INPUTS:
+                self._inputs[index] = X
+            yield X, target
 
     def _at_residual(self, part: SubBlock, layers: Sequence[str]) -> bool:
         """Whether the fit is to the stream behind the sub-block: a norm between the layer and the stream stands in the
@@ -92,29 +117,37 @@ class Streams:
         return self.fit == "residual" and layers[0] == part.column and part.post_norm is None
 
     def _target(self, part: SubBlock, layers: Sequence[str], dense: Tensor, index: int) -> Tensor | None:
-        if self.dense is None or self._ahead:
+        if self.dense is None:
             return None
-        hidden = self.dense[index].to(self.device)
-        context = self._context(part, hidden)
+        number = self._numbers[part.name]
         if self.fit == "dense":
-            return part.inputs(layers[0], hidden, context) @ dense.T
+            hidden = self.dense.before(number, index)
+            return part.inputs(layers[0], hidden, self.walk.context(part, hidden)) @ dense.T
         if not self._at_residual(part, layers):
             return None
-        behind = part(hidden, context)
-        self.dense[index] = behind  # nothing behind this layer will ask for what was before
+        behind = self.dense.behind(part, number, index)
         target = (behind.float() - self.pruned[index].to(self.device).float()).flatten(0, 1)
         bias = part.bias(part.column)
         return target if bias is None else target - bias
 
     def advance(self, part: SubBlock, replaced: Mapping[str, Tensor], present: float) -> None:
-        """Move behind the sub-block with these parameters, what it adds taken `present` times."""
-        for index in range(len(self.pruned)):
-            hidden = self.pruned[index].to(self.device)
-            context = self._context(part, hidden)
-            if present == 1.0:
-                self.pruned[index] = part(hidden, context, replaced)
-            elif present > 0.0:
-                self.pruned[index] = hidden + present * part.change(hidden, context, replaced)
-            if self.dense is not None and not self._ahead:
-                self.dense[index] = part(self.dense[index].to(self.device), context)
-        self._ahead = False
+        """Move behind the sub-block with these parameters, what it adds taken `present` times.
+
+        Where the inputs of its last layer are known, only that layer is computed.
+        """
+
+        def move(index: int) -> None:
+            own = self.workers.own(part)
+            if present > 0.0:
+                hidden = self.pruned[index].to(self.device)
+                X = self._inputs.pop(index, None)
+                if X is None:
+                    change = own.change(hidden, self.walk.context(part, hidden), replaced)
+                else:
+                    change = own.ended(X.view(*hidden.shape[:2], -1), replaced)
+                self.pruned[index] = hidden + (change if present == 1.0 else present * change)
+            if self.dense is not None:
+                self.dense.pass_by(own, self._numbers[part.name], index)
+
+        self.workers.map(move, range(len(self.pruned)))
+        self._inputs.clear()

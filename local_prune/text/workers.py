@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import TypeVar
 
@@ -38,20 +39,40 @@ class Workers:
         """`work` of every item, in their order and without gradients. When it ends, with an error too, no thread is at
         work.
         """
+        return list(self.stream(work, items, len(items)))
+
+    def stream(
+        self, work: Callable[[Item], Result], items: Sequence[Item], ahead: int | None = None
+    ) -> Iterator[Result]:
+        """`work` of every item, in their order and without gradients, a few of them ahead of whoever takes the results.
+
+        When it ends, with an error too or because nobody asks for more, no thread is at work.
+
+        Args:
+            work: Called from several threads.
+            items: What it is called with.
+            ahead: How many results may be under way or wait at a time; as many as there are threads if not said.
+        """
         if self._pool is None or len(items) < 2:
-            return [work(item) for item in items]
+            yield from map(work, items)
+            return
 
         def without_gradients(item: Item) -> Result:
             with torch.no_grad():  # every thread has its own mode
                 return work(item)
 
-        futures = [self._pool.submit(without_gradients, item) for item in items]
+        waiting: deque[Future[Result]] = deque()
         try:
-            return [future.result() for future in futures]
+            for item in items:
+                if len(waiting) == (self.count if ahead is None else ahead):
+                    yield waiting.popleft().result()
+                waiting.append(self._pool.submit(without_gradients, item))
+            while waiting:
+                yield waiting.popleft().result()
         finally:
-            for future in futures:
+            for future in waiting:
                 future.cancel()
-            wait(futures)
+            wait(waiting)
 
     def close(self) -> None:
         """End the threads."""

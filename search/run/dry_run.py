@@ -32,14 +32,15 @@ def describe(job: Job) -> None:
         log.info("budget: %s", budget)
         strategy.check_budget(space, budget)
         around = uniform(space, budget)
+    given = job.loaded.model, job.calibration, job.pruner
     if strategy.needs_candidates:
         weights = mixture(window, job.accumulation, around)
-        log.info("build: %s", estimate(job.loaded.model, job.calibration, job.pruner, space, weights, job.device))
+        log.info("build: %s", estimate(*given, space, weights, job.device, job.dense_stream))
         each = f"that is for each of {rounds} rounds; " if rounds > 1 else ""
         log.info("%sthe last rebuilds of 2 allocations take the same passes and fewer levels", each)
     else:
         last, weights = exact(job.prunables, space.kept(around), job.accumulation)
-        cost = estimate(job.loaded.model, job.calibration, job.pruner, last, weights, job.device)
+        cost = estimate(*given, last, weights, job.device, job.dense_stream)
         log.info("build: nothing but the last rebuilds of 2 allocations, for each of them %s", cost)
     if not strategy.tokens_per_generation:
         each = f"in each of {rounds} rounds " if rounds > 1 else ""

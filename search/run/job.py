@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from local_prune.estimate import estimate
 from local_prune.identity import build_record, reads_text
 from local_prune.pruner import Calibration, Pruner
+from local_prune.text.dense_stream import DenseStream
+from local_prune.text.passes import TextWalk
 from local_prune.walk import build
 from search.budgets.budget import Budget
 from search.budgets.costs import CostTable
@@ -255,6 +257,12 @@ class Job:
         return Dense(self.loaded.model, calibration.ids, calibration.batch, self.device)
 
     @cached_property
+    def dense_stream(self) -> DenseStream:
+        """The dense model's residual stream of the calibration text: computed in a run's first build."""
+        ids, batch = self.calibration.ids, self.calibration.batch
+        return DenseStream(TextWalk(self.loaded.model, self.device), ids, batch, self.directory.path)
+
+    @cached_property
     def scores(self) -> Mapping[str, Tensor]:
         """What the pruner's survey of the dense model found: once for all supernets of a run."""
         return self.pruner.survey(self.loaded.model, self.calibration, self.device, track)
@@ -291,7 +299,8 @@ class Job:
         else:
             model = self.loaded.model
             model.cpu()  # also where a search had it on the device: a resumed run finds it here, and must round alike
-            log.info("%s: %s", title, estimate(model, self.calibration, self.pruner, space, weights, self.device))
+            given = model, self.calibration, self.pruner
+            log.info("%s: %s", title, estimate(*given, space, weights, self.device, self.dense_stream))
             with self.directory.stage("build"):
-                build(model, self.calibration, self.pruner, supernet, weights, self.device, track, title, self.scores)
+                build(*given, supernet, weights, self.device, track, title, self.scores, self.dense_stream)
         return supernet

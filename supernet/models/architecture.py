@@ -167,6 +167,21 @@ class SubBlock:
         change: Tensor = output[0] if isinstance(output, tuple) else output
         return change if self.post_norm is None else self.post_norm(change)
 
+    @property
+    def ends_alone(self) -> bool:
+        """Whether one linear layer gives all that the module gives: experts' outputs are weighed and added up."""
+        return len(self.stages[-1]) == 1 and self.layer(self.column).index is None
+
+    def ended(self, inputs: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What a sub-block that `ends_alone` adds to the stream, from the inputs (batch, tokens, d_in) of that layer.
+
+        The module's parameters `weights` stand for its own, as in a call; only those of the last layer matter here.
+        """
+        layer = f"{self.column}."
+        own = {name.removeprefix(layer): tensor for name, tensor in weights.items() if name.startswith(layer)}
+        change: Tensor = functional_call(self.module.get_submodule(self.column), own, (inputs,))
+        return change if self.post_norm is None else self.post_norm(change)
+
     def inputs(
         self, layer: str, hidden: Tensor, context: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:

@@ -143,7 +143,7 @@ def built() -> Callable[..., Supernet]:
     """Builds a supernet: (model, root, pruner, ids, **options) -> supernet. Options, and what they are by default:
 
     weights(unit, its index), of each level in what comes next: as much of each; kept, fractions: (0.75, 0.25);
-    batch=2; fit="pruned"; track: no progress bar.
+    batch=2; fit="pruned"; track: no progress bar; dense, the dense stream: one of its own.
     """
 
     def make(model: PreTrainedModel, root: Path, pruner: Pruner, ids: Tensor, **options: Any) -> Supernet:
@@ -152,7 +152,8 @@ def built() -> Callable[..., Supernet]:
         mixture = {unit.name: list(weights(unit, index)) for index, unit in enumerate(space.units)}
         calibration = Calibration(ids, options.get("batch", 2), options.get("fit", "pruned"))
         supernet = Supernet.open_or_create(root, space, {"mixture": mixture, "fit": calibration.fit})
-        build(model, calibration, pruner, supernet, mixture, "cpu", options.get("track", untracked), "build")
+        more = options.get("track", untracked), "build", None, options.get("dense")
+        build(model, calibration, pruner, supernet, mixture, "cpu", *more)
         return supernet
 
     return make

@@ -19,11 +19,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from local_prune.text.passes import Replaced
 from search.strategies.base import Problem
 from search.strategies.checks import check_number, check_whole
 from search.strategies.rules.base import (
     Rule,
-    Weights,
     by_block,
     dense_of,
     sites,
@@ -143,12 +143,12 @@ def nearest(problem: Problem, sparsities: Sequence[float]) -> Allocation:
     return tuple(found)
 
 
-def _candidates(problem: Problem, supernet: Supernet, levels: Allocation) -> Callable[[SubBlock], Weights]:
+def _candidates(problem: Problem, supernet: Supernet, levels: Allocation) -> Callable[[SubBlock], Replaced]:
     """The weights of each sub-block at these levels."""
     dense = dense_of(problem)
     by_name = {place.part.name: place for place in places(dense.model, problem.space)}
 
-    def weights(part: SubBlock) -> Weights:
+    def weights(part: SubBlock) -> Replaced:
         place = by_name[part.name]
         chosen = [
             supernet.candidate(unit, levels[unit], dense.device) if levels[unit] else None for unit, _ in place.units

@@ -9,18 +9,17 @@ single pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from local_prune.statistics import Moments, finite
-from local_prune.text.passes import begin, lent_parts
+from local_prune.text.passes import Replaced, TextWalk
 from search.budgets.budget import Budget
 from search.budgets.knapsack import Losses, knapsack, uniform
 from search.strategies.base import Dense, Problem, Row, State, StrategyDefaults, first_state
@@ -33,8 +32,6 @@ TIE = (
     1e-6  # weight of the distance to the uniform allocation: it decides where a wish is as near to several allocations
 )
 
-# of a sub-block's module, that stand for its own; None where the sub-block is absent
-Weights = Mapping[str, Tensor] | None
 Visit = Callable[[SubBlock, Tensor, Mapping[str, Tensor], Tensor], None]
 
 
@@ -223,7 +220,7 @@ def by_block(of_units: Sequence[Site], sizes: np.ndarray) -> dict[int, float]:
 
 @torch.no_grad()
 def walk(
-    dense: Dense, visit: Visit, ids: Tensor | None = None, replaced: Callable[[SubBlock], Weights] | None = None
+    dense: Dense, visit: Visit, ids: Tensor | None = None, replaced: Callable[[SubBlock], Replaced] | None = None
 ) -> int:
     """Pass the calibration text through the model once.
 
@@ -233,42 +230,17 @@ def walk(
             inputs (tokens, d_in) of its linear layers by name, and the residual stream behind it. The block is on the
             device meanwhile.
         ids: Other text, (sequences, tokens).
-        replaced: Weights of a sub-block that stand for its own.
+        replaced: Parameters of a sub-block that stand for its own.
 
     Returns:
         Forward tokens.
     """
     ids = dense.ids if ids is None else ids
+    text = TextWalk(dense.model, dense.device)
     for batch in ids.split(dense.batch):
-        hidden, contexts = begin(dense.model, batch, dense.device)
-        for part in lent_parts(dense.model, dense.device):
-            weights = replaced(part) if replaced else {}
-            behind, inputs = hidden, dict[str, Tensor]()
-            if weights is not None:
-                with _recorded(part) as inputs:
-                    behind = part(hidden, contexts[part.block], weights)
-            visit(part, hidden, inputs, behind)
-            hidden = behind
+        for step in text.steps(batch, replaced, record=True):
+            visit(step.part, step.before, step.inputs, step.behind)
     return ids.numel()
-
-
-@contextmanager
-def _recorded(part: SubBlock) -> Iterator[dict[str, Tensor]]:
-    """What the linear layers of a sub-block get while it runs, (tokens, d_in) by name."""
-    seen: dict[str, Tensor] = {}
-
-    def recorder(layers: Sequence[str]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def record(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            seen.update(dict.fromkeys(layers, arguments[0].flatten(0, -2)))
-
-        return record
-
-    handles = [part.module.get_submodule(stage[0]).register_forward_pre_hook(recorder(stage)) for stage in part.stages]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def input_moments(dense: Dense) -> tuple[dict[str, Moments], int]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from local_prune.text.passes import Replaced
 from search.strategies.base import Dense, Problem
-from search.strategies.rules.base import Rule, Site, Weights, allowed, dense_of, sites, walk, wrong_kind
+from search.strategies.rules.base import Rule, Site, allowed, dense_of, sites, walk, wrong_kind
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 from supernet.space import Allocation, Space
@@ -45,7 +46,7 @@ class Similarities:
 
 
 def similarities(
-    dense: Dense, ids: Tensor | None = None, replaced: Callable[[SubBlock], Weights] | None = None
+    dense: Dense, ids: Tensor | None = None, replaced: Callable[[SubBlock], Replaced] | None = None
 ) -> Similarities:
     """Pass the calibration text (or other `ids`) through the model; arguments as for `walk`."""
     parts: dict[str, float] = {}

@@ -17,14 +17,14 @@ from transformers.pytorch_utils import Conv1D
 from local_prune.methods.obs import ObsPruner
 from local_prune.methods.sparsegpt import SparseGptPruner
 from local_prune.methods.wanda import WandaPruner
-from local_prune.pruner import FITS, Calibration, Pruner, Task
+from local_prune.pruner import FITS, Pruner, Task
 from local_prune.text.devices import moved
-from local_prune.text.passes import begin
+from local_prune.text.passes import TextWalk
 from local_prune.text.streams import Streams
 from local_prune.walk import mean_parameters
 from supernet.candidates import Candidate, Members, member_columns
 from supernet.errors import InputError
-from supernet.models.architecture import sub_blocks
+from supernet.models.architecture import ATTENTION, sub_blocks
 from supernet.models.forward import entry
 from supernet.models.placement import full_weight
 from supernet.space import Unit
@@ -68,7 +68,9 @@ def test_windowed_blocks_keep_masks_and_tables_of_their_own(model_of: ModelOf, f
     model = model_of(family)
     model.set_attn_implementation("eager")
     contexts = entry(model, IDS)[1]
-    there = begin(model, IDS, META)[1]
+    walk = TextWalk(model, META)
+    hidden = walk.enter(IDS)
+    there = [walk.context(part, hidden) for part in walk.parts if part.kind == ATTENTION]
     for key in ("attention_mask", "position_embeddings"):
         before = [context[key][0] if isinstance(context[key], tuple) else context[key] for context in contexts]
         after = [context[key][0] if isinstance(context[key], tuple) else context[key] for context in there]
@@ -78,14 +80,15 @@ def test_windowed_blocks_keep_masks_and_tables_of_their_own(model_of: ModelOf, f
     assert len({id(context["attention_mask"]) for context in there}) == 2
 
 
-@pytest.mark.parametrize(("batch", "lengths"), [(2, [2, 1]), (5, [5]), (50, [5])])
-def test_only_a_short_last_batch_has_masks_of_its_own(
-    model_of: ModelOf, tmp_path: Path, batch: int, lengths: list[int]
-) -> None:
+def test_masks_are_made_once_for_sequences_of_one_length(model_of: ModelOf) -> None:
     model = model_of("llama")
     model.set_attn_implementation("eager")
-    found = Streams(model, Calibration(IDS, batch), "pruned", CPU, tmp_path)
-    assert [len(contexts[0]["attention_mask"]) for contexts in found._contexts] == lengths
+    walk = TextWalk(model, CPU)
+    first, second, short = walk.enter(IDS), walk.enter(IDS[:2]), walk.enter(IDS[:, :7])
+    part = walk.parts[0]
+    assert walk.context(part, first) is walk.context(part, second)
+    assert walk.context(part, first)["attention_mask"].shape == (1, 1, 16, 16)
+    assert walk.context(part, short)["attention_mask"].shape == (1, 1, 7, 7)
 
 
 # What fits aim at
