@@ -29,6 +29,7 @@ from supernet.candidates import Candidate, Members, member_columns
 from supernet.models.architecture import SubBlock
 from supernet.models.prunables import Prunable, member_prunables
 
+GATHERED = 6  # what is left is gathered as soon as one of so many rows of the working set is gone
 BLOCK = 32  # removals between two updates of the whole inverse: their corrections are applied as one matrix product
 
 
@@ -54,48 +55,54 @@ def removal_order(hessian_inverse: Tensor, moment: Tensor, width: int, count: in
 def _order_of_rows(inverse: Tensor, weight: Tensor, moment: Tensor, count: int, first_order: float) -> Tensor:
     """Single rows, exactly one at a time, but the rank-1 updates of H^-1 and W are kept apart for BLOCK steps.
 
-    Within a block the current matrices are `inverse - U U^T` and `weight - U V`; a step reads one column of each
-    instead of writing d_in^2 numbers, and removed rows are dropped from the working set at the end of a block.
+    Within a block the current matrices are `inverse - U^T U` and `weight - U^T V`; a step reads one row of each instead
+    of writing d_in^2 numbers. Removed rows stay in the working set, and are passed over, until they are a good part of
+    it: gathering what is left costs as much as several blocks.
     """
+    inverse, weight = inverse.clone(), weight.clone()
     names = torch.arange(len(inverse), device=inverse.device)
+    gone = torch.zeros_like(names, dtype=torch.bool)
     order: list[Tensor] = []
     while count > 0:
-        steps = min(BLOCK, count)
-        removed, U, V = _remove_rows(inverse, weight, moment, steps, first_order)
+        if int(gone.sum()) * GATHERED > len(gone):
+            left = (~gone).nonzero().flatten()
+            inverse = inverse.index_select(0, left).index_select(1, left)
+            weight, moment, names = weight[left], moment[left], names[left]
+            gone = torch.zeros_like(names, dtype=torch.bool)
+        removed, U, V = _remove_rows(inverse, weight, moment, min(BLOCK, count), first_order, gone)
         order.append(names[removed])
-        count -= steps
-        keep = torch.ones(len(names), dtype=torch.bool, device=names.device)
-        keep[removed] = False
-        U, names, moment = U[keep], names[keep], moment[keep]
-        inverse = torch.addmm(inverse[keep][:, keep], U, U.T, alpha=-1)
-        weight = torch.addmm(weight[keep], U, V, alpha=-1)
+        gone[removed] = True
+        count -= len(removed)
+        inverse.addmm_(U.T, U, alpha=-1)
+        weight.addmm_(U.T, V, alpha=-1)
     return torch.cat(order) if order else names[:0]
 
 
 def _remove_rows(
-    inverse: Tensor, weight: Tensor, moment: Tensor, steps: int, first_order: float
+    inverse: Tensor, weight: Tensor, moment: Tensor, steps: int, first_order: float, gone: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`steps` removals: their indices (steps,), U (d, steps) and V (steps, d_out)."""
-    U, V = inverse.new_zeros(len(inverse), steps), weight.new_zeros(steps, weight.shape[1])
-    diagonal = inverse.diagonal().clone()
-    norms = weight.square().sum(1)  # ||W_j||^2
+    """`steps` removals: their indices (steps,), U (steps, d) and V (steps, d_out). `gone` (d,) is True for rows that
+    were removed before.
+    """
+    U, V = inverse.new_zeros(steps, len(inverse)), weight.new_zeros(steps, weight.shape[1])
+    diagonal = inverse.diagonal().masked_fill(gone, 1.0)  # never read again, but must not divide by zero
+    norms = weight.square().sum(1).masked_fill_(gone, torch.inf)  # ||W_j||^2; infinite for rows that are gone
     energy = (weight * moment).sum(1)  # W_j . G_j
     removed = torch.empty(steps, dtype=torch.int64, device=inverse.device)
-    gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
     for t in range(steps):
-        score = 0.5 * norms / diagonal + first_order * energy.abs()
-        row = score.masked_fill_(gone, torch.inf).argmin()
+        score = 0.5 * norms / diagonal + first_order * energy.abs() if first_order else norms / diagonal
+        row = score.argmin()
         pivot = diagonal[row].clamp_min(torch.finfo(diagonal.dtype).tiny).sqrt()
-        u = (inverse[row] - U[:, :t] @ U[row, :t]) / pivot
-        v = (weight[row] - U[row, :t] @ V[:t]) / pivot
-        along = weight @ v - U[:, :t] @ (V[:t] @ v)  # current W_j . v
-        norms += u * (u * (v @ v) - 2.0 * along)
+        before = U[:t, row]
+        u = torch.addmv(inverse[row], U[:t].T, before, alpha=-1).div_(pivot)
+        v = torch.addmv(weight[row], V[:t].T, before, alpha=-1).div_(pivot)
+        along = torch.addmv(weight @ v, U[:t].T, V[:t] @ v, alpha=-1)  # current W_j . v
+        norms += u * (u * v.dot(v) - 2.0 * along)
         if first_order:
             energy -= u * (moment @ v)
         diagonal -= u.square()
-        diagonal[row] = 1.0  # never read again, but must not divide by zero
-        gone[row] = True
-        U[:, t], V[t], removed[t] = u, v, row
+        diagonal[row], norms[row] = 1.0, torch.inf
+        U[t], V[t], removed[t] = u, v, row
     return removed, U, V
 
 
@@ -177,7 +184,7 @@ class ObsPruner(NoSurvey):
     """
 
     name: ClassVar[str] = "obs"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     damping: float = 0.01
     first_order: float = 0.0
