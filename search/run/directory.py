@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 from search.budgets.costs import CostTable
 from search.errors import reason
 from search.run.aside import CHECKPOINT, finish_moving, move_aside
-from search.strategies.base import Row, State
+from search.strategies.base import HistoryRow
+from search.strategies.state import State, read_count
 from supernet.errors import InputError
 from supernet.space import Space
 from supernet.system.atomic import make_folder, sweep, write_atomic
@@ -34,6 +35,7 @@ COSTS = "checkpoint/costs.json"
 SUPERNETS = "checkpoint/supernets.json"
 LATENCY = "checkpoint/latency-{}.json"
 ROUND = "checkpoint/round-{}.json"
+ROUND_FORMAT = 2
 FRESH = "checkpoint/fresh.json"  # of a run that fresh=true began, until it is finished
 HISTORY = "history.parquet"
 COLUMNS = {
@@ -174,7 +176,9 @@ class RunDirectory:
                 raise _missing(self.path / name)
             return None
         try:
-            table = CostTable(tuple(tuple(map(_whole, row)) for row in content["costs"]), _whole(content["rest"]))
+            table = CostTable(
+                tuple(tuple(map(read_count, row)) for row in content["costs"]), read_count(content["rest"])
+            )
             if [len(row) for row in table.costs] != [len(unit.levels) for unit in space.units]:
                 raise ValueError("it is not of these levels")
         except WRONG as error:
@@ -203,13 +207,16 @@ class RunDirectory:
         self.write(SUPERNETS, self._supernets)
         return self.path / SUPERNETS
 
-    def load_state(self, round_index: int, space: Space, generations: int) -> State | None:
+    def load_state(
+        self, round_index: int, space: Space, generations: int, state_class: type[State] = State
+    ) -> State | None:
         """Where the search of a round stands, None where it did not begin.
 
         Args:
             round_index: Of the round.
             space: That it searches; InputError where it was a search of another one.
             generations: The most that it has.
+            state_class: `Strategy.state_class`.
 
         Raises:
             InputError: What is there is not what a search wrote.
@@ -220,11 +227,16 @@ class RunDirectory:
             self._check_not_begun(round_index)
             return None
         try:
-            searched, rows, checksum = content.pop("space"), _whole(content["rows"]), content["history"]
+            version = content.get("format", 1)
+            if version != ROUND_FORMAT:
+                raise InputError(f"{file} has format {version}, not {ROUND_FORMAT}; start over with fresh=true")
+            searched, rows, checksum = content["space"], read_count(content["rows"]), content["history"]
             if searched != space.fingerprint:
                 raise InputError(f"{file} is of a search among other levels; start over with fresh=true")
-            del content["rows"], content["history"]
-            state = _state(content, space, generations)
+            state = state_class.from_json(content["state"])
+            state.check_levels(space)
+            if state.generation > generations:
+                raise ValueError(f"it is of generation {state.generation} of {generations}")
         except WRONG as error:
             raise _damaged(file, reason(error)) from error
         history = self.history()
@@ -241,7 +253,7 @@ class RunDirectory:
         if (later | further).any() or len(self._rounds) > round_index:
             raise _missing(self.path / ROUND.format(round_index))
 
-    def save_state(self, round_index: int, space: Space, state: State, rows: list[Row]) -> None:
+    def save_state(self, round_index: int, space: Space, state: State, rows: list[HistoryRow]) -> None:
         """Add a generation's rows to the history, then move the checkpoint on, which knows the rows that it stands for.
 
         In this order, so that a kill in between leaves rows of a generation that is done again: they are replaced then.
@@ -253,7 +265,7 @@ class RunDirectory:
             table = pd.concat([table[~done_again], _table(round_index, rows)], ignore_index=True)
             write_atomic(self.path / HISTORY, table.to_parquet(index=False))
         noted = {"space": space.fingerprint, "rows": len(table), "history": _checksum(table)}
-        self.write(ROUND.format(round_index), asdict(state) | noted)
+        self.write(ROUND.format(round_index), {"format": ROUND_FORMAT, "state": state.to_json()} | noted)
 
     def history(self) -> pd.DataFrame:
         """All rows so far."""
@@ -329,29 +341,6 @@ def _missing(file: Path) -> InputError:
     return InputError(f"{file} is missing, without which the run there cannot go on; start over with fresh=true")
 
 
-def _whole(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{str(value)[:50]!r} is no whole number")
-    return value
-
-
-def _state(content: Mapping[str, Any], space: Space, generations: int) -> State:
-    """A checkpoint's state; one of `WRONG` where it is none that a search of this space could have."""
-    state = State(**{**content, "parent": tuple(content["parent"])})
-    levels = [len(unit.levels) for unit in space.units]
-    if len(state.parent) != len(levels) or any(
-        _whole(level) >= most for level, most in zip(state.parent, levels, strict=True)
-    ):
-        raise ValueError("its allocation has levels that there are not")
-    if _whole(state.generation) > generations:
-        raise ValueError(f"it is of generation {state.generation} of {generations}")
-    _whole(state.tokens)
-    if type(state.fitness) not in (int, float) or type(state.exhausted) is not bool or type(state.memory) is not dict:
-        raise TypeError("a value is of another type than it should be")
-    state.generator()
-    return state
-
-
 def _checksum(table: pd.DataFrame) -> str:
     """Hash of what rows say but for the seconds, which no two runs share; an exception where they are not those of a
     history.
@@ -369,7 +358,7 @@ def _checksum(table: pd.DataFrame) -> str:
     return hashed.hexdigest()
 
 
-def _table(round_index: int, rows: list[Row]) -> pd.DataFrame:
+def _table(round_index: int, rows: list[HistoryRow]) -> pd.DataFrame:
     values = {name: [getattr(row, name, round_index) for row in rows] for name in COLUMNS}
     values["allocation"] = [" ".join(map(str, row.allocation)) for row in rows]
     return pd.DataFrame({name: pd.Series(values[name], dtype=kind) for name, kind in COLUMNS.items()})

@@ -192,9 +192,9 @@ class Job:
         return Resources(self.device, str(given.resident), memory, cache, self.directory.path)
 
     @cached_property
-    def strategy(self) -> Strategy:
+    def strategy(self) -> Strategy[Any]:
         """The search."""
-        strategy: Strategy = instantiate(self.config.strategy)
+        strategy: Strategy[Any] = instantiate(self.config.strategy)
         return strategy
 
     @cached_property

@@ -36,8 +36,9 @@ from search.run.dry_run import describe
 from search.run.job import Job
 from search.run.progress import clock, track
 from search.run.settings import check_settings, settings_record, without_effect
-from search.strategies.base import FrontPoint, Problem, State, Unmeasurable
+from search.strategies.base import FrontPoint, Problem, Unmeasurable
 from search.strategies.rules.front import front_json
+from search.strategies.state import State
 from search.trackers.optuna import Trials
 from supernet.errors import InputError
 from supernet.models.architecture import parameter_count
@@ -151,7 +152,7 @@ def _rounds(job: Job, stages: list[str], trials: Trials | None) -> Found | None:
     for index in range(job.rounds):
         title = f"round {index + 1} of {job.rounds}"
         space = window.space
-        state = job.directory.load_state(index, space, job.strategy.generations)
+        state = job.directory.load_state(index, space, job.strategy.generations, job.strategy.state_class)
         if state is None or not _finished(job, state):
             if "search" not in stages and stages != ["build"]:
                 raise InputError(f"{title} is not searched yet; add search to stages=[{','.join(stages)}]")

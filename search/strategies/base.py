@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from search.budgets.budget import Budget
 from search.evaluation.generation import Evaluator
+from search.strategies.state import State
 from supernet.space import Allocation, Space
 
 FEWEST = 4  # sequences that a difference is judged on, unless there are no more: on fewer it is mostly chance
@@ -72,37 +73,18 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class State:
-    """All that a strategy remembers between generations; JSON-able, so that a killed run goes on exactly.
+class HistoryRow:
+    """One allocation measured in one selection step: a row of `history.parquet`.
 
     Attributes:
-        parent: The best allocation so far.
-        fitness: Its fitness where it was last measured; NaN before that.
-        generation: Generations done.
-        tokens: Forward tokens spent (each sequence counted for each allocation measured on it).
-        rng: State of numpy's PCG64.
-        exhausted: No further allocation can be proposed.
-        memory: What else a strategy wants to remember.
+        generation: Of the round, from 0 on.
+        step: Of the generation, from 0 on.
+        tokens: That the allocation was measured on.
+        fitness: Mean over these tokens.
+        survived: Whether the step kept the allocation.
+        seconds: That the whole step took.
+        allocation: The allocation.
     """
-
-    parent: Allocation
-    fitness: float
-    generation: int
-    tokens: int
-    rng: dict[str, Any]
-    exhausted: bool = False
-    memory: dict[str, Any] = field(default_factory=dict)
-
-    def generator(self) -> np.random.Generator:
-        """The random generator as it was left."""
-        bits = np.random.PCG64()
-        bits.state = cast(Any, self.rng)
-        return np.random.Generator(bits)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One evaluated allocation in one selection step: a row of `history.parquet`."""
 
     generation: int
     step: int
@@ -130,7 +112,10 @@ class FrontPoint:
     tokens: int = 0
 
 
-class Strategy(Protocol):
+StateOf = TypeVar("StateOf", bound=State)  # a strategy's own states
+
+
+class Strategy(Protocol[StateOf]):
     """A way to find an allocation, one generation after the other.
 
     A run first asks `check_rounds`, `check_units`, `pool_warning` and `check_budget`, in this order and before it
@@ -144,11 +129,13 @@ class Strategy(Protocol):
 
     Attributes:
         name: What the method is called in settings (`strategy=<name>`), and in the model card.
+        state_class: The class of its states, which reads them from a checkpoint.
         is_rule: Whether the allocation follows from a formula and not from a search: longer work would not improve it.
         looks_at: What the allocation comes from where none is measured, in words for the dry run.
     """
 
     name: ClassVar[str]
+    state_class: ClassVar[type[State]]
     is_rule: ClassVar[bool]
     looks_at: ClassVar[str]
 
@@ -197,11 +184,11 @@ class Strategy(Protocol):
         """What to tell the user of a search text of so many sequences of so many tokens; None where it will do."""
         ...
 
-    def begin(self, problem: Problem, seed: int) -> State:
+    def begin(self, problem: Problem, seed: int) -> StateOf:
         """Return the state before the first generation of a round. Nothing may be measured here."""
         ...
 
-    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
+    def advance(self, problem: Problem, state: StateOf) -> tuple[StateOf, list[HistoryRow]]:
         """Do one generation.
 
         Args:
@@ -215,14 +202,18 @@ class Strategy(Protocol):
         """
         ...
 
-    def front(self, state: State) -> Sequence[FrontPoint] | None:
+    def front(self, state: StateOf) -> Sequence[FrontPoint] | None:
         """The points of a front, from the run's own budget to the densest; None where only one budget is searched."""
         ...
 
 
 class StrategyDefaults:
-    """What most strategies answer alike: a search that looks at candidates, for any units, rounds and budget."""
+    """What most strategies answer alike: a search that looks at candidates, for any units, rounds and budget.
 
+    Its states are plain ones unless it says otherwise: then it overrides `state_class`, `begin` and `front`.
+    """
+
+    state_class: ClassVar[type[State]] = State
     is_rule: ClassVar[bool] = False
     looks_at: ClassVar[str] = "the search text"
 
@@ -246,17 +237,6 @@ class StrategyDefaults:
             return None
         return f"data.sequences.search={sequences}: differences on so few are mostly chance; take at least {FEWEST}"
 
-    def front(self, state: State) -> Sequence[FrontPoint] | None:
+    def front(self, state: Any) -> Sequence[FrontPoint] | None:
         """Return None: only the run's own budget is searched."""
         return None
-
-
-def first_state(problem: Problem, seed: int, memory: dict[str, Any] | None = None) -> State:
-    """The state before the first generation, at the start."""
-    rng = np.random.Generator(np.random.PCG64(seed))
-    return State(problem.start, float("nan"), 0, 0, rng_state(rng), memory=memory or {})
-
-
-def rng_state(rng: np.random.Generator) -> dict[str, Any]:
-    """As a checkpoint keeps it."""
-    return cast(dict[str, Any], rng.bit_generator.state)

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from search.budgets.knapsack import knapsack
-from search.strategies.base import Problem, Row, State, StrategyDefaults, first_state, rng_state
+from search.strategies.base import HistoryRow, Problem, StrategyDefaults
 from search.strategies.checks import check_choice, check_tokens, check_whole
 from search.strategies.evolution.base import draw
 from search.strategies.measuring import Measured
+from search.strategies.state import State, read_count, read_number, rng_state
 from supernet.errors import InputError
 from supernet.space import Allocation
 
@@ -31,6 +32,30 @@ log = logging.getLogger(__name__)
 
 REFERENCES = ("dense", "start")
 Probe = tuple[int, int]  # a unit, and the level that it is measured at
+
+
+@dataclass(frozen=True)
+class ScoredState(State):
+    """What the scores are made from, portion by portion.
+
+    Attributes:
+        sequences: Of the search text, that all scores are measured on.
+        start_losses: Of the start, on each of these sequences.
+        scores: Mean losses so far: of the reference, then of the probes in their order.
+    """
+
+    sequences: tuple[int, ...] = ()
+    start_losses: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
+
+    @classmethod
+    def values_of(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Add those of the scores."""
+        return super().values_of(content) | {
+            "sequences": tuple(map(read_count, content["sequences"])),
+            "start_losses": tuple(map(read_number, content["start_losses"])),
+            "scores": tuple(map(read_number, content["scores"])),
+        }
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,7 @@ class DynamicProgramming(StrategyDefaults):
     """
 
     name: ClassVar[str] = "dynamic_programming"
+    state_class: ClassVar[type[State]] = ScoredState
 
     generations: int
     candidates: int
@@ -66,49 +92,61 @@ class DynamicProgramming(StrategyDefaults):
         """See `Strategy`."""
         return max(self.candidates * self.tokens[0], 2 * self.tokens[1])
 
-    def begin(self, problem: Problem, seed: int) -> State:
-        """See `Strategy`; the memory holds the sequences, the start's losses on them, and the scores so far."""
-        return first_state(problem, seed)
+    def begin(self, problem: Problem, seed: int) -> ScoredState:
+        """Nothing is scored yet."""
+        return ScoredState.first(problem.start, seed)
 
-    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
-        """See `Strategy`."""
+    def advance(self, problem: Problem, state: ScoredState) -> tuple[ScoredState, list[HistoryRow]]:
+        """Score a portion of the probes; once all are scored, solve and compare with the start."""
         rng = state.generator()
-        probes = self._probes(problem, warn=not state.memory)
-        if not state.memory and not _has_choice(problem):
+        probes = self._probes(problem, warn=not state.scores)
+        if not state.scores and not _has_choice(problem):
             return replace(state, exhausted=True), []
-        sequences = state.memory.get("sequences") or draw(self.tokens[0], problem, rng).tolist()
-        scores = state.memory.get("scores", [])
-        known = {problem.start: dict(zip(sequences, state.memory.get("start", []), strict=False))}
+        sequences = state.sequences or tuple(draw(self.tokens[0], problem, rng).tolist())
+        known = {problem.start: dict(zip(sequences, state.start_losses, strict=False))}
         race = Measured(problem, state.generation, known)
-        if len(scores) == 1 + len(probes):
+        done = len(state.scores)
+        if done == 1 + len(probes):
             return self._finish(problem, state, race, probes, rng)
         begun = time.perf_counter()
         size = max(self.candidates, -(-(1 + len(probes)) // (self.generations - 1)))
-        portion = self._allocations(problem, probes)[len(scores) : len(scores) + size]
+        portion = self._allocations(problem, probes)[done : done + size]
         fitness = race.losses(portion, sequences).mean(1)
         race.note(portion, fitness, len(sequences), set(), time.perf_counter() - begun)
         race.step([problem.start], sequences, 1)
         start = race.losses([problem.start], sequences)[0]
-        memory = {"sequences": sequences, "start": start.tolist(), "scores": [*scores, *fitness.tolist()]}
-        tokens = state.tokens + race.tokens
-        return State(
-            problem.start, float(start.mean()), state.generation + 1, tokens, rng_state(rng), memory=memory
-        ), race.rows
+        state = replace(
+            state,
+            parent=problem.start,
+            fitness=float(start.mean()),
+            generation=state.generation + 1,
+            tokens=state.tokens + race.tokens,
+            rng=rng_state(rng),
+            sequences=sequences,
+            start_losses=tuple(start.tolist()),
+            scores=(*state.scores, *fitness.tolist()),
+        )
+        return state, race.rows
 
     def _finish(
-        self, problem: Problem, state: State, race: Measured, probes: Sequence[Probe], rng: np.random.Generator
-    ) -> tuple[State, list[Row]]:
+        self, problem: Problem, state: ScoredState, race: Measured, probes: Sequence[Probe], rng: np.random.Generator
+    ) -> tuple[ScoredState, list[HistoryRow]]:
         """Solve, and compare with the start."""
-        best = knapsack(self._losses(problem, probes, state.memory["scores"]), problem.budget)
+        best = knapsack(self._losses(problem, probes, state.scores), problem.budget)
         rivals = [best] if best != problem.start and problem.allows(best) else []
         last = draw(self.tokens[1], problem, rng)
         (best,) = race.step([problem.start, *rivals], last, 1)  # the start first: it wins a tie
         generation = state.generation + 1
-        done = generation < self.generations  # there is nothing to do in those that are left
-        fitness = float(race.losses([best], last).mean())
-        return State(
-            best, fitness, generation, state.tokens + race.tokens, rng_state(rng), done, state.memory
-        ), race.rows
+        state = replace(
+            state,
+            parent=best,
+            fitness=float(race.losses([best], last).mean()),
+            generation=generation,
+            tokens=state.tokens + race.tokens,
+            rng=rng_state(rng),
+            exhausted=generation < self.generations,  # there is nothing to do in those that are left
+        )
+        return state, race.rows
 
     def _reference(self, problem: Problem) -> Allocation:
         return problem.start if self.reference == "start" else (0,) * len(problem.start)

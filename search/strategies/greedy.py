@@ -14,10 +14,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from search.strategies.base import Problem, Row, State, StrategyDefaults, first_state, rng_state
+from search.strategies.base import HistoryRow, Problem, StrategyDefaults
 from search.strategies.checks import check_tokens, check_whole
 from search.strategies.evolution.base import ATTEMPTS, affordable, draw, exchange
 from search.strategies.measuring import Measured
+from search.strategies.state import State, rng_state
 from supernet.space import Allocation
 
 DENSER, SPARSER = -1, 1
@@ -58,9 +59,9 @@ class Greedy(StrategyDefaults):
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""
-        return first_state(problem, seed)
+        return State.first(problem.start, seed)
 
-    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
+    def advance(self, problem: Problem, state: State) -> tuple[State, list[HistoryRow]]:
         """See `Strategy`."""
         rng, parent = state.generator(), state.parent
         if not any(exchange(problem, parent, 1, rng) not in (None, parent) for _ in range(ATTEMPTS)):

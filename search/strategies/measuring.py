@@ -5,13 +5,43 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from search.strategies.base import Problem, Row
+from search.strategies.base import HistoryRow, Problem
+from search.strategies.state import read_allocation, read_count, read_number
 from supernet.space import Allocation
 
 GRADIENT_COST = 3  # passes that a gradient counts as: one forward, and backward as two
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two allocations measured on the same sequences.
+
+    Attributes:
+        first: An allocation.
+        second: Another one.
+        difference: Mean loss of the first less that of the second.
+        sequences: How many sequences the mean is over.
+    """
+
+    first: Allocation
+    second: Allocation
+    difference: float
+    sequences: int
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> Pair:
+        """Return the pair that a state wrote."""
+        return Pair(
+            read_allocation(content["first"]),
+            read_allocation(content["second"]),
+            read_number(content["difference"]),
+            read_count(content["sequences"]),
+        )
 
 
 class Measured:
@@ -33,7 +63,7 @@ class Measured:
             known: Losses from before, by allocation and sequence.
         """
         self.problem, self.generation = problem, generation
-        self.rows: list[Row] = []
+        self.rows: list[HistoryRow] = []
         self.tokens = 0
         self._steps = 0
         self._known: defaultdict[Allocation, dict[int, float]] = defaultdict(dict)
@@ -79,7 +109,7 @@ class Measured:
         """Add the rows of a selection step: which of the measured (by index) survived it."""
         tokens = sequences * self.problem.evaluate.sequence_length
         self.rows += [
-            Row(self.generation, self._steps, tokens, float(fitness[i]), i in survived, seconds, allocation)
+            HistoryRow(self.generation, self._steps, tokens, float(fitness[i]), i in survived, seconds, allocation)
             for i, allocation in enumerate(alive)
         ]
         self._steps += 1

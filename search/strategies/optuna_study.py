@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,9 +27,10 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.budgets.knapsack import knapsack, relaxed
-from search.strategies.base import Problem, Row, State, StrategyDefaults, first_state, rng_state
+from search.strategies.base import HistoryRow, Problem, StrategyDefaults
 from search.strategies.checks import check_whole
 from search.strategies.measuring import Measured, sequences_for
+from search.strategies.state import State, read_allocation, read_count, read_number, rng_state
 from supernet.errors import InputError
 from supernet.space import BITS, WEIGHTS, Allocation, Unit
 
@@ -42,9 +43,63 @@ CMA_GENERATION, CMA_OPTIMIZER = "cma:generation", "cma:optimizer"  # what CmaEsS
 # parents.
 GENERATION, PARENTS = re.compile(r"\w+:generation"), re.compile(r"\w+:(parent|population)(:\w+)*")
 
-Trial = dict[
-    str, Any
-]  # params: a number for each knot; allocation: as in history.parquet; value; attrs: of the sampler
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial of the study.
+
+    Attributes:
+        params: A number for each knot.
+        allocation: What the curves through these knots stand for.
+        attrs: What the sampler notes of it.
+        value: Its loss; infinite where that is no number.
+    """
+
+    params: tuple[float, ...]
+    allocation: Allocation
+    attrs: dict[str, Any]
+    value: float
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> Trial:
+        """Return the trial that a state wrote, without what a sampler never notes."""
+        return Trial(
+            tuple(map(read_number, content["params"])),
+            read_allocation(content["allocation"]),
+            of_trial(content["attrs"]),
+            read_number(content["value"]),
+        )
+
+
+@dataclass(frozen=True)
+class StudyState(State):
+    """What the study is made anew from in every generation.
+
+    Attributes:
+        seed: Of the samplers.
+        sequences: Of the search text, that all trials are measured on.
+        trials: All so far; the start is the first of them.
+        study: What the sampler notes of the study.
+    """
+
+    seed: int = 0
+    sequences: tuple[int, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    study: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def values_of(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Add those of the study."""
+        return super().values_of(content) | {
+            "seed": read_count(content["seed"]),
+            "sequences": tuple(map(read_count, content["sequences"])),
+            "trials": tuple(map(Trial.from_json, content["trials"])),
+            "study": of_study(content["study"]),
+        }
+
+    def allocations(self) -> list[Allocation]:
+        """Add those of the trials."""
+        return [self.parent, *(trial.allocation for trial in self.trials)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +116,7 @@ class OptunaStudy(StrategyDefaults):
     """
 
     name: ClassVar[str] = "optuna"
+    state_class: ClassVar[type[State]] = StudyState
 
     generations: int
     offspring: int
@@ -84,52 +140,54 @@ class OptunaStudy(StrategyDefaults):
         """See `Strategy`."""
         return self.offspring * self.tokens
 
-    def begin(self, problem: Problem, seed: int) -> State:
-        """See `Strategy`."""
-        state = first_state(problem, seed)
+    def begin(self, problem: Problem, seed: int) -> StudyState:
+        """Draw the sequences that all trials are measured on."""
+        state = StudyState.first(problem.start, seed)
         rng = state.generator()
         sequences = rng.permutation(problem.evaluate.sequences)[: sequences_for(self.tokens, problem)]
-        memory = {"seed": seed, "sequences": sequences.tolist(), "trials": [], "study": {}}
-        return replace(state, rng=rng_state(rng), memory=memory)
+        return replace(state, rng=rng_state(rng), seed=seed, sequences=tuple(sequences.tolist()))
 
-    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
-        """See `Strategy`."""
+    def advance(self, problem: Problem, state: StudyState) -> tuple[StudyState, list[HistoryRow]]:
+        """Ask the sampler for a generation of trials, measure those that are new and tell it."""
         curves = Curves.of(problem, self.knots)
         if len(curves.names) < 2:  # nothing to trade: one number only shifts everything, and is shifted back
             return replace(state, exhausted=True), []
         # The start's value is not known before the first generation; nothing is compared with it until then.
-        start = {"params": [0.0] * len(curves.names), "allocation": _text(problem.start), "value": 0.0, "attrs": {}}
-        trials: list[Trial] = state.memory["trials"] or [start]
-        values = {trial["allocation"]: trial["value"] for trial in trials}
-        proposed, parents = self._propose(curves, state, trials, values)
-        new = [allocation for allocation in dict.fromkeys(map(_levels, proposed)) if _text(allocation) not in values]
+        trials = state.trials or (Trial((0.0,) * len(curves.names), problem.start, {}, 0.0),)
+        values = {trial.allocation: trial.value for trial in trials}
+        proposed, noted = self._propose(curves, state, trials)
+        new = [one for one in dict.fromkeys(trial.allocation for trial in proposed) if one not in values]
         if not new:
             return replace(state, exhausted=True), []
 
-        begun, first = time.perf_counter(), not state.memory["trials"]
-        sequences, measured = state.memory["sequences"], Measured(problem, state.generation)
-        fresh = [state.parent, *new] if first else new
-        found = measured.losses(fresh, sequences).mean(1).tolist()
-        fitness = np.array(found if first else [state.fitness, *found])
+        begun, measured = time.perf_counter(), Measured(problem, state.generation)
+        before = [] if state.fitness is None else [state.fitness]
+        fresh = new if before else [state.parent, *new]
+        found = measured.losses(fresh, state.sequences).mean(1).tolist()
+        fitness = np.array([*before, *found])
         best = int(np.argsort(fitness, kind="stable")[0])  # the parent first: it wins a tie
-        measured.note([state.parent, *new], fitness, len(sequences), {best}, time.perf_counter() - begun)
+        measured.note([state.parent, *new], fitness, len(state.sequences), {best}, time.perf_counter() - begun)
 
-        values |= {_text(allocation): _told(value) for allocation, value in zip(fresh, found, strict=True)}
-        kept = [trial | {"value": values[trial["allocation"]]} for trial in [*trials, *proposed]]
+        values |= {allocation: _told(value) for allocation, value in zip(fresh, found, strict=True)}
         return replace(
             state,
             parent=[state.parent, *new][best],
             fitness=float(fitness[best]),
             generation=state.generation + 1,
             tokens=state.tokens + measured.tokens,
-            memory=state.memory | {"trials": kept, "study": parents},
+            trials=tuple(replace(trial, value=values[trial.allocation]) for trial in (*trials, *proposed)),
+            study=noted,
         ), measured.rows
 
     def _propose(
-        self, curves: Curves, state: State, trials: Sequence[Trial], values: Mapping[str, float]
+        self, curves: Curves, state: StudyState, trials: Sequence[Trial]
     ) -> tuple[list[Trial], dict[str, Any]]:
-        """The first batch with a new allocation (or the last batch), without values, and what the study remembers."""
-        seed = int(np.random.SeedSequence([state.memory["seed"], state.generation]).generate_state(1)[0])
+        """Return the first batch that has a new allocation (or the last batch), and what the study notes.
+
+        The values of the trials are not known yet.
+        """
+        known = {trial.allocation for trial in trials}
+        seed = int(np.random.SeedSequence([state.seed, state.generation]).generate_state(1)[0])
         distributions: dict[str, BaseDistribution] = {
             name: FloatDistribution(-float(self.spread), float(self.spread)) for name in curves.names
         }
@@ -137,30 +195,30 @@ class OptunaStudy(StrategyDefaults):
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for every study and trial otherwise
         try:
             storage = InMemoryStorage()
-            study = _rebuilt(storage, self._sampler(seed), distributions, trials, state.memory["study"])
-            if self.sampler == "nsga2" and not state.memory["trials"]:  # the start should be of its first population
+            study = _rebuilt(storage, self._sampler(seed), distributions, trials, state.study)
+            if self.sampler == "nsga2" and not state.trials:  # the start should be of its first population
                 study.enqueue_trial(dict.fromkeys(curves.names, 0.0))
             proposed: list[Trial] = []
             for _ in range(BATCHES):
                 asked = [study.ask(distributions) for _ in range(self.offspring)]
                 frozen = study.get_trials(deepcopy=False)
                 proposed = [self._trial(curves, frozen[trial.number]) for trial in asked]
-                if any(trial["allocation"] not in values for trial in proposed):
+                if any(trial.allocation not in known for trial in proposed):
                     break
                 for trial in asked:  # nothing to learn from: told, it would let CMA-ES drift away
                     study.tell(trial, state=TrialState.FAIL)
         finally:
             optuna.logging.set_verbosity(verbosity)
         # What a sampler notes in the study: the parents of NSGA-II's generations, by the numbers of their trials.
-        memory = storage.get_study_system_attrs(storage.get_study_id_from_name(study.study_name))
-        return proposed, of_study(json.loads(json.dumps(memory)))
+        noted = storage.get_study_system_attrs(storage.get_study_id_from_name(study.study_name))
+        return proposed, of_study(json.loads(json.dumps(noted)))
 
     def _trial(self, curves: Curves, trial: FrozenTrial) -> Trial:
-        """A trial that was asked for, without its value."""
-        params = [float(trial.params[name]) for name in curves.names]
+        """Return a trial that was asked for; its value is not known yet."""
+        params = tuple(float(trial.params[name]) for name in curves.names)
         # What it is of the sampler's generations; not the optimizer of CMA-ES, a pickle: see `_rebuilt`.
         attrs = of_trial(trial.system_attrs)
-        return {"params": params, "allocation": _text(curves.allocation(np.array(params))), "attrs": attrs}
+        return Trial(params, curves.allocation(np.array(params)), attrs, float("nan"))
 
     def _sampler(self, seed: int) -> BaseSampler:
         with warnings.catch_warnings():
@@ -195,7 +253,7 @@ def _rebuilt(
     sampler: BaseSampler,
     distributions: dict[str, BaseDistribution],
     trials: Sequence[Trial],
-    memory: Mapping[str, Any],
+    noted: Mapping[str, Any],
 ) -> optuna.Study:
     """A study with all trials so far.
 
@@ -204,21 +262,19 @@ def _rebuilt(
     what it would have kept.
     """
     study = optuna.create_study(storage=storage, study_name="search", sampler=sampler)
-    for key, value in of_study(memory).items():
+    for key, value in of_study(noted).items():
         storage.set_study_system_attr(storage.get_study_id_from_name(study.study_name), key, value)
     generation = None
     for trial in trials:
-        attrs = of_trial(trial["attrs"])
+        attrs = of_trial(trial.attrs)
         before, generation = generation, attrs.get(CMA_GENERATION)
         if before is not None and generation != before:
             asked = study.ask(distributions)
             found = study.get_trials(deepcopy=False)[asked.number].system_attrs
             attrs |= {key: value for key, value in found.items() if key.startswith(CMA_OPTIMIZER)}
             study.tell(asked, state=TrialState.FAIL)
-        params = dict(zip(distributions, trial["params"], strict=True))
-        study.add_trial(
-            create_trial(params=params, distributions=distributions, value=trial["value"], system_attrs=attrs)
-        )
+        params = dict(zip(distributions, trial.params, strict=True))
+        study.add_trial(create_trial(params=params, distributions=distributions, value=trial.value, system_attrs=attrs))
     return study
 
 
@@ -315,15 +371,6 @@ def shifted(sparsity: np.ndarray, most: np.ndarray, dense: np.ndarray, cost: flo
 def _share(costs: np.ndarray, dense: np.ndarray) -> np.ndarray:
     share: np.ndarray = costs / np.maximum(1, dense)
     return share
-
-
-def _text(allocation: Allocation) -> str:
-    """As `history.parquet` has it."""
-    return " ".join(map(str, allocation))
-
-
-def _levels(trial: Trial) -> Allocation:
-    return tuple(map(int, trial["allocation"].split()))
 
 
 def _told(fitness: float) -> float:

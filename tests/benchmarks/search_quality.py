@@ -44,7 +44,7 @@ from search.evaluation.generation import GenerationEvaluator, Resources
 from search.inputs.models import LoadedModel
 from search.paths import cache_dir
 from search.run.levels import Grid, mixture
-from search.strategies.base import Dense, Problem, Strategy, rng_state
+from search.strategies.base import Dense, Problem, Strategy
 from search.strategies.dynamic_programming import DynamicProgramming
 from search.strategies.evolution.evopress import EvoPress
 from search.strategies.evolution.random import Random
@@ -58,6 +58,7 @@ from search.strategies.rules.bonsai import Bonsai
 from search.strategies.rules.flap import Flap
 from search.strategies.rules.owl import Owl
 from search.strategies.rules.uniform import Uniform
+from search.strategies.state import rng_state
 from supernet.models.architecture import sub_blocks
 from supernet.space import Allocation
 from supernet.store import Supernet

@@ -13,6 +13,7 @@ import pytest
 from torch import Tensor
 
 from search.run.directory import RunDirectory
+from search.strategies.guided.search import GuidedState
 from search.strategies.rules.front import read_front
 from supernet.errors import InputError
 from supernet.manifest import read_manifest
@@ -144,7 +145,7 @@ def test_of_a_run(undisturbed: tuple[Path, int], tmp_path: Path) -> None:
     def everything(path: Path) -> Any:
         directory = RunDirectory(path, settings, fresh=False)
         directory.identify(identity)
-        state = directory.load_state(0, space, GENERATIONS)
+        state = directory.load_state(0, space, GENERATIONS, GuidedState)
         others = [directory.read(name) for name in ("metrics.json", "allocation.json", "checkpoint/supernets.json")]
         return [str(state), directory.history().to_dict("records"), *others, directory.costs()]
 

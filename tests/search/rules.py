@@ -13,7 +13,8 @@ from local_prune.statistics import Moments
 from search.budgets.budget import Budget
 from search.budgets.knapsack import uniform
 from search.run.levels import Grid
-from search.strategies.base import Dense, Problem, Row, State, Strategy
+from search.strategies.base import Dense, HistoryRow, Problem, Strategy
+from search.strategies.state import State
 from supernet.models.architecture import sub_blocks
 from supernet.models.prunables import Pattern, bit_prunables, member_prunables, presence_prunables, weight_prunables
 from supernet.space import Allocation, Space
@@ -72,9 +73,9 @@ def dense_of(model: PreTrainedModel, ids: Tensor, batch: int = 2) -> Dense:
     return Dense(model, ids, batch, torch.device("cpu"))
 
 
-def run(rule: Strategy, problem: Problem, seed: int = 0) -> tuple[State, list[Row]]:
+def run(rule: Strategy, problem: Problem, seed: int = 0) -> tuple[State, list[HistoryRow]]:
     """To the end."""
-    state, rows = rule.begin(problem, seed), list[Row]()
+    state, rows = rule.begin(problem, seed), list[HistoryRow]()
     for _ in range(rule.generations):
         if not state.exhausted:
             state, more = rule.advance(problem, state)

@@ -9,8 +9,9 @@ import numpy as np
 
 from search.budgets.budget import Budget, Limit, costs_of
 from search.budgets.knapsack import uniform
-from search.strategies.base import Problem, Row, State, Strategy
+from search.strategies.base import HistoryRow, Problem, Strategy
 from search.strategies.measuring import GRADIENT_COST
+from search.strategies.state import State
 from supernet.space import BITS, Allocation, Level, Space, Unit
 
 SpaceOf = Callable[..., Space]
@@ -118,7 +119,7 @@ def synthetic(problem: Problem) -> Synthetic:
 
 def run(
     strategy: Strategy, problem: Problem, seed: int = 0, pause: Callable[[State], State] = lambda state: state
-) -> tuple[list[State], list[Row]]:
+) -> tuple[list[State], list[HistoryRow]]:
     """The states behind every generation, and all rows; what lies between two generations goes through `pause`."""
     states, rows = [pause(strategy.begin(problem, seed))], []
     while states[-1].generation < strategy.generations and not states[-1].exhausted:
@@ -130,21 +131,20 @@ def run(
 
 def through_json(state: State) -> State:
     """As a checkpoint keeps it."""
-    content = json.loads(json.dumps(asdict(state)))
-    return State(**(content | {"parent": tuple(content["parent"])}))
+    return type(state).from_json(json.loads(json.dumps(state.to_json())))
 
 
 def as_json(states: Sequence[State]) -> list[str]:
-    """States that can be compared even where one holds a NaN, which equals nothing."""
-    return [json.dumps(asdict(state)) for state in states]
+    """States as a checkpoint keeps them."""
+    return [json.dumps(state.to_json()) for state in states]
 
 
-def without_seconds(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def without_seconds(rows: Sequence[HistoryRow]) -> list[dict[str, Any]]:
     """What must be the same in two runs."""
     return [asdict(row) | {"seconds": 0.0} for row in rows]
 
 
-def last_step(rows: Sequence[Row], generation: int) -> list[Row]:
+def last_step(rows: Sequence[HistoryRow], generation: int) -> list[HistoryRow]:
     """The rows of a generation's last selection step."""
     own = [row for row in rows if row.generation == generation]
     return [row for row in own if row.step == own[-1].step]

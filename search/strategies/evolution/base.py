@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from search.budgets.budget import Budget
-from search.strategies.base import Problem, Row, State, StrategyDefaults, first_state, rng_state
+from search.strategies.base import HistoryRow, Problem, StrategyDefaults
 from search.strategies.checks import check_steps, check_whole
 from search.strategies.measuring import Measured, sequences_for
+from search.strategies.state import State, rng_state
 from supernet.space import Allocation
 
 ATTEMPTS = 50  # tries for each offspring before the space counts as exhausted
@@ -54,9 +55,9 @@ class Evolution(StrategyDefaults, ABC):
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""
-        return first_state(problem, seed)
+        return State.first(problem.start, seed)
 
-    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
+    def advance(self, problem: Problem, state: State) -> tuple[State, list[HistoryRow]]:
         """See `Strategy`."""
         rng = state.generator()
         alive = self._offspring(problem, state.parent, rng)

@@ -11,37 +11,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from search.budgets.budget import Budget
 from search.budgets.knapsack import closest, uniform
-from search.strategies.base import FrontPoint, Problem, Row, State, first_state, rng_state
+from search.strategies.base import FrontPoint, HistoryRow, Problem
 from search.strategies.checks import check_whole
-from search.strategies.guided.proposals import PROPOSALS
+from search.strategies.guided.proposals import PROPOSALS, Pairs
 from search.strategies.guided.race import Outcome, race
-from search.strategies.guided.search import LEADER, Guided, next_damping
-from search.strategies.measuring import Measured, sequences_for
+from search.strategies.guided.search import LEADER, GuidedSettings, next_damping
+from search.strategies.measuring import Measured, Pair, sequences_for
+from search.strategies.state import State, read_allocation, read_count, read_losses, read_number, rng_state
 from supernet.errors import InputError
 from supernet.space import Allocation
 
 
 @dataclass(frozen=True)
-class Point:
-    """A budget of the front, and the search for its allocation.
+class BudgetSearch:
+    """How far the search has come with one budget of the front.
 
     Attributes:
-        target: Of the first limit.
+        target: Of the budget's first limit.
         start: The uniform allocation; where none comes within a step of the budget, one that comes as near will do.
         allocation: The best so far.
-        damping: See `search.strategies.guided.search`.
+        damping: Around which the next dampings here lie.
         fitness: Its fitness where it was last measured; None before that.
         tokens: How many it was measured on there.
         visits: Generations that worked here.
-        remembered: What the proposal remembers.
-        known: Losses of the allocation, by sequence (text, as JSON has it).
+        pairs: What the proposal learns from.
+        known: Losses of the allocation by sequence.
     """
 
     target: int
@@ -51,38 +52,70 @@ class Point:
     fitness: float | None = None
     tokens: int = 0
     visits: int = 0
-    remembered: dict[str, Any] = field(default_factory=dict)
-    known: dict[str, float] = field(default_factory=dict)
+    pairs: Pairs = ()
+    known: dict[int, float] = field(default_factory=dict)
 
     @staticmethod
-    def from_json(content: Mapping[str, Any]) -> Point:
-        """The inverse of `to_json`."""
-        return Point(**{**content, "start": tuple(content["start"]), "allocation": tuple(content["allocation"])})
+    def from_json(content: Mapping[str, Any]) -> BudgetSearch:
+        """Return what a state wrote."""
+        fitness = content["fitness"]
+        return BudgetSearch(
+            read_count(content["target"]),
+            read_allocation(content["start"]),
+            read_allocation(content["allocation"]),
+            read_number(content["damping"]),
+            None if fitness is None else read_number(fitness),
+            read_count(content["tokens"]),
+            read_count(content["visits"]),
+            tuple(map(Pair.from_json, content["pairs"])),
+            read_losses(content["known"]),
+        )
 
-    def to_json(self) -> dict[str, Any]:
-        """As a state remembers it."""
-        return asdict(self) | {"start": list(self.start), "allocation": list(self.allocation)}
-
-    def measured_on(self, measured: Measured, allocation: Allocation, sequences: Sequence[int]) -> Point:
-        """The point with an allocation, and what is known of that."""
+    def measured_on(self, measured: Measured, allocation: Allocation, sequences: Sequence[int]) -> BudgetSearch:
+        """Return the same budget with this allocation and what is known of it."""
         return replace(
             self,
             allocation=allocation,
             fitness=float(measured.losses([allocation], sequences).mean()),
             tokens=len(sequences) * measured.problem.evaluate.sequence_length,
-            known={str(sequence): loss for sequence, loss in measured.known(allocation).items()},
+            known=measured.known(allocation),
         )
 
 
 @dataclass(frozen=True)
-class Pareto(Guided):
-    """Settings of the search: those of `Guided`, whose generations are those of all points together.
+class FrontState(State):
+    """Where the search for a front stands; the parent is the allocation of the run's own budget.
+
+    Attributes:
+        searches: Those of all budgets, from the run's own to the densest.
+    """
+
+    searches: tuple[BudgetSearch, ...] = ()
+
+    @classmethod
+    def values_of(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Add those of the budgets."""
+        return super().values_of(content) | {"searches": tuple(map(BudgetSearch.from_json, content["searches"]))}
+
+    def allocations(self) -> list[Allocation]:
+        """Add those of the budgets."""
+        found = [self.parent]
+        for search in self.searches:
+            found += [search.start, search.allocation]
+            found += [one for pair in search.pairs for one in (pair.first, pair.second)]
+        return found
+
+
+@dataclass(frozen=True)
+class Pareto(GuidedSettings):
+    """Settings of the search: those of a guided one, whose generations are those of all points together.
 
     Attributes:
         points: Budgets, evenly from the run's own to the dense model, which is no point of its own.
     """
 
     name: ClassVar[str] = "pareto"
+    state_class: ClassVar[type[State]] = FrontState
 
     points: int = 8
 
@@ -102,38 +135,40 @@ class Pareto(Guided):
         if rounds != 1:
             raise InputError(f"rounds={rounds} with strategy=pareto: a front is of one set of levels; use rounds=1")
 
-    def front(self, state: State) -> Sequence[FrontPoint] | None:
+    def front(self, state: FrontState) -> Sequence[FrontPoint] | None:
         """Return the points as the last generation left them."""
-        found = (Point.from_json(content) for content in state.memory["front"])
-        return [FrontPoint(point.target, point.allocation, point.fitness, point.tokens) for point in found]
+        return [FrontPoint(one.target, one.allocation, one.fitness, one.tokens) for one in state.searches]
 
-    def begin(self, problem: Problem, seed: int) -> State:
-        """See `Strategy`."""
-        front = []
+    def begin(self, problem: Problem, seed: int) -> FrontState:
+        """Begin at the uniform allocation of each budget."""
+        searches = []
         for index, budget in enumerate(budgets_of(problem.budget, self.points)):
             start = problem.start if index == 0 else uniform(problem.space, budget)
-            front.append(Point(budget.first.target, start, start, PROPOSALS[self.proposal].damping))
-        return first_state(problem, seed, {"front": [point.to_json() for point in front]})
+            searches.append(BudgetSearch(budget.first.target, start, start, PROPOSALS[self.proposal].damping))
+        return replace(FrontState.first(problem.start, seed), searches=tuple(searches))
 
-    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
-        """See `Strategy`."""
+    def advance(self, problem: Problem, state: FrontState) -> tuple[FrontState, list[HistoryRow]]:
+        """Work at one point and race at its neighbours; the last generation measures all points alike."""
         rng = state.generator()
         order = [int(sequence) for sequence in rng.permutation(problem.evaluate.sequences)]
-        front = [Point.from_json(content) for content in state.memory["front"]]
+        front = list(state.searches)
         known: dict[Allocation, dict[int, float]] = {}
         for point in front:  # two points may have the same allocation
-            known.setdefault(point.allocation, {}).update(
-                {int(sequence): loss for sequence, loss in point.known.items()}
-            )
+            known.setdefault(point.allocation, {}).update(point.known)
         work = _Generation(self, problem, front, Measured(problem, state.generation, known), order, rng)
         first = self._point_of(state.generation)
         exhausted = not any(work.visit((first - step) % self.points) for step in range(self.points))
         if exhausted or state.generation + 1 >= self.generations:
             work.settle()
-        fitness = math.nan if front[0].fitness is None else front[0].fitness
-        memory = {"front": [point.to_json() for point in front]}
-        tokens = state.tokens + work.measured.tokens
-        after = State(front[0].allocation, fitness, state.generation + 1, tokens, rng_state(rng), exhausted, memory)
+        after = FrontState(
+            front[0].allocation,
+            front[0].fitness,
+            state.generation + 1,
+            state.tokens + work.measured.tokens,
+            rng_state(rng),
+            exhausted,
+            tuple(front),
+        )
         return after, work.measured.rows
 
     def _point_of(self, generation: int) -> int:
@@ -151,7 +186,7 @@ class _Generation:
 
     settings: Pareto
     problem: Problem
-    front: list[Point]
+    front: list[BudgetSearch]
     measured: Measured
     order: list[int]
     rng: np.random.Generator
@@ -169,22 +204,23 @@ class _Generation:
         unseen = self.order[seen:] + self.order[:seen]  # what the prediction was not made on comes first
         beside = [index for index in (at - 1, at + 1) if 0 <= index < len(self.front)]
         here = self.front[at]
-        memory = {**here.remembered, "damping": here.damping}
-        source = State(here.allocation, math.nan, here.visits, 0, rng_state(self.rng), memory=memory)
+        source = here.allocation, here.damping, here.visits
         proposal, problem = PROPOSALS[self.settings.proposal], self.problems[at]
-        predictions, remembered = proposal.predict(problem, self.measured, source, self.order[:seen], self.rng)
-        self.front[at] = replace(here, remembered=remembered, visits=here.visits + 1)
-        offspring = self.settings.propose(problem, source, predictions, self.rng)
+        predictions, pairs = proposal.predict(
+            problem, self.measured, here.allocation, here.pairs, self.order[:seen], self.rng
+        )
+        self.front[at] = replace(here, pairs=pairs, visits=here.visits + 1)
+        offspring = self.settings.propose(problem, *source, predictions, self.rng)
         offspring = self._with_repaired(at, offspring, beside)
         outcome = self._race(at, offspring, unseen)
         if outcome is not None:
             damping = next_damping(here.damping, outcome, offspring[outcome.leader])
-            remembered = proposal.learn(remembered, self.measured, here.allocation, list(offspring))
-            self.front[at] = replace(self.front[at], damping=damping, remembered=remembered)
+            pairs = proposal.learn(pairs, self.measured, here.allocation, list(offspring))
+            self.front[at] = replace(self.front[at], damping=damping, pairs=pairs)
         raced = [outcome]
         few = replace(self.settings, offspring=max(1, self.settings.offspring // 2))
         for index in beside:
-            offspring = few.propose(self.problems[index], source, predictions, self.rng)
+            offspring = few.propose(self.problems[index], *source, predictions, self.rng)
             raced.append(self._race(index, self._with_repaired(index, offspring, [at]), unseen))
         return any(one is not None for one in raced)
 

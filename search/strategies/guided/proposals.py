@@ -1,10 +1,10 @@
 """Predictions of what each level of each unit would change, for `search.strategies.guided.search`.
 
-`Gradient` takes one gradient of the fitness at the parent. `Forward` runs forward passes only, as Bonsai does (Dery et
-al. 2024): complementary pairs of allocations, which move many units at once, and a regression of fitness on what moved,
-over all that has been measured so far. What a unit's levels cost is taken from the errors that its candidates had when
-they were built; how much a unit's error weighs is what is learned (SPDY, Frantar and Alistarh 2022, searches such
-weights at random).
+`GradientProposal` takes one gradient of the fitness at the parent. `ForwardProposal` runs forward passes only, as
+Bonsai does (Dery et al. 2024): it measures complementary pairs of allocations, which differ in many units at once, and
+regresses the differences in fitness, over all that has been measured so far, on what differs. What a unit's levels lose
+is taken from the errors that its candidates had when they were built; how much a unit's error weighs is what is learned
+(SPDY, Frantar and Alistarh 2022, searches such weights at random).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ import torch
 from local_prune.methods.bonsai import kendall_tau
 from search.budgets.budget import costs_of
 from search.budgets.knapsack import relaxed
-from search.strategies.base import Problem, State
-from search.strategies.measuring import GRADIENT_COST, Measured
+from search.strategies.base import Problem
+from search.strategies.measuring import GRADIENT_COST, Measured, Pair
 from supernet.space import Allocation
 
 log = logging.getLogger(__name__)
@@ -38,44 +38,62 @@ SPREAD = 0.7  # of a pair's weights, in standard deviations of the prior
 NOISE = 0.3  # of those offspring whose weights are drawn around what was learned
 DRAWN = 5  # of them
 
-Changes = Sequence[np.ndarray]  # (levels,) of each unit: predicted change of the fitness
+Prediction = Sequence[np.ndarray]  # (levels,) of each unit: by how much the fitness would change at each of its levels
+Pairs = tuple[Pair, ...]
 
 
 class Proposal(Protocol):
-    """Predicts from the parent of a state."""
+    """A way to predict what each level of each unit would change, seen from a parent."""
 
     @property
     def cost(self) -> int:
-        """Forward tokens for each token of text."""
+        """How many passes a token of text costs."""
         ...
 
     @property
     def tokens(self) -> int:
-        """Of text, that a prediction is made on unless the user says otherwise."""
+        """How many tokens a prediction is made on unless the user says otherwise."""
         ...
 
     @property
     def damping(self) -> float:
-        """Of the first generation's offspring: how little a prediction is believed far from the parent."""
+        """How little a prediction is believed far from the parent, in the first generation."""
         ...
 
     def predict(
-        self, problem: Problem, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
-    ) -> tuple[list[Changes], dict[str, Any]]:
-        """Predicted changes of the fitness, one prediction or several, and what is to be remembered for the next
-        generation.
+        self,
+        problem: Problem,
+        measured: Measured,
+        parent: Allocation,
+        pairs: Pairs,
+        sequences: Sequence[int],
+        rng: np.random.Generator,
+    ) -> tuple[list[Prediction], Pairs]:
+        """Predict at a parent; called once at the beginning of a generation.
+
+        Args:
+            problem: What is searched.
+            measured: Measures and counts for this generation.
+            parent: The allocation to predict from.
+            pairs: What `learn` returned in the generation before; none in the first one.
+            sequences: Of the search text, to predict on.
+            rng: Where chance comes from.
+
+        Returns:
+            One prediction or several, which take turns in making offspring, and the pairs for `learn`.
         """
         ...
 
-    def learn(
-        self, remembered: dict[str, Any], measured: Measured, parent: Allocation, offspring: Sequence[Allocation]
-    ) -> dict[str, Any]:
-        """What is to be remembered of offspring that have been measured beside their parent."""
+    def learn(self, pairs: Pairs, measured: Measured, parent: Allocation, offspring: Sequence[Allocation]) -> Pairs:
+        """Return the pairs to remember, now that offspring have been measured beside their parent.
+
+        Called at the end of the generation, with the pairs that `predict` returned.
+        """
         ...
 
 
 @dataclass(frozen=True)
-class Gradient:
+class GradientProposal:
     """`<dL/dW, W_level - W_now>` from one gradient at the parent (`search.evaluation.gradient`)."""
 
     cost: int = GRADIENT_COST
@@ -83,27 +101,31 @@ class Gradient:
     damping: float = 8.0
 
     def predict(
-        self, problem: Problem, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
-    ) -> tuple[list[Changes], dict[str, Any]]:
-        """See `Proposal`; where the gradient overflows, what the candidates' errors say takes its place."""
-        changes = measured.changes(state.parent, sequences)
+        self,
+        problem: Problem,
+        measured: Measured,
+        parent: Allocation,
+        pairs: Pairs,
+        sequences: Sequence[int],
+        rng: np.random.Generator,
+    ) -> tuple[list[Prediction], Pairs]:
+        """Predict by a gradient; where it overflows, by the errors that the candidates had when they were built."""
+        changes = measured.changes(parent, sequences)
         if not all(np.isfinite(one).all() for one in changes):
             log.warning(
                 "the gradient is not finite; this generation goes by the errors that candidates had when they were "
                 "built"
             )
-            changes = [curve - curve[level] for curve, level in zip(curves_of(problem), state.parent, strict=True)]
-        return [changes], {}
+            changes = [curve - curve[level] for curve, level in zip(curves_of(problem), parent, strict=True)]
+        return [changes], pairs
 
-    def learn(
-        self, remembered: dict[str, Any], measured: Measured, parent: Allocation, offspring: Sequence[Allocation]
-    ) -> dict[str, Any]:
-        """See `Proposal`; the next gradient says more."""
-        return remembered
+    def learn(self, pairs: Pairs, measured: Measured, parent: Allocation, offspring: Sequence[Allocation]) -> Pairs:
+        """Learn nothing: the next gradient says more."""
+        return pairs
 
 
 @dataclass(frozen=True)
-class Forward:
+class ForwardProposal:
     """Ridge regression of the difference within complementary pairs on what differs.
 
     The loss is taken for a weighted sum over units of the errors of their candidates (`curves_of`). The logarithms of
@@ -118,12 +140,21 @@ class Forward:
     damping: float = 0.25
 
     def predict(
-        self, problem: Problem, measured: Measured, state: State, sequences: Sequence[int], rng: np.random.Generator
-    ) -> tuple[list[Changes], dict[str, Any]]:
-        """See `Proposal`: predictions that believe the data less and less, then others drawn around the first."""
+        self,
+        problem: Problem,
+        measured: Measured,
+        parent: Allocation,
+        pairs: Pairs,
+        sequences: Sequence[int],
+        rng: np.random.Generator,
+    ) -> tuple[list[Prediction], Pairs]:
+        """Measure a pair on each sequence and regress on all pairs so far.
+
+        The predictions that are returned believe the data less and less; others are drawn around the first of them.
+        """
         curves, root = curves_of(problem), np.linalg.cholesky(prior_of(problem))
-        pairs = list(state.memory.get("pairs", []))
         known = learned(pairs, curves, root)[0]
+        found = list(pairs)
         for sequence in sequences:
             drawn = SPREAD * root @ rng.standard_normal(len(curves))
             sides = [relaxed(_weighted(curves, known + sign * drawn), problem.budget) for sign in (1, -1)]
@@ -133,29 +164,26 @@ class Forward:
             losses = measured.losses(sides, [sequence])[:, 0]
             measured.note(sides, losses, 1, set(), time.perf_counter() - begun)
             if np.isfinite(losses).all():
-                pairs.append([*map(list, sides), float(losses[0] - losses[1]), 1])
-        logarithms = learned(pairs, curves, root)
+                found.append(Pair(sides[0], sides[1], float(losses[0] - losses[1]), 1))
+        logarithms = learned(found, curves, root)
         logarithms += [logarithms[0] + NOISE * root @ rng.standard_normal(len(curves)) for _ in range(DRAWN)]
         weighted = [_weighted(curves, one) for one in logarithms]
-        changes = [[row - row[level] for row, level in zip(rows, state.parent, strict=True)] for rows in weighted]
-        return list(changes), {"pairs": pairs}
+        changes = [[row - row[level] for row, level in zip(rows, parent, strict=True)] for rows in weighted]
+        return list(changes), tuple(found)
 
-    def learn(
-        self, remembered: dict[str, Any], measured: Measured, parent: Allocation, offspring: Sequence[Allocation]
-    ) -> dict[str, Any]:
-        """See `Proposal`: an offspring and its parent are a pair, too, on all sequences that both were measured on."""
-        pairs, before = list(remembered["pairs"]), measured.known(parent)
+    def learn(self, pairs: Pairs, measured: Measured, parent: Allocation, offspring: Sequence[Allocation]) -> Pairs:
+        """Add each offspring and its parent as a pair, on all sequences that both were measured on."""
+        found, before = list(pairs), measured.known(parent)
         for child in offspring:
             after = measured.known(child)
             both = [one for one in sorted(before.keys() & after.keys()) if np.isfinite([before[one], after[one]]).all()]
             if both:
-                pairs.append(
-                    [list(child), list(parent), float(np.mean([after[one] - before[one] for one in both])), len(both)]
-                )
-        return {"pairs": pairs}
+                difference = float(np.mean([after[one] - before[one] for one in both]))
+                found.append(Pair(child, parent, difference, len(both)))
+        return tuple(found)
 
 
-PROPOSALS: dict[str, Proposal] = {"gradient": Gradient(), "forward": Forward()}
+PROPOSALS: dict[str, Proposal] = {"gradient": GradientProposal(), "forward": ForwardProposal()}
 
 
 def curves_of(problem: Problem) -> list[np.ndarray]:
@@ -201,14 +229,12 @@ def _block(name: str) -> int:
     return next((int(word) for word in name.split(".") if word.isdigit()), 0)
 
 
-def _weighted(curves: Changes, logarithms: np.ndarray) -> list[np.ndarray]:
+def _weighted(curves: Prediction, logarithms: np.ndarray) -> list[np.ndarray]:
     return [curve * weight for curve, weight in zip(curves, np.exp(logarithms), strict=True)]
 
 
-def learned(pairs: Sequence[Sequence[Any]], curves: Changes, root: np.ndarray) -> list[np.ndarray]:
-    """Logarithms of the units' weights from pairs, (units,) for each of `CAUTION`.
-
-    A pair is plus, minus, the mean difference of their losses, and the sequences that it was measured on.
+def learned(pairs: Sequence[Pair], curves: Prediction, root: np.ndarray) -> list[np.ndarray]:
+    """Return the logarithms of the units' weights as pairs teach them, (units,) for each of `CAUTION`.
 
     The loss is linear in the weights; their logarithms are taken for how far they are from 1, which keeps them
     positive.
@@ -216,17 +242,20 @@ def learned(pairs: Sequence[Sequence[Any]], curves: Changes, root: np.ndarray) -
     if not pairs:
         return [np.zeros(len(curves)) for _ in CAUTION]
     lost = np.array(
-        [[[curve[level] for curve, level in zip(curves, one, strict=True)] for one in pair[:2]] for pair in pairs]
+        [
+            [[curve[level] for curve, level in zip(curves, side, strict=True)] for side in (pair.first, pair.second)]
+            for pair in pairs
+        ]
     )
-    moved, differences = lost[:, 0] - lost[:, 1], np.array([pair[2] for pair in pairs])
+    moved, differences = lost[:, 0] - lost[:, 1], np.array([pair.difference for pair in pairs])
     # of the differences, by the prior, at a scale of 1
     squares = (moved.sum(1) ** 2 + ((moved @ root) ** 2).sum(1)).mean()
     scale = float((differences**2).mean() / squares) ** 0.5 if squares > 0 else 0.0
     if scale == 0.0:
         return [np.zeros(len(curves)) for _ in CAUTION]
     besides: dict[tuple[int, ...], int] = {}  # offspring of one parent share its noise: they are left out together
-    groups = np.array([besides.setdefault(tuple(pair[1]), len(besides)) for pair in pairs])
-    sequences = np.array([(*pair, 1)[3] for pair in pairs])  # which an earlier version did not keep
+    groups = np.array([besides.setdefault(pair.second, len(besides)) for pair in pairs])
+    sequences = np.array([pair.sequences for pair in pairs])
     noise = (1.0 / sequences + MISFIT) / (1.0 + MISFIT)
     return regressed(moved * scale, differences, noise, groups, root)
 

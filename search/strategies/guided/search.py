@@ -15,19 +15,20 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
 from search.budgets.knapsack import relaxed
-from search.strategies.base import FEWEST, Problem, Row, State, StrategyDefaults, first_state, rng_state
+from search.strategies.base import FEWEST, HistoryRow, Problem, StrategyDefaults
 from search.strategies.checks import check_whole
 from search.strategies.evolution.base import ATTEMPTS, exchange
-from search.strategies.guided.proposals import PROPOSALS, Changes
+from search.strategies.guided.proposals import PROPOSALS, Pairs, Prediction
 from search.strategies.guided.race import Outcome, race
-from search.strategies.measuring import Measured, sequences_for
+from search.strategies.measuring import Measured, Pair, sequences_for
+from search.strategies.state import State, read_losses, read_number, rng_state
 from supernet.errors import InputError
 from supernet.space import Allocation
 
@@ -43,8 +44,36 @@ LEADER = 4
 
 
 @dataclass(frozen=True)
-class Guided(StrategyDefaults):
-    """Settings of the search.
+class GuidedState(State):
+    """Where a guided search stands.
+
+    Attributes:
+        damping: Around which the next generation's dampings lie.
+        pairs: What the proposal learns from.
+        known: Losses of the parent by sequence, which the next generation need not measure again.
+    """
+
+    damping: float = 0.0
+    pairs: Pairs = ()
+    known: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def values_of(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Add those of the proposal and of the parent."""
+        return super().values_of(content) | {
+            "damping": read_number(content["damping"]),
+            "pairs": tuple(map(Pair.from_json, content["pairs"])),
+            "known": read_losses(content["known"]),
+        }
+
+    def allocations(self) -> list[Allocation]:
+        """Add those of the pairs."""
+        return [self.parent, *(one for pair in self.pairs for one in (pair.first, pair.second))]
+
+
+@dataclass(frozen=True)
+class GuidedSettings(StrategyDefaults):
+    """Settings of a guided search, and how it makes offspring.
 
     Attributes:
         generations: How many.
@@ -55,8 +84,6 @@ class Guided(StrategyDefaults):
         growth: How many times as many it is judged on at most.
         errors: Standard errors by which an offspring must be better; half as many on all that it may be judged on.
     """
-
-    name: ClassVar[str] = "guided"
 
     generations: int = 10
     offspring: int = 8
@@ -102,57 +129,84 @@ class Guided(StrategyDefaults):
             f"data.sequences.search={more} or more, and strategy.tokens={tokens}"
         )
 
-    def begin(self, problem: Problem, seed: int) -> State:
-        """See `Strategy`."""
-        return first_state(problem, seed, {"damping": PROPOSALS[self.proposal].damping, "known": {}})
+    def propose(
+        self,
+        problem: Problem,
+        parent: Allocation,
+        damping: float,
+        turn: int,
+        predictions: Sequence[Prediction],
+        rng: np.random.Generator,
+    ) -> dict[Allocation, float]:
+        """Return distinct allocations, none like the parent, each with its damping.
 
-    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
-        """See `Strategy`."""
-        rng, memory = state.generator(), state.memory
+        Args:
+            problem: Whose budget they meet.
+            parent: The allocation that the predictions start from.
+            damping: Around which the dampings of the offspring lie.
+            turn: Generations that this budget has had before; in the first one the plain knapsack is tried, too.
+            predictions: They take turns in making an offspring.
+            rng: Draws the prices of some offspring.
+        """
+        found: dict[Allocation, float] = {}
+        if turn == 0:
+            _add(found, problem, parent, relaxed(predictions[0], problem.budget), LOWEST)
+        priced = [(changes, prices_of(problem, parent, changes)) for changes in predictions]
+        for attempt in range(4 * self.offspring):
+            if len(found) >= self.offspring:
+                break
+            own = damping * RATIO ** (attempt % self.offspring - self.offspring / 2)
+            # also where unused: each attempt draws as much
+            drawn = np.exp(SPREAD * rng.standard_normal(len(parent)))
+            factors = drawn if attempt % 2 or attempt >= self.offspring else np.ones(len(parent))
+            changes, prices = priced[(3 * attempt + turn) % len(priced)]  # each meets all dampings in time
+            losses = [g + own * factor * price for g, price, factor in zip(changes, prices, factors, strict=True)]
+            _add(found, problem, parent, relaxed(losses, problem.budget), own)
+        for _ in range(ATTEMPTS * self.offspring):  # where predictions give too little, blind exchanges
+            if len(found) >= self.offspring:
+                break
+            child = exchange(problem, parent, int(rng.integers(1, EXCHANGES + 1)), rng)
+            if child is not None:
+                _add(found, problem, parent, child, damping)
+        return found
+
+
+@dataclass(frozen=True)
+class Guided(GuidedSettings):
+    """Guided search for the allocation of one budget."""
+
+    name: ClassVar[str] = "guided"
+    state_class: ClassVar[type[State]] = GuidedState
+
+    def begin(self, problem: Problem, seed: int) -> GuidedState:
+        """Begin with the proposal's own damping."""
+        return replace(GuidedState.first(problem.start, seed), damping=PROPOSALS[self.proposal].damping)
+
+    def advance(self, problem: Problem, state: GuidedState) -> tuple[GuidedState, list[HistoryRow]]:
+        """Predict at the parent, make offspring and race them against it."""
+        rng, proposal = state.generator(), PROPOSALS[self.proposal]
         order = [int(sequence) for sequence in rng.permutation(problem.evaluate.sequences)]
-        known = {int(sequence): loss for sequence, loss in memory["known"].items()}
-        measured = Measured(problem, state.generation, {state.parent: known})
+        measured = Measured(problem, state.generation, {state.parent: state.known})
         seen = sequences_for(self.predicted_on, problem)
-        predictions, remembered = PROPOSALS[self.proposal].predict(problem, measured, state, order[:seen], rng)
-        offspring = self.propose(problem, state, predictions, rng)
+        predictions, pairs = proposal.predict(problem, measured, state.parent, state.pairs, order[:seen], rng)
+        offspring = self.propose(problem, state.parent, state.damping, state.generation, predictions, rng)
         if not offspring:
             return replace(state, tokens=state.tokens + measured.tokens, exhausted=True), measured.rows
         unseen = order[seen:] + order[:seen]  # what the prediction was not made on comes first
         enough, most = (sequences_for(tokens, problem) for tokens in (self.tokens, self.tokens * self.growth))
         outcome = race(measured, state.parent, list(offspring), unseen, enough, most, self.errors)
         parent = outcome.leader if outcome.clear else state.parent
-        remembered = PROPOSALS[self.proposal].learn(remembered, measured, state.parent, list(offspring))
-        memory = remembered | {"damping": next_damping(memory["damping"], outcome, offspring[outcome.leader])}
-        memory["known"] = {str(sequence): loss for sequence, loss in measured.known(parent).items()}
-        fitness = float(measured.losses([parent], outcome.sequences).mean())
-        tokens = state.tokens + measured.tokens
-        return State(parent, fitness, state.generation + 1, tokens, rng_state(rng), memory=memory), measured.rows
-
-    def propose(
-        self, problem: Problem, state: State, predictions: Sequence[Changes], rng: np.random.Generator
-    ) -> dict[Allocation, float]:
-        """Distinct allocations, none like the parent, each with its damping; predictions take turns."""
-        found: dict[Allocation, float] = {}
-        if state.generation == 0:  # the plain knapsack, too
-            _add(found, problem, state.parent, relaxed(predictions[0], problem.budget), LOWEST)
-        priced = [(changes, prices_of(problem, state.parent, changes)) for changes in predictions]
-        for attempt in range(4 * self.offspring):
-            if len(found) >= self.offspring:
-                break
-            damping = state.memory["damping"] * RATIO ** (attempt % self.offspring - self.offspring / 2)
-            # also where unused: each attempt draws as much
-            drawn = np.exp(SPREAD * rng.standard_normal(len(state.parent)))
-            factors = drawn if attempt % 2 or attempt >= self.offspring else np.ones(len(state.parent))
-            changes, prices = priced[(3 * attempt + state.generation) % len(priced)]  # each meets all dampings in time
-            losses = [g + damping * factor * price for g, price, factor in zip(changes, prices, factors, strict=True)]
-            _add(found, problem, state.parent, relaxed(losses, problem.budget), damping)
-        for _ in range(ATTEMPTS * self.offspring):  # where predictions give too little, blind exchanges
-            if len(found) >= self.offspring:
-                break
-            child = exchange(problem, state.parent, int(rng.integers(1, EXCHANGES + 1)), rng)
-            if child is not None:
-                _add(found, problem, state.parent, child, state.memory["damping"])
-        return found
+        after = GuidedState(
+            parent,
+            float(measured.losses([parent], outcome.sequences).mean()),
+            state.generation + 1,
+            state.tokens + measured.tokens,
+            rng_state(rng),
+            damping=next_damping(state.damping, outcome, offspring[outcome.leader]),
+            pairs=proposal.learn(pairs, measured, state.parent, list(offspring)),
+            known=measured.known(parent),
+        )
+        return after, measured.rows
 
 
 def next_damping(before: float, outcome: Outcome, winning: float) -> float:
@@ -170,7 +224,7 @@ def _add(
         found.setdefault(child, damping)
 
 
-def prices_of(problem: Problem, parent: Allocation, changes: Changes) -> list[np.ndarray]:
+def prices_of(problem: Problem, parent: Allocation, changes: Prediction) -> list[np.ndarray]:
     """For each unit and level the price of going there at a damping of 1: what is at stake, by the squared distance in
     costs.
 

@@ -8,7 +8,6 @@ single pass.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -22,7 +21,8 @@ from local_prune.statistics import Moments, finite
 from local_prune.text.passes import Replaced, TextWalk
 from search.budgets.budget import Budget
 from search.budgets.knapsack import Losses, knapsack, uniform
-from search.strategies.base import Dense, Problem, Row, State, StrategyDefaults, first_state
+from search.strategies.base import Dense, HistoryRow, Problem, StrategyDefaults
+from search.strategies.state import State
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 from supernet.models.placement import places
@@ -65,9 +65,9 @@ class Rule(StrategyDefaults):
 
     def begin(self, problem: Problem, seed: int) -> State:
         """See `Strategy`."""
-        return first_state(problem, seed)
+        return State.first(problem.start, seed)
 
-    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
+    def advance(self, problem: Problem, state: State) -> tuple[State, list[HistoryRow]]:
         """See `Strategy`."""
         only = only_allocation(problem)
         if only is not None:
@@ -75,7 +75,7 @@ class Rule(StrategyDefaults):
         if problem.dense is not None:
             self.check_units(problem.dense.model, problem.space)
         allocation, tokens = self.allocate(problem)
-        return State(allocation, math.nan, state.generation + 1, state.tokens + tokens, state.rng), []
+        return State(allocation, None, state.generation + 1, state.tokens + tokens, state.rng), []
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
         """The allocation, and the forward tokens that it took."""

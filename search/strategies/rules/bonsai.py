@@ -15,28 +15,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from local_prune.methods.bonsai import ridge, strength_of
 from search.budgets.budget import Costs
-from search.strategies.base import Problem, Row, State, rng_state
+from search.strategies.base import HistoryRow, Problem, StrategyDefaults
 from search.strategies.checks import check_whole
-from search.strategies.measuring import Measured, sequences_for
-from search.strategies.rules.base import Rule, allowed, only_allocation
+from search.strategies.measuring import Measured, Pair, sequences_for
+from search.strategies.rules.base import allowed, only_allocation
+from search.strategies.state import State, read_count, rng_state
 from supernet.errors import InputError
 from supernet.space import Allocation
 
 PORTION = 10  # pairs of a generation
 FEWEST = 2  # pairs that a regression needs
-
-Pair = tuple[
-    Allocation, Allocation, float
-]  # by how much the loss of the first is higher; NaN where either is not finite
 
 
 def pair_around(
@@ -85,7 +82,30 @@ def predicted(worth: np.ndarray, costs: Costs, dense: int, start: Sequence[int],
 
 
 @dataclass(frozen=True)
-class Bonsai(Rule):
+class PairsState(State):
+    """The sub-models measured so far.
+
+    Attributes:
+        drawn: Pairs measured.
+        pairs: Those of them whose losses are finite; none any more once the allocation is found.
+    """
+
+    drawn: int = 0
+    pairs: tuple[Pair, ...] = ()
+
+    @classmethod
+    def values_of(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Add those of the pairs."""
+        pairs = tuple(map(Pair.from_json, content["pairs"]))
+        return super().values_of(content) | {"drawn": read_count(content["drawn"]), "pairs": pairs}
+
+    def allocations(self) -> list[Allocation]:
+        """Add those of the pairs."""
+        return [self.parent, *(one for pair in self.pairs for one in (pair.first, pair.second))]
+
+
+@dataclass(frozen=True)
+class Bonsai(StrategyDefaults):
     """Perturb, measure in pairs, regress, solve.
 
     Attributes:
@@ -95,6 +115,8 @@ class Bonsai(Rule):
     """
 
     name: ClassVar[str] = "bonsai"
+    state_class: ClassVar[type[State]] = PairsState
+    is_rule: ClassVar[bool] = True
 
     samples: int = 200
     tokens: int = 2048
@@ -110,11 +132,6 @@ class Bonsai(Rule):
             )
 
     @property
-    def needs_candidates(self) -> bool:
-        """See `Strategy`."""
-        return True
-
-    @property
     def tokens_per_generation(self) -> int:
         """See `Strategy`."""
         return self.samples * self.tokens // self.generations
@@ -124,40 +141,50 @@ class Bonsai(Rule):
         """Portions of pairs."""
         return -(-self.samples // (2 * PORTION))
 
-    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
-        """See `Strategy`."""
-        if only_allocation(problem) is not None:
-            return super().advance(problem, state)
-        if state.generation and not state.memory:  # found by an earlier version, in one generation
-            return replace(state, exhausted=True), []
+    def begin(self, problem: Problem, seed: int) -> PairsState:
+        """Nothing is measured yet."""
+        return PairsState.first(problem.start, seed)
+
+    def advance(self, problem: Problem, state: PairsState) -> tuple[PairsState, list[HistoryRow]]:
+        """Measure a portion of the pairs; the last one is followed by the regression, which gives the allocation."""
+        only = only_allocation(problem)
+        if only is not None:
+            return replace(state, parent=only, exhausted=True), []
         rng, measured = state.generator(), Measured(problem, state.generation)
-        pairs = list(state.memory.get("pairs", []))
-        for _ in range(min(PORTION, self.samples // 2 - len(pairs))):
-            pairs.append(self._pair(problem, state.parent, measured, rng))
-        over = len(pairs) == self.samples // 2
-        parent, memory = (self._best(problem, state.parent, pairs), {}) if over else (state.parent, {"pairs": pairs})
-        state = replace(state, parent=parent, generation=state.generation + 1, tokens=state.tokens + measured.tokens)
-        return replace(state, rng=rng_state(rng), memory=memory), measured.rows
+        portion = min(PORTION, self.samples // 2 - state.drawn)
+        found = [self._pair(problem, state.parent, measured, rng) for _ in range(portion)]
+        pairs = (*state.pairs, *(pair for pair in found if math.isfinite(pair.difference)))
+        over = state.drawn + portion == self.samples // 2
+        state = replace(
+            state,
+            parent=self._best(problem, state.parent, pairs) if over else state.parent,
+            generation=state.generation + 1,
+            tokens=state.tokens + measured.tokens,
+            rng=rng_state(rng),
+            drawn=state.drawn + portion,
+            pairs=() if over else pairs,
+        )
+        return state, measured.rows
 
     def _pair(self, problem: Problem, start: Allocation, measured: Measured, rng: np.random.Generator) -> Pair:
-        """Two sub-models, measured."""
+        """Two sub-models, measured; their difference is NaN where either loss is not finite."""
         begun, count = time.perf_counter(), sequences_for(self.tokens, problem)
         most = np.array([len(unit.levels) - 1 for unit in problem.space.units])
         pair = pair_around(start, most, self.reach, rng)
         chosen = rng.permutation(problem.evaluate.sequences)[:count]
         fitness = measured.losses(pair, chosen).mean(1)
         measured.note(pair, fitness, count, set(), time.perf_counter() - begun)
-        return *pair, float(fitness[0] - fitness[1]) if np.isfinite(fitness).all() else math.nan
+        return Pair(*pair, float(fitness[0] - fitness[1]) if np.isfinite(fitness).all() else math.nan, count)
 
     def _best(self, problem: Problem, start: Allocation, pairs: Sequence[Pair]) -> Allocation:
         """The optimum of what the pairs say."""
-        limit, pairs = problem.budget.leading, [pair for pair in pairs if math.isfinite(pair[2])]
+        limit = problem.budget.leading
         if len(pairs) < FEWEST:
             raise InputError(
                 "the losses of nearly all sub-models are not finite; check the model's weights, or use dtype=float32"
             )
         # (pairs, 2, units)
-        costs = np.array([[limit.table[range(len(one)), one] for one in pair[:2]] for pair in pairs])
-        removed, differences = (costs[:, 1] - costs[:, 0]) / limit.dense, np.array([pair[2] for pair in pairs])
+        costs = np.array([[limit.table[range(len(one)), one] for one in (pair.first, pair.second)] for pair in pairs])
+        removed, differences = (costs[:, 1] - costs[:, 0]) / limit.dense, np.array([pair.difference for pair in pairs])
         losses = predicted(worths(removed, differences), limit.costs, limit.dense, start, self.reach)
         return allowed(losses, problem)

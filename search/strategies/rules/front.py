@@ -21,10 +21,11 @@ import numpy as np
 from search.budgets.budget import Budget, Limit
 from search.budgets.knapsack import closest
 from search.errors import reason
-from search.strategies.base import FrontPoint, Problem, Row, State, rng_state
+from search.strategies.base import FrontPoint, HistoryRow, Problem
 from search.strategies.checks import check_whole
 from search.strategies.measuring import Measured, sequences_for
 from search.strategies.rules.base import Rule, only_allocation, towards
+from search.strategies.state import State, rng_state
 from supernet.errors import InputError
 from supernet.space import Space
 from supernet.system.records import WRONG, UnreadableError, read_json, verified
@@ -85,7 +86,7 @@ class Front(Rule):
         """From the sparsest to the dense model."""
         return read_front(self.file)
 
-    def advance(self, problem: Problem, state: State) -> tuple[State, list[Row]]:
+    def advance(self, problem: Problem, state: State) -> tuple[State, list[HistoryRow]]:
         """See `Strategy`."""
         if only_allocation(problem) is not None:
             return super().advance(problem, state)

@@ -433,4 +433,4 @@ def test_who_is_stopped_says_how_to_go_on(
             process.kill()
     assert process.returncode == status
     assert errors == f"{word}; the same command continues from the last completed step\n"
-    assert read(tmp_path / RUN / "checkpoint/round-0.json")["generation"] >= 1
+    assert read(tmp_path / RUN / "checkpoint/round-0.json")["state"]["generation"] >= 1

@@ -17,7 +17,8 @@ import pytest
 
 from search.budgets.costs import CostTable
 from search.run.directory import RunDirectory, locked
-from search.strategies.base import Row, State
+from search.strategies.base import HistoryRow
+from search.strategies.state import State
 from supernet.errors import InputError
 from supernet.space import Level, Space, Unit
 from supernet.system.atomic import _place
@@ -37,8 +38,8 @@ def state(generation: int, parent: tuple[int, ...] = (1, 2)) -> State:
     return State(parent, 0.25, generation, 1000, RNG)
 
 
-def row(generation: int, fitness: float, step: int = 0) -> Row:
-    return Row(generation, step, 64, fitness, True, 0.5, (1, 2))
+def row(generation: int, fitness: float, step: int = 0) -> HistoryRow:
+    return HistoryRow(generation, step, 64, fitness, True, 0.5, (1, 2))
 
 
 def advance(directory: RunDirectory, generation: int, fitness: float, iteration: int = 0) -> None:
@@ -243,12 +244,12 @@ def test_a_damaged_checkpoint_is_refused(run: Path, content: str) -> None:
         ({"tokens": -1}, "is no whole number"),
         ({"exhausted": 100}, "another type"),
         ({"fitness": "0.25"}, "another type"),
-        ({"memory": []}, "another type"),
+        ({"state": 3}, ""),
         ({"rng": {"bit_generator": "MT19937"}}, "PCG64"),
         ({"rng": RNG | {"has_uint32": "x"}}, ""),
         ({"rng": 3}, ""),
         ({"rows": None}, "is no whole number"),
-        ({"more": 1}, "more"),
+        ({"more": 1}, "it is not what this strategy remembers"),
     ],
 )
 def test_a_checkpoint_that_no_search_wrote_is_refused(run: Path, change: dict[str, Any], why: str) -> None:
@@ -256,7 +257,9 @@ def test_a_checkpoint_that_no_search_wrote_is_refused(run: Path, change: dict[st
     file = run / "checkpoint/round-0.json"
     content = read_record(file)
     assert content is not None
-    write_record(file, content | change)
+    outside = {key: value for key, value in change.items() if key in content}
+    inside = {key: value for key, value in change.items() if key not in content}
+    write_record(file, content | {"state": content["state"] | inside} | outside)
     with pytest.raises(InputError) as refusal:
         opened(run).load_state(0, SPACE, 9)
     assert str(refusal.value).startswith(f"{file} is damaged (") and why in str(refusal.value)
@@ -314,6 +317,13 @@ def test_every_file_of_a_run_is_verified(run: Path, name: str, harm: Callable[[s
     assert str(refusal.value).startswith(f"{file} is damaged ({why}") and str(refusal.value).endswith(
         f"; {FILES[name]}"
     )
+
+
+def test_a_checkpoint_of_another_format_is_told_as_that(run: Path) -> None:
+    file = run / "checkpoint/round-0.json"
+    write_record(file, (read_record(file) or {}) | {"format": 1})
+    with pytest.raises(InputError, match=r"round-0\.json has format 1, not 2; start over with fresh=true$"):
+        opened(run).load_state(0, SPACE, 9)
 
 
 @pytest.mark.parametrize("name", ["settings.json", "identity.json", "round-0.json", "round-1.json", "latency-{}.json"])

@@ -73,7 +73,7 @@ def test_scores_never_fall_as_a_unit_gets_sparser(space_of: SpaceOf) -> None:
     problem = make_problem(space_of(*TRANSFORMER), 0.4, noise=0.5)
     strategy = DynamicProgramming(**GOOD)
     states, _ = run(strategy, problem)
-    scores = states[-1].memory["scores"]
+    scores = states[-1].scores
     assert (np.diff(scores) < 0).any()
     losses = strategy._losses(problem, strategy._probes(problem, warn=False), scores)
     assert all((np.diff(loss) >= 0).all() for loss in losses)

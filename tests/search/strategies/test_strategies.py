@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-from dataclasses import asdict
 from pydoc import locate
 from typing import Any
 
@@ -23,7 +22,6 @@ from search.strategies.evolution.tyr import Tyr
 from search.strategies.greedy import Greedy
 from search.strategies.guided.pareto import Pareto
 from search.strategies.guided.search import Guided
-from search.strategies.rules.base import Rule
 from supernet.errors import InputError
 from tests.search.synthetic import (
     TRANSFORMER,
@@ -130,21 +128,13 @@ class TestEveryStrategy:
         assert before[1] == random.getstate()
         assert torch.equal(before[2], torch.get_rng_state())
 
-    def test_a_run_can_stop_behind_every_generation(self, strategy: Strategy, problem: Problem) -> None:
-        states, rows = run(strategy, problem)
-        tokens = synthetic(problem).tokens
-        resumed, rows_resumed = run(strategy, problem, pause=through_json)
-        assert as_json(resumed) == as_json(states)
-        assert without_seconds(rows_resumed) == without_seconds(rows)
-        assert synthetic(problem).tokens == 2 * tokens  # nothing was measured again
-
     def test_advancing_leaves_the_state_as_it_was(self, strategy: Strategy, problem: Problem) -> None:
         state = strategy.begin(problem, 0)
         while state.generation < strategy.generations and not state.exhausted:
-            before = json.dumps(asdict(state))
+            before = json.dumps(state.to_json())
             first, second = strategy.advance(problem, state), strategy.advance(problem, state)
             assert as_json([first[0]]) == as_json([second[0]])
-            assert json.dumps(asdict(state)) == before
+            assert json.dumps(state.to_json()) == before
             state = first[0]
 
     def test_a_step_measures_no_allocation_twice(self, strategy: Strategy, problem: Problem) -> None:
@@ -256,4 +246,4 @@ class TestEveryStrategy:
 def test_every_setting_names_the_strategy_that_it_makes(file: str) -> None:
     made: type[Strategy] = locate(OmegaConf.load(conf_dir() / "strategy" / f"{file}.yaml")["_target_"])  # type: ignore
     assert made.name == file
-    assert made.is_rule == issubclass(made, Rule)
+    assert made.is_rule == (".rules." in made.__module__)

@@ -18,7 +18,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from search.run.directory import RunDirectory
-from search.strategies.base import Row, State
+from search.strategies.base import HistoryRow
+from search.strategies.state import State
 from search.trackers.optuna import Trials
 from supernet.errors import InputError
 from supernet.space import Level, Space, Unit
@@ -38,7 +39,9 @@ def opened(path: Path, fresh: bool = False) -> RunDirectory:
 
 def advance(directory: RunDirectory, iteration: int, generation: int, *fitness: float) -> None:
     """A generation with rows of these values, all but the first of the allocation (1, 2)."""
-    rows = [Row(generation, i, 64, value, i == 0, 0.5, (1, 2) if i else (0, 1)) for i, value in enumerate(fitness)]
+    rows = [
+        HistoryRow(generation, i, 64, value, i == 0, 0.5, (1, 2) if i else (0, 1)) for i, value in enumerate(fitness)
+    ]
     directory.save_state(iteration, SPACES[iteration], State((1, 2), 0.25, generation + 1, 1000, RNG), rows)
 
 

@@ -3,7 +3,6 @@ afterwards.
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +16,10 @@ from search.budgets.budget import Budget, Limit
 from search.budgets.knapsack import knapsack, uniform
 from search.paths import CACHE_VARIABLE
 from search.run.directory import RunDirectory
-from search.strategies.base import Problem, State
+from search.strategies.base import Problem
 from search.strategies.guided.pareto import Pareto, budgets_of
 from search.strategies.rules.front import Front, front_json, read_front
+from search.strategies.state import State
 from supernet.errors import InputError
 from supernet.space import Allocation, Space
 from supernet.system.records import write_record
@@ -69,7 +69,7 @@ def two_limits(space: Space, sparsity: float = 0.6) -> Problem:
 
 
 def allocations(state: State) -> list[Allocation]:
-    return [tuple(point["allocation"]) for point in state.memory["front"]]
+    return [point.allocation for point in state.searches]
 
 
 # Pareto
@@ -91,7 +91,7 @@ def test_all_points_keep_their_budgets(strategy: Pareto, problem: Problem, limit
     states, _ = run(strategy, problem)
     assert len(states) == 1 + strategy.generations
     for state in states[:-1]:
-        starts = [tuple(point["start"]) for point in state.memory["front"]]
+        starts = [point.start for point in state.searches]
         assert all(
             budget.allows(a, start) for budget, a, start in zip(budgets, allocations(state), starts, strict=True)
         )
@@ -114,16 +114,6 @@ def test_a_seed_gives_the_same_run_and_another_one_another(strategy: Pareto, pro
     assert as_json(states) == as_json(again)
     assert without_seconds(rows) == without_seconds(rows_again)
     assert without_seconds(run(strategy, problem, seed=2)[1]) != without_seconds(rows)
-
-
-def test_a_run_can_stop_behind_every_generation(strategy: Pareto, problem: Problem) -> None:
-    states, rows = run(strategy, problem)
-    tokens = synthetic(problem).tokens
-    assert states[-1].tokens == tokens
-    resumed, rows_resumed = run(strategy, problem, pause=through_json)
-    assert as_json(resumed) == as_json(states)
-    assert without_seconds(rows_resumed) == without_seconds(rows)
-    assert synthetic(problem).tokens == 2 * tokens  # nothing was measured again
 
 
 def test_advancing_leaves_the_state_as_it_was(strategy: Pareto, problem: Problem) -> None:
@@ -154,11 +144,11 @@ def test_the_front_beats_uniform_at_every_point(problem: Problem, name: str, lim
 
 def test_losses_are_measured_on_the_same_tokens_and_fall_with_cost(strategy: Pareto, space_of: SpaceOf) -> None:
     problem = make_problem(space_of(*TRANSFORMER), 0.6, shift=1.0)
-    front = run(strategy, problem)[0][-1].memory["front"]
-    assert {point["tokens"] for point in front} == {min(64 * 8, 40 * 16)}
-    shifts = [point["fitness"] - synthetic(problem).exact(tuple(point["allocation"])) for point in front]
+    front = run(strategy, problem)[0][-1].searches
+    assert {point.tokens for point in front} == {min(64 * 8, 40 * 16)}
+    shifts = [point.fitness - synthetic(problem).exact(point.allocation) for point in front]
     assert shifts == pytest.approx([shifts[0]] * len(shifts))
-    losses = [point["fitness"] for point in front]
+    losses = [point.fitness for point in front]
     assert losses == sorted(losses, reverse=True)
 
 
@@ -173,7 +163,7 @@ def test_a_point_that_a_cheaper_one_beats_takes_its_allocation(space_of: SpaceOf
 
     state = run(STRATEGIES["gradient"], replace(problem, evaluate=Worse(problem.space)))[0][-1]
     assert allocations(state) == [problem.start] * POINTS
-    assert len({point["fitness"] for point in state.memory["front"]}) == 1
+    assert len({point.fitness for point in state.searches}) == 1
 
 
 def test_without_a_choice_anywhere_it_ends(space_of: SpaceOf) -> None:
@@ -183,7 +173,7 @@ def test_without_a_choice_anywhere_it_ends(space_of: SpaceOf) -> None:
     assert states[-1].exhausted and len(states) == 2
     assert states[-1].parent == (1,)
     assert states[-1].tokens == synthetic(problem).tokens
-    assert states[-1].memory["front"][0]["fitness"] == pytest.approx(synthetic(problem).exact((1,)))
+    assert states[-1].searches[0].fitness == pytest.approx(synthetic(problem).exact((1,)))
     assert through_json(states[-1]).exhausted
 
 
@@ -214,7 +204,7 @@ def taken(file: Path, problem: Problem) -> Allocation:
     state, rows = rule.advance(problem, rule.begin(problem, 0))
     assert state.tokens == synthetic(problem).tokens - before <= rule.tokens_per_generation
     assert [row.allocation for row in rows if row.survived] == ([state.parent] if rows else [])
-    assert (state.generation, math.isnan(state.fitness)) == (1, not rows)
+    assert (state.generation, state.fitness is None) == (1, not rows)
     return state.parent
 
 

@@ -7,10 +7,10 @@ import pytest
 from numpy.testing import assert_allclose
 
 from search.budgets.budget import Budget, Limit
-from search.strategies.base import Problem, first_state
+from search.strategies.base import Problem
 from search.strategies.guided import proposals
 from search.strategies.guided.proposals import CAUTION, DRAWN, PROPOSALS, curves_of, learned, prior_of, regressed
-from search.strategies.measuring import Measured
+from search.strategies.measuring import Measured, Pair
 from tests.search.synthetic import TRANSFORMER, SpaceOf, make_problem, synthetic
 
 FORWARD = PROPOSALS["forward"]
@@ -123,50 +123,45 @@ def test_weights_are_learned_from_pairs(space_of: SpaceOf) -> None:
     truth, correlations = weights_of(problem), []
     for count in (4, 40):
         measured = Measured(problem, 0)
-        _, memory = FORWARD.predict(problem, measured, first_state(problem, 0), range(count), np.random.default_rng(1))
+        _, pairs = FORWARD.predict(problem, measured, problem.start, (), range(count), np.random.default_rng(1))
         assert measured.tokens == FORWARD.cost * count * 16
         root = np.linalg.cholesky(prior_of(problem))
-        correlations.append(np.corrcoef(learned(memory["pairs"], curves_of(problem), root)[0], truth)[0, 1])
+        correlations.append(np.corrcoef(learned(pairs, curves_of(problem), root)[0], truth)[0, 1])
     assert correlations[1] > max(0.7, correlations[0])
 
 
 def test_sides_of_a_pair_meet_the_budget_and_are_opposite(space_of: SpaceOf) -> None:
     problem = make_problem(space_of(*TRANSFORMER * 3))
-    _, memory = FORWARD.predict(
-        problem, Measured(problem, 0), first_state(problem, 0), range(8), np.random.default_rng(0)
-    )
-    for plus, minus, difference, sequences in memory["pairs"]:
-        assert sequences == 1
-        assert problem.budget.met(plus) and problem.budget.met(minus)
-        assert difference == pytest.approx(
-            synthetic(problem).exact(tuple(plus)) - synthetic(problem).exact(tuple(minus))
-        )
-        assert np.dot(np.subtract(plus, problem.start), np.subtract(minus, problem.start)) < 0
+    _, pairs = FORWARD.predict(problem, Measured(problem, 0), problem.start, (), range(8), np.random.default_rng(0))
+    assert len(pairs) == 8
+    exact = synthetic(problem).exact
+    for pair in pairs:
+        assert pair.sequences == 1
+        assert problem.budget.met(pair.first) and problem.budget.met(pair.second)
+        assert pair.difference == pytest.approx(exact(pair.first) - exact(pair.second))
+        assert np.dot(np.subtract(pair.first, problem.start), np.subtract(pair.second, problem.start)) < 0
 
 
 def test_predictions_are_changes_from_the_parent(space_of: SpaceOf) -> None:
     problem = make_problem(space_of(*TRANSFORMER))
-    found, _ = FORWARD.predict(problem, Measured(problem, 0), first_state(problem, 0), [0, 1], np.random.default_rng(0))
+    found, _ = FORWARD.predict(problem, Measured(problem, 0), problem.start, (), [0, 1], np.random.default_rng(0))
     assert len(found) == len(CAUTION) + DRAWN
     for changes in found:
         assert all(change[level] == 0.0 for change, level in zip(changes, problem.start, strict=True))
 
 
 def test_what_was_measured_on_more_sequences_counts_more(space_of: SpaceOf) -> None:
-    """Two pairs that contradict each other; an earlier version did not keep how many sequences there were."""
+    """Two pairs that contradict each other."""
     problem = make_problem(space_of(*[(10, (4, 2, 0))] * 2))
-    one, other = [[0, 2], [2, 0]], [[2, 0], [0, 2]]
     heavier = [
-        learned([[*one, 0.1, first], [*other, 0.1, second]], curves_of(problem), np.eye(2))[0]
+        learned([Pair((0, 2), (2, 0), 0.1, first), Pair((2, 0), (0, 2), 0.1, second)], curves_of(problem), np.eye(2))[0]
         for first, second in ((16, 1), (1, 16), (4, 4))
     ]
     assert heavier[0][0] < heavier[2][0] < heavier[1][0]
-    old = learned([[*one, 0.1], [*other, 0.2]], curves_of(problem), np.eye(2))
-    assert_allclose(old, learned([[*one, 0.1, 1], [*other, 0.2, 1]], curves_of(problem), np.eye(2)))
 
 
-@pytest.mark.parametrize("pairs", [[], [[[1, 1], [1, 1], 0.0, 1]]])
-def test_nothing_to_learn_from_leaves_the_weights_alike(pairs: list[list[object]], space_of: SpaceOf) -> None:
+@pytest.mark.parametrize("pairs", [[], [Pair((1, 1), (1, 1), 0.0, 1)]])
+def test_nothing_to_learn_from_leaves_the_weights_alike(pairs: list[Pair], space_of: SpaceOf) -> None:
     problem = make_problem(space_of((10, (4, 2)), (10, (4, 2))), 0.2)
     for logarithms in learned(pairs, curves_of(problem), np.eye(2)):
         assert_allclose(logarithms, 0.0)

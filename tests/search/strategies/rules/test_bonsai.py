@@ -1,19 +1,17 @@
 """Bonsai: pairs, regression, and what both find on losses that cost nothing."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from search.strategies.base import State
 from search.strategies.rules.bonsai import Bonsai, pair_around, predicted, worths
 from supernet.errors import InputError
 from supernet.space import Allocation
 from tests.search.rules import Smooth, problem_of, run
-from tests.search.synthetic import SpaceOf
+from tests.search.synthetic import SpaceOf, through_json
 
 
 class TestBonsai:
@@ -78,21 +76,14 @@ class TestBonsai:
             rule.generations == whole.generation == 3
             and [row.generation for row in rows] == [0] * 20 + [1] * 20 + [2] * 10
         )
-        assert rule.tokens_per_generation == 500 and not whole.memory
+        assert rule.tokens_per_generation == 500 and not whole.pairs
         state = rule.begin(problem, 0)
         for generation in range(3):
-            kept = json.loads(json.dumps(asdict(state)))
-            state = State(**kept | {"parent": tuple(kept["parent"])})
-            assert state.parent == problem.start and len(state.memory.get("pairs", [])) == 10 * generation
+            state = through_json(state)
+            assert state.parent == problem.start and len(state.pairs) == state.drawn == 10 * generation
             state, _ = rule.advance(problem, state)
         assert (state.parent, state.tokens, state.rng) == (whole.parent, whole.tokens, whole.rng)
         assert state.parent != problem.start
-
-    def test_what_an_earlier_version_found_in_one_generation_stays(self, space_of: SpaceOf) -> None:
-        problem, rule = problem_of(space_of(*[(10, (4, 3, 2, 1, 0))] * 6), 0.5), Bonsai(samples=50, tokens=30)
-        found = replace(rule.begin(problem, 0), generation=1, tokens=1500)
-        state, rows = rule.advance(problem, found)
-        assert state == replace(found, exhausted=True) and not rows
 
     def test_pairs_that_overflow_are_left_out(self, space_of: SpaceOf) -> None:
         problem = problem_of(space_of(*[(10, (4, 3, 2, 1, 0))] * 6), 0.5)
