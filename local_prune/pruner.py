@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ class Statistics(Protocol):
 
     def add(self, inputs: Tensor) -> None:
         """Add a batch: X (tokens, d_in), of any float dtype."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Add the sums over other tokens, which another process or thread has added up for the same layer.
+
+        Called, if at all, when all batches have been added, and before candidates are made.
+        """
         ...
 
 

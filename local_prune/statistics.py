@@ -95,6 +95,13 @@ class Moments:
             self.absolute += X.abs().sum(0)
         self.tokens += len(inputs)
 
+    def merge(self, other: Moments) -> None:
+        """See `Statistics`."""
+        self.total += other.total
+        self.squares += other.squares
+        self.absolute += other.absolute
+        self.tokens += other.tokens
+
     @property
     def norms(self) -> Tensor:
         """||X_j||_2, (d_in,) float32."""
@@ -148,6 +155,14 @@ class LeastSquares:
             T = target.float()
             self.moment.addmm_(X.T, T)
             self.energies += T.square().sum(0)
+
+    def merge(self, other: LeastSquares) -> None:
+        """See `Statistics`; the dense layer's own output becomes the target behind the last merge, not before."""
+        assert not (self.own_output or other.own_output or self._factors)
+        self.upper += other.upper
+        self.moment += other.moment
+        self.energies += other.energies
+        self.tokens += other.tokens
 
     @property
     def energy(self) -> float:

@@ -52,6 +52,11 @@ class Projected:
                 self.total[member] += output.abs().sum()
         self.tokens += len(X)
 
+    def merge(self, other: Projected) -> None:
+        """See `Statistics`."""
+        self.total += other.total
+        self.tokens += other.tokens
+
     @property
     def mean(self) -> Tensor:
         """(members,) float32."""

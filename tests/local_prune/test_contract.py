@@ -286,3 +286,34 @@ def test_builds_are_alike_even_if_interrupted(
         built(case.model, tmp_path / "interrupted", case.pruner, IDS, weights=weights)
     again = built(case.model, tmp_path / "interrupted", case.pruner, IDS, weights=weights)
     assert unit_files(again) == unit_files(expected)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("name", PRUNERS)
+def test_halves_of_the_text_merge_to_the_whole(name: str, width: int) -> None:
+    """So that processes that each see a part of it can add up what they found."""
+    generator = torch.Generator().manual_seed(0)
+    dense, X = (torch.randint(-4, 5, (rows, 12), generator=generator).float() for rows in (5, 10))  # sums are exact
+    whole, first, second = (PRUNERS[name].statistics(dense, width) for _ in range(3))
+    if whole is None or first is None or second is None:
+        assert whole is first is second is None
+        return
+    whole.add(X)
+    first.add(X[:4])
+    second.add(X[4:])
+    first.merge(second)
+    assert vars(whole).keys() == vars(first).keys()
+    for key, value in vars(whole).items():
+        found = vars(first)[key]
+        assert torch.equal(found, value) if isinstance(value, Tensor) else found == value, key
+
+
+def test_merged_problems_have_the_targets_of_both() -> None:
+    generator = torch.Generator().manual_seed(0)
+    X, T = (torch.randint(-4, 5, (10, columns), generator=generator).float() for columns in (6, 3))
+    whole, first, second = (LeastSquares.zeros(6, 3) for _ in range(3))
+    whole.add(X, T)
+    first.add(X[:4], T[:4])
+    second.add(X[4:], T[4:])
+    first.merge(second)
+    assert torch.equal(first.moment, whole.moment) and first.energy == whole.energy
