@@ -86,6 +86,7 @@ def writes(most: int | None = None) -> Any:
         yield names
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize(
     ("pruner", "units"),
@@ -269,6 +270,7 @@ WEIGHING: dict[str, Pruner] = SEEING | {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", WEIGHING)
 def test_weights_that_are_not_finite_are_told(

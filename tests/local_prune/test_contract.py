@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,7 @@ def measured(case: Case, place: Place, unit: int, X: Tensor, dense: Tensor) -> l
     return errors
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PRUNERS)
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "gemma2"])
 @torch.no_grad()
@@ -260,7 +262,16 @@ def unit_files(supernet: Supernet) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (supernet.path / "units").iterdir()}
 
 
-@pytest.mark.parametrize("weights", [first_level, even])
+# One of each way to look at the text: what a build must have again when it goes on.
+GOING_ON = ("obs", "flap", "amp", "taylor", "bonsai", "wanda", "sparsegpt 2:4", "gptq", "depth")
+INTERRUPTED = [
+    pytest.param(case, id=", ".join(case), marks=[] if case in product(["llama"], GOING_ON) else [pytest.mark.slow])
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize("weights", [first_level, pytest.param(even, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", INTERRUPTED, indirect=True)
 def test_builds_are_alike_even_if_interrupted(
     case: Case,
     tmp_path: Path,

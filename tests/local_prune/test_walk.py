@@ -165,6 +165,7 @@ def test_the_fits_differ(model: PreTrainedModel, tmp_path: Path, built: Built, p
     assert not torch.allclose(first, second, rtol=1e-2) and not torch.allclose(second, third, rtol=1e-2)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fit", FITS)
 def test_the_batch_size_does_not_matter(family_model: PreTrainedModel, tmp_path: Path, built: Built, fit: str) -> None:
     """Of five sequences the last batch is short, and has a mask of its own."""
@@ -217,6 +218,7 @@ def test_single_query_heads_see_the_pruned_model(model: PreTrainedModel, tmp_pat
 # Linear layers as units
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pruner", [SparseGptPruner(), GptqPruner([4, 2], 16)], ids=["weights", "bits"])
 @pytest.mark.parametrize("fit", FITS)
 def test_linear_layers_see_all_before_them_pruned(
@@ -248,6 +250,7 @@ def test_linear_layers_see_all_before_them_pruned(
                 assert error == pytest.approx(relative_error(output, T), rel=1e-2, abs=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pruner", [ObsPruner(), TaylorPruner(), GblmPruner()], ids=["members", "surveyed", "weights"])
 @pytest.mark.parametrize("family", ["llama_with_biases", "gpt2"])
 def test_a_pruner_is_told_all_about_a_unit(
@@ -275,6 +278,7 @@ def test_layers_with_the_same_inputs_share_one_hessian(model_of: ModelOf, tmp_pa
         assert len(problems[0]._factors) == 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pruner", [ObsPruner(), WandaPruner(), SparseGptPruner()], ids=["members", "scored", "fitted"])
 @pytest.mark.parametrize("fit", FITS)
 def test_without_accumulation_all_see_the_dense_model(
@@ -315,6 +319,7 @@ def test_layers_see_the_mean_weights_of_those_before(
         torch.testing.assert_close(found, X.square().sum(0), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fit", FITS)
 def test_the_batch_size_does_not_matter_to_linear_layers(
     any_model: PreTrainedModel, tmp_path: Path, built: Built, fit: str
@@ -353,6 +358,7 @@ class SeeingPruner(DepthPruner):
         return Moments.zeros(dense.shape[1])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("present", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize("whole_blocks", [False, True])
 @torch.no_grad()

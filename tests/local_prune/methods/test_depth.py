@@ -38,6 +38,7 @@ def test_candidates_are_nothing() -> None:
     assert pruner.survey_tokens(Calibration(torch.zeros(1, 1, dtype=torch.int64))) == 0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("whole_blocks", [False, True])
 def test_a_build_reads_no_text(
     any_model: PreTrainedModel, tmp_path: Path, built: Callable[..., Supernet], ids: torch.Tensor, whole_blocks: bool

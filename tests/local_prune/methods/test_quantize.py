@@ -300,18 +300,29 @@ def case_of(layer: MakeLayer, constant: float | None = None, **settings: Any) ->
     return replace(case, T=case.X @ case.dense.double().T)
 
 
-@pytest.fixture(params=QUANTISERS.values(), ids=QUANTISERS)
+LOOKING = {name: pruner for name, pruner in QUANTISERS.items() if isinstance(pruner, GptqPruner)}
+WITH_OUTPUT = {name: given for name, given in LAYERS.items() if name != "all inputs dead"}
+WITH_CHOICE = {name: given for name, given in WITH_OUTPUT.items() if name not in ("one token", "one input")}
+WITH_DEAD = {name: given for name, given in LAYERS.items() if "dead" in given}
+WITH_ZEROS = {name: given for name, given in LAYERS.items() if given.get("constant") == 0.0}
+
+
+@pytest.fixture(scope="module", params=QUANTISERS.values(), ids=QUANTISERS)
 def pruner(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+@pytest.mark.sampled
 class TestEveryQuantiser:
-    @pytest.fixture(params=LAYERS.values(), ids=LAYERS)
-    def case(self, request: pytest.FixtureRequest, layer: MakeLayer) -> Any:
+    @pytest.fixture(scope="module", params=LAYERS.values(), ids=LAYERS)
+    @staticmethod
+    def case(request: pytest.FixtureRequest, layer: MakeLayer) -> Any:
         return case_of(layer, **request.param)
 
-    @pytest.fixture
-    def candidates(self, pruner: Any, case: Any) -> list[Quantised]:
+    @pytest.fixture(scope="module")
+    @staticmethod
+    def candidates(pruner: Any, case: Any) -> list[Quantised]:
+        """Of a pruner and a case, made once for all tests. Not to be changed."""
         return quantised(pruner, case)
 
     def test_every_width_is_what_was_asked_for(self, pruner: Any, case: Any, candidates: list[Quantised]) -> None:
@@ -339,15 +350,13 @@ class TestEveryQuantiser:
             assert same(plain.codes, other.codes) >= 0.99
             assert all(x.is_contiguous() for x in (other.codes, other.scale, other.zero))
 
+    @pytest.mark.parametrize("case", WITH_OUTPUT.values(), ids=WITH_OUTPUT, indirect=True)
     def test_eight_bits_are_nearly_dense(self, pruner: Any, case: Any, candidates: list[Quantised]) -> None:
-        if not case.T.any():
-            return
         every = torch.arange(case.dense.shape[1])
         assert error_of(case, candidates[0]) <= case.error(every, case.dense) * 1.001 + 2e-4
 
+    @pytest.mark.parametrize("case", WITH_CHOICE.values(), ids=WITH_CHOICE, indirect=True)
     def test_errors_rise_as_widths_fall(self, case: Any, candidates: list[Quantised]) -> None:
-        if not case.T.any() or len(case.X) == 1 or case.dense.shape[1] == 1:
-            return
         errors = [error_of(case, candidate) for candidate in candidates]
         assert all(more >= less * 0.98 - 1e-6 for less, more in zip(errors, errors[1:], strict=False))
         assert errors[-1] < 1.0
@@ -363,17 +372,22 @@ class TestEveryQuantiser:
         after = case.problem.upper, case.problem.moment, case.dense
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
-    def test_zero_weights_stay_zero(self, pruner: Any, case: Any, candidates: list[Quantised]) -> None:
-        """Those of dead inputs, where inputs are looked at, and those of outputs that are all zero."""
-        dead = (
-            torch.zeros_like(case.X[0], dtype=torch.bool) if isinstance(pruner, RtnPruner) else case.X.abs().sum(0) == 0
-        )
-        none = ~case.dense.any(1) & (case.T.abs().sum(0) == 0)
+    @pytest.mark.parametrize("pruner", LOOKING.values(), ids=LOOKING, indirect=True)
+    @pytest.mark.parametrize("case", WITH_DEAD.values(), ids=WITH_DEAD, indirect=True)
+    def test_weights_of_dead_inputs_are_zero(self, case: Any, candidates: list[Quantised]) -> None:
+        dead = case.X.abs().sum(0) == 0
+        assert dead.any() and case.dense[:, dead].all()
         for candidate in candidates:
             assert not candidate.weight[:, dead].any()
-            assert not candidate.weight[none].any()
             zero = candidate.zero.repeat_interleave(case.dense.shape[1] // candidate.zero.shape[1], 1)
             assert torch.equal(candidate.codes[:, dead], zero[:, dead])
+
+    @pytest.mark.parametrize("case", WITH_ZEROS.values(), ids=WITH_ZEROS, indirect=True)
+    def test_outputs_that_are_zero_stay_zero(self, case: Any, candidates: list[Quantised]) -> None:
+        none = ~case.dense.any(1)
+        assert none.any() and not none.all()
+        for candidate in candidates:
+            assert not candidate.weight[none].any()
 
     def test_no_widths_give_no_candidates(self, pruner: Any, layer: MakeLayer) -> None:
         assert pruner.candidates(task_of(layer()), []) == []

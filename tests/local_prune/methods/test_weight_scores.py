@@ -248,18 +248,22 @@ WITH_OUTPUT = {name: given for name, given in LAYERS.items() if name != "all inp
 WITH_DEAD = {name: given for name, given in LAYERS.items() if "dead" in given}
 
 
-@pytest.fixture(params=UNSTRUCTURED.values(), ids=UNSTRUCTURED)
+@pytest.fixture(scope="module", params=UNSTRUCTURED.values(), ids=UNSTRUCTURED)
 def pruner(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+@pytest.mark.sampled
 class TestEveryPruner:
-    @pytest.fixture(params=LAYERS.values(), ids=LAYERS)
-    def case(self, request: pytest.FixtureRequest, layer: MakeLayer) -> Any:
+    @pytest.fixture(scope="module", params=LAYERS.values(), ids=LAYERS)
+    @staticmethod
+    def case(request: pytest.FixtureRequest, layer: MakeLayer) -> Any:
         return layer(**request.param)
 
-    @pytest.fixture
-    def candidates(self, pruner: Any, case: Any) -> list[Candidate]:
+    @pytest.fixture(scope="module")
+    @staticmethod
+    def candidates(pruner: Any, case: Any) -> list[Candidate]:
+        """Of a pruner and a case, made once for all tests. Not to be changed."""
         return pruner.candidates(task_of(pruner, case), levels_of(pruner, case.dense))
 
     def test_every_level_keeps_what_was_asked_for(self, pruner: Any, case: Any, candidates: list[Candidate]) -> None:

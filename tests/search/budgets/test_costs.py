@@ -76,6 +76,7 @@ def test_of_members_they_are_those_of_the_assembled_model(
     assert tables["parameters"].dense == parameter_count(family_model)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("whole_blocks", [True, False])
 def test_of_depth_they_are_those_of_the_assembled_model(
     whole_blocks: bool, any_model: PreTrainedModel, random_allocations: Callable[..., Sequence[Allocation]]

@@ -379,6 +379,7 @@ def random_half(model: PreTrainedModel, space: Space) -> PreTrainedModel:
 # With a real clock
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("generated", [0, 3])
 def test_every_family_can_be_timed(generated: int, any_model: PreTrainedModel) -> None:
     """Whole, and without all of its attentions, MLPs or mixers."""

@@ -30,6 +30,7 @@ def by_definition(dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor, f
     return math.exp(float(loss)), float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("batch", [2, 5])
 def test_metrics_are_those_of_whole_logits(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, batch: int
@@ -46,6 +47,7 @@ def test_metrics_are_those_of_whole_logits(
     assert held_out.dense.kl_divergence < 1e-5
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("resident", RESIDENT)
 def test_metrics_block_by_block_are_those_of_the_assembled_model(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, resident: str
@@ -58,6 +60,7 @@ def test_metrics_block_by_block_are_those_of_the_assembled_model(
     assert found.kl_divergence == pytest.approx(divergence, rel=1e-3)
 
 
+@pytest.mark.sampled(0)
 def test_leading_tokens_are_no_targets(family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor) -> None:
     """With three special tokens first, positions 0 and 1 predict what is always there."""
     allocation = (2, 0, 3) * (len(family_supernet.space.units) // 3)
@@ -96,6 +99,7 @@ def test_mixers_are_measured_too(
     assert divergence > 1e-3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("batch", [2, 5])
 def test_every_number_has_its_standard_error(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, batch: int
@@ -123,6 +127,7 @@ def test_every_number_has_its_standard_error(
     assert apart["log_perplexity_error"] == pytest.approx(np.std(losses[0] - losses[1], ddof=1) / 5**0.5, rel=1e-3)
 
 
+@pytest.mark.sampled(0)
 def test_one_sequence_has_no_error(family_model: PreTrainedModel, ids: Tensor) -> None:
     found = HeldOut(family_model, ids[:1], 5, track).dense
     assert found.to_json()["perplexity_error"] is None and difference(found, found)["kl_divergence_error"] is None

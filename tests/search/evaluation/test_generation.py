@@ -80,6 +80,7 @@ def room_for(states: int, model: PreTrainedModel, ids: Tensor, **others: Any) ->
     return Resources(memory=states * 2 * ids.shape[1] * int(model.config.hidden_size) * model.dtype.itemsize, **others)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("states", [1, 2, 5, 30, 1000])
 def test_a_generation_is_measured_as_each_alone(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation], states: int
@@ -121,6 +122,7 @@ def test_each_sequence_has_its_own_loss_however_memory_splits_them(
         assert np.abs(first - second).mean() > 0.01  # so that none can stand for another
 
 
+@pytest.mark.sampled(0)
 @pytest.mark.usefixtures("two_threads")
 def test_workers_side_by_side_find_the_same(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation]
@@ -134,6 +136,7 @@ def test_workers_side_by_side_find_the_same(
     np.testing.assert_array_equal(evaluate(generation, chosen), found)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("cache", [None, 0, 3000])
 def test_only_blocks_at_work_and_any_cache_find_the_same(
     family_model: PreTrainedModel,
@@ -154,6 +157,7 @@ def test_only_blocks_at_work_and_any_cache_find_the_same(
     assert [parameter.data_ptr() for parameter in family_model.parameters()] == pointers  # lent ones came back
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 @pytest.mark.parametrize("hidden_weight", [0.0, 0.5])
 @pytest.mark.parametrize("fitness", [CrossEntropy, TopKDivergence])
@@ -200,6 +204,7 @@ class Exhausted:
         return self.whole(allocations, rows, *others)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "error",
     [
@@ -232,6 +237,7 @@ def test_without_memory_half_as_much_moves_together(
     assert exhausted.failed == failed  # it remembers
 
 
+@pytest.mark.sampled(0)
 def test_without_memory_for_all_targets_they_are_made_by_and_by(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation]
 ) -> None:
@@ -242,6 +248,7 @@ def test_without_memory_for_all_targets_they_are_made_by_and_by(
     assert exhausted.failed == 2  # five sequences, two, then one by one
 
 
+@pytest.mark.sampled(0)
 def test_where_one_state_is_too_much_the_error_is_passed_on(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation]
 ) -> None:
@@ -252,6 +259,7 @@ def test_where_one_state_is_too_much_the_error_is_passed_on(
         evaluate(generation, np.arange(3))
 
 
+@pytest.mark.sampled(0)
 def test_other_errors_are_passed_on(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation]
 ) -> None:
@@ -263,6 +271,7 @@ def test_other_errors_are_passed_on(
     assert exhausted.failed == 1
 
 
+@pytest.mark.sampled(0)
 def test_the_next_candidates_are_asked_for_while_a_sub_block_is_at_work(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +330,7 @@ CASES += [
 CASES += [(name, method) for name in ("mamba", "mamba2") for method in METHODS if method not in MEMBERS]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_every_kind_of_candidate_is_measured_as_each_allocation_alone(
     name: str, method: str, model_of: ModelOf, ids: Tensor, tmp_path: Path, random_allocations: Draw
@@ -387,6 +397,7 @@ def test_an_absent_sub_block_is_not_run(
     assert calls == [space.units[1].name, space.units[4].name]
 
 
+@pytest.mark.sampled(0)
 def test_later_calls_meet_the_targets_of_earlier_ones(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation]
 ) -> None:
@@ -399,6 +410,7 @@ def test_later_calls_meet_the_targets_of_earlier_ones(
         np.testing.assert_allclose(found, fresh, rtol=1e-4)
 
 
+@pytest.mark.sampled(0)
 def test_the_pool_says_what_there_is_to_draw_from(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor
 ) -> None:
@@ -406,6 +418,7 @@ def test_the_pool_says_what_there_is_to_draw_from(
     assert (evaluate.sequences, evaluate.sequence_length) == tuple(ids.shape)
 
 
+@pytest.mark.sampled(0)
 def test_shared_beginnings_are_run_once(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,6 +455,7 @@ def test_bfloat16_finds_the_same_within_its_rounding(
     assert np.abs(found[-2]).max() < 1e-3  # the dense allocation
 
 
+@pytest.mark.sampled(0)
 def test_an_allocation_that_overflows_is_infinitely_bad_and_the_others_are_measured(
     family_model: PreTrainedModel,
     ids: Tensor,
@@ -480,6 +494,7 @@ def test_a_dense_model_that_overflows_is_told(
         GenerationEvaluator(model, supernet, ids, KlDivergence())([(1,) * 6], np.arange(5))
 
 
+@pytest.mark.sampled(0)
 def test_an_unfinished_supernet_is_told(family_model: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:
     space = Grid(2, 0.5).first(member_prunables(sub_blocks(family_model), 1)).space
     supernet = Supernet.open_or_create(tmp_path, space, {})

@@ -225,6 +225,7 @@ CASES += [(name, kind) for name in CONFIGS | MIXER_CONFIGS for kind in ("members
 CASES = [(name, kind) for name, kind in dict.fromkeys(CASES) if name in CONFIGS or kind not in MEMBERS]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_changes_are_those_of_the_whole_model(
     name: str, kind: str, model_of: ModelOf, ids: Tensor, random_allocations: Draw
@@ -245,6 +246,7 @@ def test_changes_are_those_of_the_whole_model(
         close(found, whole(model, supernet, fitness, ids).changes(allocation))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fitness", FITNESSES, ids=lambda fitness: f"{type(fitness).__name__}-{fitness.hidden_weight}")
 def test_changes_are_those_of_every_fitness(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, fitness: Fitness
@@ -256,6 +258,7 @@ def test_changes_are_those_of_every_fitness(
         )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_of_the_whole_model_are_its_differences(
     kind: str, model_of: ModelOf, ids: Tensor, random_allocations: Draw
@@ -290,6 +293,7 @@ class Near:
         return Members(torch.arange(part.groups.members), dense + self.distance * noise.to(dense))
 
 
+@pytest.mark.sampled
 def test_the_fitness_changes_as_told_where_levels_are_near(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor
 ) -> None:
@@ -368,6 +372,7 @@ def test_without_memory_half_as_many_sequences_move_together(
     assert "going on with half" in caplog.text
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["members with biases", "weights", "blocks"])
 @pytest.mark.parametrize("name", ["gemma3", "gpt2", "mamba"])
 def test_blocks_lent_one_by_one_give_the_same_and_are_put_back(
@@ -387,6 +392,7 @@ def test_blocks_lent_one_by_one_give_the_same_and_are_put_back(
         assert tensor.data_ptr() == pointer and torch.equal(tensor, value)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["members with biases", "weights", "sub-blocks"])
 @pytest.mark.parametrize("name", ["gemma2", "gpt2", "mamba2"])
 def test_workers_side_by_side_give_the_same(
@@ -406,6 +412,7 @@ def test_workers_side_by_side_give_the_same(
     np.testing.assert_array_equal(np.concatenate(evaluate.changes(allocation, CHOSEN)), np.concatenate(found))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("name", ["gemma2", "llama"])
 @pytest.mark.parametrize(

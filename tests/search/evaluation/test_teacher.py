@@ -37,6 +37,7 @@ def test_what_exceeds_the_limit_lies_in_files_and_is_the_same(dtype: torch.dtype
     assert list(tmp_path.iterdir()) == []  # no name is left behind, however the process ends
 
 
+@pytest.mark.sampled(0)
 def test_no_result_depends_on_where_they_lie(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, tmp_path: Path
 ) -> None:
@@ -51,6 +52,7 @@ def test_no_result_depends_on_where_they_lie(
     assert in_files._targets.in_memory == 0 < in_files._targets.in_files
 
 
+@pytest.mark.sampled(0)
 def test_held_out_text_is_no_exception(family_model: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:
     def batches(items: object, title: str) -> object:
         return items

@@ -284,6 +284,7 @@ def read_all(run: Path) -> None:
     directory.read("checkpoint/study.json")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("harm", "why"),
     [

@@ -78,6 +78,7 @@ def one_budget(strategy: Strategy) -> None:
 
 
 class TestEveryStrategy:
+    @pytest.mark.sampled
     @pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.437, 0.8, 0.97])
     def test_the_budget_is_met_by_all_that_may_be_chosen(
         self, strategy: Strategy, space_of: SpaceOf, sparsity: float
@@ -90,6 +91,7 @@ class TestEveryStrategy:
             for generation in range(states[-1].generation):
                 assert all(problem.budget.met(row.allocation) for row in last_step(rows, generation))
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("seed", [seed for seed in range(10) if seed != 7])  # that one has hardly a choice
     def test_odd_spaces_are_no_exception(self, strategy: Strategy, random_space: SpaceOf, seed: int) -> None:
         space = random_space(seed, units=6, levels=5)

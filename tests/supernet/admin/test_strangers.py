@@ -110,6 +110,7 @@ def seen(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("state", ["unused", "used", "manifest gone", "manifest damaged"])
 @pytest.mark.parametrize("plant", STRANGERS.values(), ids=STRANGERS)
 def test_a_supernet_with_something_of_somebody_else_is_left_as_it_is(

@@ -76,6 +76,7 @@ def is_whole(model: PreTrainedModel) -> bool:
     return not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_a_smaller_model_computes_what_zeros_compute(
@@ -101,6 +102,7 @@ def test_a_smaller_model_computes_what_zeros_compute(
     assert pruned.config.is_heterogeneous != stock
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["compensated members", "query heads", "weights", "bits", "sub-blocks", "blocks"])
 def test_every_kind_of_unit_computes_what_zeros_compute(
@@ -125,6 +127,7 @@ def test_every_kind_of_unit_computes_what_zeros_compute(
             assert type(pruned) is type(family_model)
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["weights", "bits", "sub-blocks", "blocks"])
 def test_every_kind_of_unit_of_mixers_keeps_the_family_s_own_class(
@@ -139,6 +142,7 @@ def test_every_kind_of_unit_of_mixers_keeps_the_family_s_own_class(
         assert pruned.config.num_hidden_layers == (3 - sum(allocation) if "block" in kind else 3)
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llama_with_biases", "qwen3", "gemma3"])
@@ -263,6 +267,7 @@ def test_blocks_that_are_left_share_memory(any_model: PreTrainedModel, supernet_
         assert storage(tensor) == storage(dense[name.replace(last.replace("2", "1"), last)])
 
 
+@pytest.mark.sampled
 def test_the_dense_model_and_its_config_stay_as_they_are(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor
 ) -> None:
@@ -330,6 +335,7 @@ def assert_export_is(
     assert torch.equal(greedy(loaded, ids, use_cache=False), generated)
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 @pytest.mark.usefixtures("remote_code_stays_here")
 @pytest.mark.parametrize(
@@ -370,6 +376,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 @pytest.mark.usefixtures("remote_code_stays_here")
 @pytest.mark.parametrize("allocation", [(1, 2, 0, 1, 2, 0), (2, 2, 2, 2, 2, 2)], ids=["mixed", "alike"])

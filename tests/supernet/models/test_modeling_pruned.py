@@ -194,6 +194,7 @@ def greedy(model: Any, ids: torch.Tensor, **settings: Any) -> tuple[torch.Tensor
     return out.sequences, torch.stack(out.logits, dim=1)
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 @pytest.mark.parametrize("kept", [KEPT, NO_ATTENTION], ids=["mixed", "no_attention"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -254,6 +255,7 @@ def test_a_checkpoint_loads_where_this_project_is_not_imported(
     assert found["text"] == byte_tokenizer.decode(generated[0, prompt.shape[1] :])
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("kept", [KEPT, NO_ATTENTION], ids=["mixed", "no_attention"])

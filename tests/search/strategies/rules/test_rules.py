@@ -53,6 +53,7 @@ def fits(rule: str, kind: str) -> bool:
 
 
 class TestEveryRule:
+    @pytest.mark.sampled
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("name", RULES)
     def test_the_budget_is_kept_on_every_kind_of_space(
@@ -73,6 +74,7 @@ class TestEveryRule:
             assert bool(rows) == (name == "bonsai")
             assert through_json(state) == state
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("name", RULES)
     def test_every_family(self, name: str, any_model: PreTrainedModel, ids: Tensor) -> None:
         kinds = (
@@ -86,6 +88,7 @@ class TestEveryRule:
                 state, _ = run(RULES[name], problem)
                 assert problem.allows(state.parent)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("name", NO_MODEL)
     @pytest.mark.parametrize("seed", range(30))
     def test_odd_spaces(self, name: str, seed: int, random_space: SpaceOf) -> None:
