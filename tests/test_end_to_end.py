@@ -51,6 +51,7 @@ def reduced(
     return demo(tmp_path_factory.mktemp("reduced"), run_search, *REDUCED)
 
 
+@pytest.mark.slow
 def test_the_reduced_demo_meets_its_budget(reduced: Outcome) -> None:
     budget = reduced.read("allocation.json")["budget"]
     assert budget["target"] == int(0.75 * budget["dense"])
@@ -58,6 +59,7 @@ def test_the_reduced_demo_meets_its_budget(reduced: Outcome) -> None:
     assert len({unit["sparsity"] for unit in reduced.read("allocation.json")["units"]}) > 1
 
 
+@pytest.mark.slow
 def test_the_reduced_demo_is_not_worse_than_uniform(reduced: Outcome) -> None:
     metrics = reduced.read("metrics.json")
     dense, uniform, searched = (metrics[name] for name in ("dense", "uniform", "searched"))
@@ -71,6 +73,7 @@ def test_the_reduced_demo_is_not_worse_than_uniform(reduced: Outcome) -> None:
         assert f"{metrics[name]['parameters']:,}" in reduced.output
 
 
+@pytest.mark.slow
 def test_the_reduced_demo_exports_a_model_that_generates(
     reduced: Outcome, reload: Callable[..., dict[str, Any]]
 ) -> None:

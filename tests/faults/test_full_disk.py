@@ -30,6 +30,7 @@ def one_line(text: str) -> bool:
     return text.startswith("error: ") and text.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_disk_of_twenty_sizes_that_grows_in_time(runs: Runs, undisturbed: tuple[Path, int], disk: Path) -> None:
     """The disk is as full as it gets at each size, and then the next one: a run that goes on twenty times ends like any
     other.
@@ -52,6 +53,7 @@ def test_a_disk_of_twenty_sizes_that_grows_in_time(runs: Runs, undisturbed: tupl
     assert left_over(disk / "run") == []
 
 
+@pytest.mark.sampled(0)
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_a_disk_that_refuses_from_some_write_on(
     share: float, runs: Runs, undisturbed: tuple[Path, int], tmp_path: Path

@@ -7,7 +7,7 @@ import pytest
 
 from tests.faults.runs import Runs, left_over, result
 
-SAMPLED = 8
+SAMPLED = 12
 
 
 def check(runs: Runs, folder: Path, expected: Path, point: int) -> None:
@@ -19,14 +19,13 @@ def check(runs: Runs, folder: Path, expected: Path, point: int) -> None:
     assert left_over(folder / "run") == []
 
 
-def test_at_some_lasting_changes(runs: Runs, undisturbed: tuple[Path, int], tmp_path: Path) -> None:
-    """Before and behind changes that are spread over the whole run."""
+@pytest.mark.sampled(0)
+@pytest.mark.parametrize("share", [0.7, *(point / SAMPLED for point in range(SAMPLED)), 0.93, 0.97])
+def test_at_some_lasting_changes(share: float, runs: Runs, undisturbed: tuple[Path, int], tmp_path: Path) -> None:
+    """Before and behind changes that are spread over the whole run; the last are those of the export."""
     expected, changes = undisturbed
     assert changes > 20
-    for point in range(0, 2 * changes, -(-2 * changes // SAMPLED) | 1):  # an odd step: before some, behind others
-        check(runs, tmp_path / str(point), expected, point)
-    for point in range(2 * changes - 16, 2 * changes, 5):  # the export's last steps, and what is noted of it
-        check(runs, tmp_path / str(point), expected, point)
+    check(runs, tmp_path / "killed", expected, int(share * 2 * changes))
 
 
 @pytest.mark.slow
@@ -36,17 +35,16 @@ def test_at_all_lasting_changes(runs: Runs, undisturbed: tuple[Path, int], tmp_p
         check(runs, tmp_path / str(point), expected, point)
 
 
-def test_while_a_run_is_moved_aside(runs: Runs, undisturbed: tuple[Path, int], tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("point", [1, 6])
+def test_while_a_run_is_moved_aside(point: int, runs: Runs, undisturbed: tuple[Path, int], tmp_path: Path) -> None:
     """A run that fresh=true began goes on, too, and the one before it stays whole beside it."""
     expected, _ = undisturbed
-    for point in (1, 6):
-        folder = tmp_path / str(point)
-        folder.mkdir()
-        runs(folder, status=0)
-        runs(folder, ("kill", point), arguments=["fresh=true"], status=-signal.SIGKILL)
-        runs(folder, arguments=["fresh=true"], status=0)
-        assert result(folder) == result(expected)
-        (aside,) = folder.glob("run.old-*")
-        (folder / "before").mkdir()
-        aside.rename(folder / "before/run")
-        assert result(folder / "before") == result(expected)
+    runs(tmp_path, status=0)
+    runs(tmp_path, ("kill", point), arguments=["fresh=true"], status=-signal.SIGKILL)
+    runs(tmp_path, arguments=["fresh=true"], status=0)
+    assert result(tmp_path) == result(expected)
+    (aside,) = tmp_path.glob("run.old-*")
+    (tmp_path / "before").mkdir()
+    aside.rename(tmp_path / "before/run")
+    assert result(tmp_path / "before") == result(expected)

@@ -102,6 +102,7 @@ def test_it_is_what_a_build_takes(
     assert block <= found.device < 100 * block
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "gemma3", "gpt2"])
 @pytest.mark.parametrize("pruner", [SparseGptPruner(), DepthPruner(True)], ids=["weights", "blocks"])
 def test_of_other_families(
@@ -128,6 +129,7 @@ def test_the_survey_takes_its_time(
     assert survey <= estimated(model_of("llama"), space_of, PRUNERS[name]).seconds < survey + 100
 
 
+@pytest.mark.slow
 def test_the_time_is_about_right(space_of: SpaceOf, built: Callable[..., Supernet], tmp_path: Path) -> None:
     """Only of the right order: the machine may have other things to do."""
     model = random_llama(
@@ -197,6 +199,7 @@ WORKING = [
 ]
 
 
+@pytest.mark.sampled(0)
 @pytest.mark.parametrize(("name", "units"), WORKING, ids=[f"{name}, {units[0]}" for name, units in WORKING])
 def test_the_working_memory_is_about_right(
     space_of: SpaceOf, tmp_path: Path, name: str, units: tuple[str, ...]

@@ -113,6 +113,7 @@ def test_the_cache_is_where_the_variable_says(tmp_path: Path, monkeypatch: pytes
     assert cache_dir() == Path("~/.cache/sparsity-search").expanduser()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("hatchling") is None, reason="hatchling, which builds wheels, is not installed"
 )

@@ -116,6 +116,7 @@ def assert_whole(common: dict[str, Any], supernet: Supernet, units: int) -> None
             assert (supernet.candidate(unit, level).weight == common["weight"](unit, level)).all()
 
 
+@pytest.mark.slow
 def test_two_processes_read_while_one_writes(tmp_path: Path, common: dict[str, Any]) -> None:
     (waiting := tmp_path / "waiting").mkdir()
     processes = [start(script, tmp_path, waiting) for script in (READER, READER, WRITER)]
@@ -125,6 +126,7 @@ def test_two_processes_read_while_one_writes(tmp_path: Path, common: dict[str, A
     assert_whole(common, common["opened"](tmp_path), 6)
 
 
+@pytest.mark.sampled(0)
 @pytest.mark.parametrize(
     ("function", "call", "whole", "left"),
     [

@@ -59,6 +59,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("first_order", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("width", "groups"), SHAPES)
 @pytest.mark.parametrize("shift", [0.0, 2.0], ids=["own output", "another target"])

@@ -52,6 +52,7 @@ def smollm2_cases(tyr: ModuleType, smollm2: LoadedModel) -> Iterator[dict[str, A
     yield {"attention": attention, "mlp": mlp}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 def test_smollm2(tyr: ModuleType, smollm2_cases: dict[str, Any], kind: str) -> None:
     case = smollm2_cases[kind]
@@ -60,6 +61,7 @@ def test_smollm2(tyr: ModuleType, smollm2_cases: dict[str, Any], kind: str) -> N
     assert max(ratios) <= MOST
 
 
+@pytest.mark.slow
 def test_files_hold_the_kept_values_and_little_else(
     tyr: ModuleType, smollm2_cases: dict[str, Any], tmp_path: Path
 ) -> None:

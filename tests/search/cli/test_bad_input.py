@@ -149,6 +149,7 @@ def test_a_budget_of_nothing_shows_that_the_pipeline_loses_nothing(call: Call, t
     assert abs(metrics["searched"]["kl_divergence"]) < 1e-6
 
 
+@pytest.mark.sampled(0)
 @pytest.mark.parametrize(("strategy", "prune"), [("flap", "depth"), ("shortgpt", "wanda")])
 def test_a_rule_for_other_units_is_refused_before_anything_is_built(
     strategy: str, prune: str, call: Call, tmp_path: Path, refusal: Refusal
@@ -193,6 +194,7 @@ def _cut(path: Path) -> None:
 UNIT = "units/model.layers.0.mlp.safetensors"
 
 
+@pytest.mark.sampled(0)
 @pytest.mark.parametrize(
     ("pattern", "harm"),
     [(UNIT, _flip_last_bit), ("manifest.json", _cut)],
@@ -215,6 +217,7 @@ def test_a_tampered_supernet_is_refused(
     assert call(SMOKE, "stages=[build,search]").returncode == 0
 
 
+@pytest.mark.sampled(0)
 @pytest.mark.parametrize(("file", "content"), [("checkpoint/round-1.json", "{"), ("history.parquet", "[]")])
 def test_a_damaged_run_is_refused(
     file: str, content: str, copy: Path, call: Call, finished: Path, refusal: Refusal

@@ -212,19 +212,25 @@ def test_fresh_moves_a_run_aside(copy: Path, call: Call) -> None:
     assert budget["target"] == 0.5 * budget["dense"]
 
 
+SHARED = ("budget.sparsity=0.5", "strategy.offspring=4")
+APART = (
+    "prune.fit=dense",
+    "prune.accumulation=none",
+    "prune.query_heads=true",
+    "supernet.lowest=0.125",
+    "seed=1",
+    "model.seed=1",
+    "prune.pruner.damping=0.1",
+    "supernet.levels=4",
+)
+
+
 @pytest.mark.parametrize(
     ("change", "supernets"),
     [
-        ("prune.accumulation=none", 2),
-        ("prune.query_heads=true", 2),
-        ("supernet.lowest=0.125", 2),
-        ("budget.sparsity=0.5", 1),
-        ("strategy.offspring=4", 1),
-        ("seed=1", 2),
-        ("model.seed=1", 2),
-        ("prune.pruner.damping=0.1", 2),
-        ("prune.fit=dense", 2),
-        ("supernet.levels=4", 2),
+        pytest.param(change, number, marks=[] if change in (SHARED[0], APART[0]) else [pytest.mark.slow])
+        for changes, number in ((SHARED, 1), (APART, 2))
+        for change in changes
     ],
 )
 def test_a_supernet_is_shared_by_settings_that_its_candidates_do_not_depend_on(
@@ -304,6 +310,7 @@ def test_a_dry_run_describes_and_builds_nothing(call: Call, empty_cache: Path, t
     assert not empty_cache.exists() and results(tmp_path) == {}
 
 
+@pytest.mark.sampled(0)
 @pytest.mark.parametrize(
     ("strategy", "looks_at"),
     [
@@ -385,6 +392,7 @@ MOMENTS = {  # file, n, and whether the last generation in the history is replac
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_ends_like_an_undisturbed_one(
     moment: str, finished: Path, tmp_path: Path, empty_cache: Path, call: Call, run_search: Call
@@ -415,6 +423,7 @@ def named(path: Path) -> bool:
     return manifest.exists() and path.stem in read(manifest)["units"]
 
 
+@pytest.mark.sampled(0)
 @pytest.mark.parametrize(
     ("number", "word", "status"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
 )

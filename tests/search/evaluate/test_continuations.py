@@ -38,5 +38,6 @@ def test_it_is_the_most_probable_token_each_time(tiny: LoadedModel, leading: tup
     assert continuation(model, tokenizer, "to be or", leading) == expected
 
 
+@pytest.mark.slow
 def test_a_real_model_knows_its_capitals(smollm2: LoadedModel) -> None:
     assert "Paris" in continuation(smollm2.model, smollm2.tokenizer, "The capital of France is")

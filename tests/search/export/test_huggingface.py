@@ -39,6 +39,7 @@ def assembled(random_supernet: Callable[[PreTrainedModel], Supernet]) -> Assembl
     return lambda allocation: assemble(dense, supernet, allocation)
 
 
+@pytest.mark.sampled(0)
 @pytest.mark.parametrize(
     ("allocation", "trust", "expected"),
     [(MIXED, True, PrunedLlamaForCausalLM), (ALIKE, False, LlamaForCausalLM)],

@@ -267,6 +267,7 @@ def test_cached_generation_equals_the_full_forward(family: str, kept: Sequence[K
     torch.testing.assert_close(logits, full, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled(0)
 @pytest.mark.parametrize("kept", [KEPT, NO_ATTENTION, NO_MLP], ids=["mixed", "no attention", "no mlp"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])
 def test_whoever_does_not_trust_the_file_gets_an_error(
