@@ -221,6 +221,7 @@ def moved(candidate: Candidate, device: str) -> Candidate:
     return type(candidate)(**values)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @every_kind
 def test_every_kind_is_decoded_on_cuda_without_waiting(kind: str) -> None:
