@@ -85,7 +85,7 @@ def _gc(given: argparse.Namespace) -> bool:
 
 
 def _told(lines: Iterable[tuple[str, bool]], between: str = "") -> bool:
-    """Print what is told of each supernet at once; whether all are well."""
+    """Print each supernet's lines as soon as they are known, and return whether all supernets are well."""
     all_well, before = True, ""
     for line, well in lines:
         print(f"{before}{line}", flush=True)

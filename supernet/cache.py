@@ -1,6 +1,4 @@
-"""Candidates ready for use: the last ones used are kept within a number of bytes, the next ones are read in the
-background.
-"""
+"""Candidates in memory: those that were used last are kept, and the next ones are read in the background."""
 
 from __future__ import annotations
 
@@ -13,19 +11,19 @@ from torch import Tensor
 
 from supernet.candidates import Candidate
 
-Key = tuple[int, int]  # unit, level
+Key = tuple[int, int]  # the index of a unit in the space, and a level
 
 
 class CandidateCache:
-    """What `read` gives, kept by the least-recently-used rule."""
+    """Keeps candidates up to a number of bytes; those that were not used for the longest time go first."""
 
     def __init__(self, read: Callable[[int, int], Candidate], limit: int) -> None:
         """Start empty.
 
         Args:
-            read: Unit (index in the space) and level -> candidate; called from this thread and from one in the
-                background.
-            limit: Bytes to keep at most. A candidate that was asked for in advance is kept besides until it is used.
+            read: Gives the candidate of a unit (index in the space) and a level. It is called from this thread and from
+                one in the background.
+            limit: The most bytes to keep. A candidate that was asked for in advance is kept besides until it is used.
         """
         self.limit, self.bytes = limit, 0
         self._read = read
@@ -34,7 +32,7 @@ class CandidateCache:
         self._reader = ThreadPoolExecutor(1, "candidates")
 
     def get(self, unit: int, level: int) -> Candidate:
-        """The candidate; whatever `read` raised is raised here."""
+        """The candidate of a unit and a level; whatever `read` raised is raised here."""
         key = unit, level
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -45,13 +43,13 @@ class CandidateCache:
         return candidate
 
     def prefetch(self, keys: Iterable[Key]) -> None:
-        """Begin to read what is not there yet."""
+        """Begin to read, in the background, those of these candidates that are not in memory yet."""
         for key in keys:
             if key not in self._kept and key not in self._coming:
                 self._coming[key] = self._reader.submit(self._read, *key)
 
     def clear(self) -> None:
-        """Let go of everything, after an error too."""
+        """Let go of everything. It can be called after an error, too."""
         for future in self._coming.values():
             future.cancel()
         self._coming.clear()

@@ -13,14 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Members:
-    """Structured: the members (KV groups, query heads, neurons) that stay.
+    """Structured pruning: some members (KV groups, query heads, neurons) stay.
 
     Attributes:
-        kept: (k,) int64, rising.
-        weight: (d_out, k * width), the projection's columns of those members, refitted; None where they are the dense
-            ones.
-        bias: (d_out,), in place of the projection's own bias, which may be none; None where nothing makes up for the
-            removed.
+        kept: The members that stay, (k,) int64, rising.
+        weight: Their columns of the layer that ends the sub-block, refitted, (d_out, k * width); None where they are
+            the dense ones.
+        bias: Stands for that layer's own bias, if it has one, (d_out,); None where nothing makes up for what is gone.
     """
 
     kept: Tensor
@@ -30,11 +29,11 @@ class Members:
 
 @dataclass(frozen=True)
 class Weights:
-    """Unstructured or N:M: the weights of a linear layer that stay.
+    """Unstructured or N:M pruning: some weights of a linear layer stay.
 
     Attributes:
         mask: (d_out, d_in) bool, True where a weight stays.
-        weight: (d_out, d_in), zero where the mask is False; None where kept weights are the dense ones.
+        weight: (d_out, d_in), zero where the mask is False; None where the weights that stay are the dense ones.
     """
 
     mask: Tensor
@@ -49,7 +48,7 @@ class Quantised:
         codes: (d_out, d_in) uint8, below 2 ** bits.
         scale: (d_out, groups), in the dense weight's dtype.
         zero: (d_out, groups) uint8, the code of 0.
-        bits: Of a code.
+        bits: The width of a code.
     """
 
     codes: Tensor
@@ -59,7 +58,7 @@ class Quantised:
 
     @property
     def weight(self) -> Tensor:
-        """(d_out, d_in), computed in float32 and rounded to the dtype of the scales."""
+        """The weights that the codes stand for, (d_out, d_in), computed in float32 and rounded to the scales' dtype."""
         d_out, groups = self.scale.shape
         steps = self.codes.view(d_out, groups, -1).float() - self.zero.unsqueeze(2).float()
         return (steps * self.scale.unsqueeze(2).float()).to(self.scale.dtype).view(self.codes.shape)
@@ -74,12 +73,12 @@ Candidate = Members | Weights | Quantised | Dropped
 
 
 def member_columns(kept: Tensor, width: int) -> Tensor:
-    """(k,) members -> (k * width,) the columns (or rows) that belong to them, in order."""
+    """The columns (or rows) that belong to members (k,), each of which has `width` neighbouring ones: (k * width,)."""
     return (kept.unsqueeze(1) * width + torch.arange(width, device=kept.device)).flatten()
 
 
 def count(candidate: Candidate) -> int:
-    """What a level counts: members, weights, or bits that are kept."""
+    """How much a candidate keeps, counted as its levels are: in members, in weights, or in bits."""
     match candidate:
         case Members():
             return len(candidate.kept)

@@ -1,10 +1,10 @@
 """A supernet's manifest: what its candidates depend on, and which units it holds. No torch here: `ls` answers at once.
 
 `format`, `description` and `space` are what candidates depend on; their hash, the fingerprint, names the folder.
-`labels` are for people and part of no identity. An entry of `units` has the size of the unit's file, the checksum of
-its header, which has the checksums of all its tensors, and what the build noted of it (errors that searches decide by,
-seconds). A checksum over the whole manifest covers all this: whatever is read of a supernet is verified along this
-chain.
+`labels` are for people and play no part in that. An entry of `units` has the size of the unit's file, the checksum of
+its header, and what the build noted of it (errors that searches decide by, seconds). The header of a unit's file has
+the checksums of all its tensors, and one checksum covers the whole manifest: so whatever is read of a supernet is
+verified along this chain.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from supernet.space import Space, Unit
 from supernet.system.records import WRONG, UnreadableError, read_json, verified, write_record
 
 FORMAT = 4
-MANIFEST, LOCK, UNITS = "manifest.json", ".lock", "units"  # in a supernet's folder
-MOST = 1 << 24  # bytes of a manifest: one of a thousand units with twenty levels has less than a tenth of that
-UNIT_NAME = re.compile(r"\w[\w.\-]{0,199}")  # names a file: it leads nowhere else, and prints as it is
+MANIFEST, LOCK, UNITS = "manifest.json", ".lock", "units"  # names in a supernet's folder
+# The most bytes of a manifest that are read: one of a thousand units with twenty levels has less than a tenth of that.
+MOST = 1 << 24
+# The name of a unit is the name of its file: it must not lead elsewhere, and can be printed as it is.
+UNIT_NAME = re.compile(r"\w[\w.\-]{0,199}")
 
 
 def new_manifest(space: Space, description: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a supernet that holds no unit yet."""
+    """The manifest of a supernet that holds no unit yet."""
     identity = {"format": FORMAT, "description": dict(description), "space": space.to_json(), "labels": dict(labels)}
     manifest: dict[str, Any] = json.loads(json.dumps(identity))  # as it will be read back: JSON knows no tuples
     return manifest | {"fingerprint": fingerprint_of(manifest), "units": {}}
@@ -46,13 +48,15 @@ def unit_path(folder: Path, name: str) -> Path:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Put a manifest in the place of the one that is there."""
+    """Write a manifest, in place of the one that is there."""
     write_record(folder / MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a supernet's folder says of itself, in this or another format; None if nothing, InputError if that is
-    damaged.
+    """The manifest in a supernet's folder, which may be of another format; None where there is none.
+
+    Raises:
+        InputError: It is damaged.
     """
     path = folder / MANIFEST
     try:
@@ -75,7 +79,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _check(manifest: Mapping[str, Any]) -> None:
-    """UnreadableError where a value cannot be right, whoever wrote it: a checksum says only that it was written so."""
+    """Raise UnreadableError where a value cannot be right: a checksum says only that it was written so by somebody."""
     units = {unit.name: unit for unit in Space.from_json(manifest["space"]).units}
     for name in units:
         if not UNIT_NAME.fullmatch(name):
@@ -88,7 +92,7 @@ def _check(manifest: Mapping[str, Any]) -> None:
 
 
 def _is_whole(entry: Mapping[str, Any], unit: Unit) -> bool:
-    """Whether an entry says of a unit what it must, and errors are one number for each level but the dense one."""
+    """Whether an entry has what it must have; errors are one number for each level but the dense one."""
     sizes, errors = (entry["bytes"], entry["header"]), entry.get("errors")
     if (
         any(type(size) is not int or size < 1 for size in sizes)
@@ -103,7 +107,7 @@ def _is_whole(entry: Mapping[str, Any], unit: Unit) -> bool:
 
 
 def check_size(path: Path, size: int) -> None:
-    """InputError where a file is missing, or is not as long as its entry says."""
+    """Raise InputError where a file is missing, or is not as long as its entry says."""
     try:
         found = path.stat().st_size
     except FileNotFoundError as error:
@@ -115,7 +119,7 @@ def check_size(path: Path, size: int) -> None:
 
 
 def damaged(path: Path, why: str) -> InputError:
-    """What to do about a file of a supernet, its manifest or a unit's, that is not as it was written."""
-    # the whole supernet: its manifest names the file
+    """The error for a file of a supernet, its manifest or a unit's, that is not as it was written."""
+    # The whole supernet has to go, as its manifest names the file.
     folder = path.parent if path.name == MANIFEST else path.parent.parent
     return InputError(f"the supernet file {path} is damaged: {why}; delete the folder {folder} and build again")

@@ -1,4 +1,4 @@
-"""Units, their levels and costs: the space that a search walks through.
+"""Units with their levels and costs: the space that a search moves in.
 
 Everything is counted in whole members (KV groups, neurons) and whole parameters, so that budgets are met exactly.
 """
@@ -31,7 +31,14 @@ class Level:
 
 @dataclass(frozen=True)
 class Unit:
-    """The smallest thing that gets its own level. `levels[0]` is dense; costs fall strictly from level to level."""
+    """The smallest thing that gets its own level.
+
+    Attributes:
+        name: Name of the sub-block, linear layer or block.
+        kind: One of the kinds above.
+        total: How many members it has.
+        levels: The dense level first; costs fall strictly from level to level.
+    """
 
     name: str
     kind: str
@@ -54,13 +61,16 @@ class Unit:
         return 1.0 - self.levels[level].kept / self.total
 
     def nearest(self, kept: int) -> int:
-        """The level that keeps the number of members nearest to `kept` (the denser one of two as near)."""
+        """The level whose number of members is nearest to `kept`; of two as near, the denser one."""
         return min(range(len(self.levels)), key=lambda index: abs(self.levels[index].kept - kept))
 
 
 @dataclass(frozen=True)
 class Space:
-    """All units with their levels. Costs are parameters of the prunable part of the model."""
+    """All units with their levels, in the order of the forward pass.
+
+    Costs are parameters of the prunable part of the model, or bits where units are bit widths.
+    """
 
     units: tuple[Unit, ...]
 
@@ -90,11 +100,11 @@ class Space:
         return sum(unit.levels[level].cost for unit, level in zip(self.units, allocation, strict=True))
 
     def kept(self, allocation: Sequence[int]) -> dict[str, int]:
-        """Members kept per unit name: an allocation that does not depend on the space's grid of levels."""
+        """How many members each unit keeps, by name: an allocation that does not depend on the space's levels."""
         return {unit.name: unit.levels[level].kept for unit, level in zip(self.units, allocation, strict=True)}
 
     def nearest(self, kept: dict[str, int]) -> Allocation:
-        """The allocation of this space nearest, unit by unit, to the given numbers of members."""
+        """The allocation of this space that is nearest, unit by unit, to these numbers of members."""
         return tuple(unit.nearest(kept[unit.name]) for unit in self.units)
 
     def to_json(self) -> list[dict[str, object]]:
@@ -106,7 +116,7 @@ class Space:
 
     @staticmethod
     def from_json(units: Iterable[Mapping[str, Any]]) -> Space:
-        """The inverse of `to_json`; ValueError, KeyError or TypeError for what it cannot have written."""
+        """Read what `to_json` gave; ValueError, KeyError or TypeError for what it cannot have given."""
         space = Space(tuple(map(_unit_from_json, units)))
         if len({unit.name for unit in space.units}) < len(space.units):
             raise ValueError("two units have the same name")
@@ -126,7 +136,7 @@ def _unit_from_json(content: Mapping[str, Any]) -> Unit:
 
 
 def kept_counts(total: int, sparsities: Iterable[float], multiple: int) -> tuple[int, ...]:
-    """Members to keep at each sparsity, rounded to a multiple, distinct, falling; the dense count always comes first.
+    """How many members to keep at each sparsity, rounded to a multiple: distinct numbers, falling, `total` first.
 
     A total that is no multiple itself stays as it is at level 0.
     """

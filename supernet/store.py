@@ -1,5 +1,4 @@
-"""The supernet on disk: one safetensors file per unit, a manifest with space, checksums and fingerprint, and who uses
-it.
+"""The supernet on disk: a safetensors file for each unit, a manifest, and notes of the runs that use it.
 
     <root>/<fingerprint>/manifest.json                      `supernet.manifest`
     <root>/<fingerprint>/units/<unit name>.safetensors      `supernet.unit_file`
@@ -39,7 +38,10 @@ log = logging.getLogger(__name__)
 
 
 class Supernet:
-    """The candidates of one space, read lazily and by any number of threads. `open_or_create` makes one."""
+    """The candidates of one space. They are read when they are asked for, by any number of threads.
+
+    `open_or_create` makes one.
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -53,14 +55,14 @@ class Supernet:
     def open_or_create(
         cls, root: Path, space: Space, description: Mapping[str, Any], labels: Mapping[str, Any] | None = None
     ) -> Supernet:
-        """The supernet of these settings below `root`: the one on disk, whole or begun, or a new empty one.
+        """Find the supernet of these settings below `root`, whole or begun; where there is none, a new empty one.
 
         Args:
             root: Folder of all supernets.
             space: Units and levels.
             description: JSON-able record of all that the candidates depend on besides the space.
-            labels: JSON-able, for people (`python -m supernet ls`): of a new supernet only, and no part of what it is
-                found by.
+            labels: JSON-able, for people (`python -m supernet ls`). A new supernet gets them; they play no part in
+                finding one.
         """
         manifest = new_manifest(space, description, labels or {})
         supernet = cls(root / manifest["fingerprint"][:16], manifest)
@@ -82,19 +84,20 @@ class Supernet:
         return name in self.manifest["units"]
 
     def note_use(self, referrer: Path) -> None:
-        """Note that a run's file lists this fingerprint: see `supernet.uses`."""
+        """Note that a run's file lists this supernet's fingerprint, so that `gc` keeps it (`supernet.uses`)."""
         note_use(self.path, self.fingerprint, referrer)
 
     def lock(self) -> FileLock:
-        """Held while building, so that two runs with the same settings do not both build. The kernel frees a dead
-        owner's.
+        """The lock that is held while building, so that two runs with the same settings do not both build.
+
+        The kernel frees the lock of a process that dies.
         """
         make_folder(self.path)
         return FileLock(self.path / LOCK)
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """Hold the lock; where another process holds it, say so and wait."""
+        """Hold the lock while building. Where another process holds it, say so and wait."""
         try:
             try:
                 lock = self._acquired()
@@ -118,7 +121,7 @@ class Supernet:
         return lock
 
     def refresh(self) -> None:
-        """Read what is on disk, built before or by another process; InputError where that is damaged."""
+        """Read again what is on disk, as another process may have built more; InputError where that is damaged."""
         with self._changing:
             manifest = read_manifest(self.path)
             if manifest is not None and manifest["fingerprint"] != self.fingerprint:
@@ -130,8 +133,8 @@ class Supernet:
 
         Args:
             name: The unit.
-            candidates: One a level of the unit, without level 0.
-            record: JSON-able log of the unit's build (relative output errors, seconds).
+            candidates: One for each level of the unit but level 0.
+            record: JSON-able notes of the unit's build (relative output errors, seconds).
         """
         unit = self.space.units[self._index[name]]
         kept = [count(candidate) for candidate in candidates]
@@ -146,18 +149,18 @@ class Supernet:
 
     @property
     def errors(self) -> list[list[float] | None]:
-        """Relative squared output errors of each unit's levels, 0 for the dense one; None for what was built without
-        any.
+        """The relative squared output error of each unit's levels, 0 for the dense one.
+
+        None for units whose build noted none.
         """
         records = (self.manifest["units"].get(unit.name, {}).get("errors") for unit in self.space.units)
         return [None if record is None else [0.0, *record] for record in records]
 
     def candidate(self, unit: int, level: int, device: torch.device | str = "cpu") -> Candidate:
-        """The candidate of a unit (index in the space) at a level of at least 1, decoded on `device` from what is
-        stored.
+        """The candidate of a unit (index in the space) at a level of at least 1, on `device`.
 
         What is read is verified when this process reads it first. On the CPU a candidate may share its memory with the
-        file: it is not to be changed.
+        file, so it is not to be changed.
         """
         if not 0 < level < len(self.space.units[unit].levels):  # the caller's mistake: it says nothing about the files
             raise ValueError(f"{self.space.units[unit].name} has no level {level}")

@@ -1,7 +1,7 @@
-"""The file of one unit's candidates: safetensors with a checksum of every tensor that is not empty in its metadata.
+"""The file of one unit's candidates: safetensors, with the checksum of every tensor in its metadata.
 
-It is memory-mapped, and a tensor is verified when this process reads it first: reading one level costs no more than
-that level.
+The file is memory-mapped, and a tensor is verified when this process reads it first, so that reading one level costs no
+more than that level.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DTYPES = {
 
 
 def serialised(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Any]]:
-    """The content of a file, and what its entry in the manifest says of it."""
+    """The content of a file with these tensors, and what its entry in the manifest says of it."""
     checksums = {
         name: _checksum(tensor.reshape(-1).view(torch.uint8)) for name, tensor in tensors.items() if tensor.numel()
     }
@@ -100,13 +100,15 @@ class UnitFile:
 
 
 def _described(header: bytes, begin: int, end: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors and their checksums that a header describes; one of `WRONG` where it cannot be right, whoever wrote
-    it.
+    """The tensors that a header describes, and their checksums.
 
     Args:
         header: JSON.
-        begin: Of the tensors in the file.
-        end: Of the file.
+        begin: Where in the file the tensors begin.
+        end: Where the file ends.
+
+    Raises:
+        One of `WRONG` where the header cannot be right, whoever wrote it.
     """
     tensors = json.loads(header)
     checksums = json.loads(tensors.pop("__metadata__")[CHECKSUMS])
@@ -131,12 +133,12 @@ def _size(described: Mapping[str, Any]) -> int:
 
 
 def _checksum(data: Tensor) -> str:
-    """(n,) uint8 -> its hash, without a copy."""
+    """The hash of bytes, (n,) uint8, which are not copied."""
     return xxhash.xxh3_128_hexdigest(data.numpy().data)
 
 
 def _mapped(path: Path, size: int) -> Tensor:
-    """(size,) uint8, of the whole file; no descriptor stays open, of which there may be fewer than units."""
+    """The bytes of a file, (size,) uint8. No descriptor stays open: there may be fewer of them than units."""
     check_size(path, size)
     try:
         return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)

@@ -1,8 +1,8 @@
-"""Which runs use a supernet: a small file a run below `<supernet>/uses`, so that `python -m supernet gc` knows what may
-go.
+"""Which runs use a supernet, so that `python -m supernet gc` knows what may go.
 
-A record names a file of the run that lists the supernet's fingerprint. It counts while that file is there and still
-does: a run needs not be told when a supernet goes, nor a supernet when a run's directory is deleted.
+For each run there is a small record below `<supernet>/uses`. It names a file of the run that lists the supernet's
+fingerprint, and counts while that file is there and still lists it. So nobody needs to tell a supernet that a run's
+directory was deleted.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from supernet.errors import InputError
 from supernet.system.records import CHECKSUM, WRONG, UnreadableError, read_json, read_regular, verified, write_record
 
 USES = "uses"  # in a supernet's folder
-MOST_OF_A_RECORD, MOST = 1 << 16, 1 << 26  # bytes of a record, and of a file that it may refer to
-# in which a supernet can have been used: others are damage, and cannot be printed in every time zone
+MOST_OF_A_RECORD, MOST = 1 << 16, 1 << 26  # the most bytes of a record, and of a file that it may refer to
+# The years in which a supernet can have been used: others are damage, and cannot be printed in every time zone.
 YEARS = (1970, 9000)
 
 
 @dataclass(frozen=True)
 class Use:
-    """That a run uses a supernet.
+    """A record: some run uses a supernet.
 
     Attributes:
         referrer: The run's file.
-        fingerprint: Of the supernet.
+        fingerprint: The supernet's fingerprint, which that file lists.
         last_used: When the run opened the supernet last.
     """
 
@@ -51,9 +51,7 @@ class Use:
 
 
 def note_use(folder: Path, fingerprint: str, referrer: Path) -> None:
-    """Note that a run's file lists a supernet. Where nothing can be written nothing is: a supernet can be used without
-    that.
-    """
+    """Note that a run's file lists a supernet. Where nothing can be written it is left: one can do without the note."""
     path = str(referrer.resolve())
     use = {"referrer": path, "fingerprint": fingerprint, "last_used": datetime.now(UTC).isoformat()}
     with suppress(InputError):
@@ -61,18 +59,18 @@ def note_use(folder: Path, fingerprint: str, referrer: Path) -> None:
 
 
 def uses_of(folder: Path) -> list[Use]:
-    """All that was noted, the latest first, as far as it can be read."""
+    """All uses that were noted and can be read, the latest first."""
     found = [use for file in _records(folder) if (use := _read(file)) is not None]
     return sorted(found, key=lambda use: use.last_used, reverse=True)
 
 
 def unreadable_uses(folder: Path) -> list[Path]:
-    """Records that are damaged: a run may refer to the supernet by one of them, and nobody can tell."""
+    """Records that are damaged. A run may refer to the supernet by one of them, and nobody can tell."""
     return sorted(file for file in _records(folder) if _read(file) is None)
 
 
 def _records(folder: Path) -> list[Path]:
-    """The files of records: no links, and nothing in a folder that is one."""
+    """The files of records. Links are left out, and so is all that is in a folder that is a link."""
     uses = folder / USES
     try:
         if uses.is_symlink():
@@ -88,7 +86,7 @@ def _records(folder: Path) -> list[Path]:
 
 
 def _read(file: Path) -> Use | None:
-    """A record, or None where it is damaged. Those of older supernets have no checksum."""
+    """Read a record; None where it is damaged. Records of older supernets have no checksum."""
     try:
         use = read_json(file, MOST_OF_A_RECORD)
         if CHECKSUM in use:

@@ -1,32 +1,31 @@
-"""AMP (attention heads and MLP pruning): members that put the least into the layer's output go first."""
+"""AMP (attention heads and MLP pruning): members that put the least into the layer's output go first.
+
+The score of a head is the mean over the tokens of ||x_h W_h||_1, with x_h (width,) the head's inputs and W_h its
+columns of the weight. The score of a neuron is the mean of |x_j| alone, without the weight, as in the authors' code
+(c2d-usp/Efficient-LLMs-with-AMP, amp_criterion.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from local_prune.methods.shared.members import MembersPruner, best
+from local_prune.methods.shared.members import ScoredMembersPruner
 from local_prune.pruner import Task
 from local_prune.statistics import finite
-from supernet.candidates import Candidate, Members
 
 
 @dataclass
 class Projected:
-    """Sums over the calibration tokens of what each member puts into the layer's output: AMP's scores.
-
-    Of heads that is ||x_h W_h||_1, with x_h (width,) the head's inputs and W_h its columns of the weight. Of a neuron
-    (width 1) it is |x_j| alone, without the weight, as in the authors' code (c2d-usp/Efficient-LLMs-with-AMP,
-    amp_criterion.py).
+    """Sums over the calibration tokens of what each member puts into the layer's output.
 
     Attributes:
-        weight: (members, width, d_out) float32; nothing of neurons.
-        total: (members,) float64.
-        tokens: Rows of X so far.
+        weight: W_h of each head, (members, width, d_out) float32; empty for neurons, whose width is 1.
+        total: The sums so far, (members,) float64.
+        tokens: How many rows of X they are over.
     """
 
     weight: Tensor
@@ -35,7 +34,7 @@ class Projected:
 
     @classmethod
     def zeros(cls, dense: Tensor, width: int) -> Projected:
-        """Before any batch, for a layer of weight (d_out, members * width)."""
+        """The sums before any batch, for a layer of weight (d_out, members * width)."""
         members = dense.shape[1] // width
         weight = dense.detach().T.float().reshape(members, width, -1) if width > 1 else dense.new_empty(members, 1, 0)
         return cls(weight, torch.zeros(members, dtype=torch.float64, device=dense.device))
@@ -53,28 +52,28 @@ class Projected:
         self.tokens += len(X)
 
     def merge(self, other: Projected) -> None:
-        """See `Statistics`."""
+        """Add the sums over other tokens."""
         self.total += other.total
         self.tokens += other.tokens
 
     @property
     def mean(self) -> Tensor:
-        """(members,) float32."""
+        """The scores, (members,) float32."""
         return (self.total / max(1, self.tokens)).float()
 
 
 @dataclass(frozen=True)
-class AmpPruner(MembersPruner):
-    """Members that put the least into the output go first: AMP (attention heads and MLP pruning), see `Projected`."""
+class AmpPruner(ScoredMembersPruner):
+    """Members that put the least into the output go first: `prune=amp`."""
 
     name: ClassVar[str] = "amp"
     version: ClassVar[int] = 1
 
     def statistics(self, dense: Tensor, width: int) -> Projected:
-        """Of each member's output."""
+        """What each member puts into the output is summed as the tokens pass."""
         return Projected.zeros(dense, width)
 
-    def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
-        """See `Pruner`; with the dense weights."""
+    def scores(self, task: Task) -> Tensor:
+        """The mean of what each member puts into the output."""
         assert isinstance(task.statistics, Projected)
-        return [Members(members, None) for members in best(finite(task.statistics.mean, task.where), kept)]
+        return finite(task.statistics.mean, task.where)

@@ -22,10 +22,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from local_prune.methods.shared.blockwise import Block, BlockwisePruner, keep_largest, keep_patterned
+from local_prune.methods.shared.blockwise import BlockwisePruner, InputBlock, keep_largest, keep_patterned
 
-SUBSETS = 70  # of a group that are compared by their joint error, at most; all of those of 4:8
-SYSTEMS = 1 << 19  # numbers in the matrices that are solved together: their 2 MiB stay in the caches
+# The most choices for a group of N:M that are all compared by their joint error: as many as 4:8 has.
+SUBSETS = 70
+# Numbers in the matrices that are solved together: their 2 MiB stay in the caches.
+SYSTEMS = 1 << 19
 
 
 def joint_errors(W: Tensor, U: Tensor, removed: Tensor) -> Tensor:
@@ -40,11 +42,11 @@ def joint_errors(W: Tensor, U: Tensor, removed: Tensor) -> Tensor:
         (b, systems).
     """
     size = len(W)
-    # rows of the identity pad small sets
+    # Sets of inputs that are smaller than others of their batch are padded with rows of the identity.
     extended = torch.block_diag(U.T @ U, torch.eye(size, dtype=U.dtype, device=U.device))
     weight = torch.cat([W, torch.zeros_like(W)]).T
     errors = torch.zeros_like(W)
-    # systems of like size together, padded to the largest
+    # Systems of like size are solved together, padded to the largest.
     counts, ranked = removed.sum(0).sort(descending=True, stable=True)
     sizes, start = counts.tolist(), 0
     while start < len(sizes) and sizes[start] > 0:
@@ -60,8 +62,14 @@ def joint_errors(W: Tensor, U: Tensor, removed: Tensor) -> Tensor:
 
 
 def _padded(removed: Tensor, width: int) -> Tensor:
-    """The positions of the True in each row, then of distinct rows of the identity: (n, width) int64 from (n,
-    b) bool.
+    """Where each row is True, and behind that, up to `width`, distinct rows of the identity.
+
+    Args:
+        removed: (n, b) bool.
+        width: The most that a row has.
+
+    Returns:
+        (n, width) int64: below b for a column of the row, b and above for a row of the identity.
     """
     n, size = removed.shape
     index = torch.arange(size, size + width, device=removed.device).repeat(n, 1)
@@ -72,12 +80,12 @@ def _padded(removed: Tensor, width: int) -> Tensor:
 
 
 def keep_least_loss(group: Tensor, A: Tensor, keep: int, zero: Tensor | None = None) -> Tensor:
-    """The choice of `keep` inputs whose complement P has the least joint loss w_P [A_PP]^-1 w_P^T, by trying all of
-    them.
+    """Choose the `keep` inputs whose complement P has the least joint loss w_P [A_PP]^-1 w_P^T, by trying all of them.
 
     Args:
         group: (of, n) weights.
-        A: (of, of), of the inputs of the group.
+        A: (of, of), the inverse Hessian of the group's inputs.
+        keep: How many stay.
         zero: (of, n) bool, weights that go in any case: P has as many of them as it can.
 
     Returns:
@@ -87,7 +95,7 @@ def keep_least_loss(group: Tensor, A: Tensor, keep: int, zero: Tensor | None = N
     subsets = torch.tensor(list(combinations(range(of), of - keep)), device=A.device)  # (subsets, r)
     matrices = A[subsets.unsqueeze(2), subsets.unsqueeze(1)]
     identity = torch.eye(of - keep, dtype=A.dtype, device=A.device).expand_as(matrices)
-    # the loss is ||L^-1 w_P||^2
+    # The loss is ||L^-1 w_P||^2.
     roots = torch.linalg.solve_triangular(torch.linalg.cholesky(matrices), identity, upper=False)
     spread = A.new_zeros(*subsets.shape, of).scatter_(2, subsets.unsqueeze(1).expand_as(roots), roots)
     losses = (spread.flatten(0, 1) @ group).view(*subsets.shape, -1).square().sum(1)
@@ -98,11 +106,12 @@ def keep_least_loss(group: Tensor, A: Tensor, keep: int, zero: Tensor | None = N
     return stays[losses.argmin(0)].T
 
 
-def choose(block: Block) -> Tensor:
-    """What stays, before anything of the block is removed: (b, levels, d_out) bool.
+def choose(block: InputBlock) -> Tensor:
+    """Choose what stays, before anything of the block is removed: (b, levels, d_out) bool.
 
-    Unstructured, and in groups of too many choices, by the single-removal loss w_j^2 / A_jj (the paper's mask for large
-    problems); in a group of N:M else by the exact joint loss of its own removed weights.
+    Unstructured, and in groups with too many choices, weights are compared by what removing each alone costs,
+    w_j^2 / A_jj (the paper's mask for large problems). In other groups of N:M all choices are compared by the exact
+    joint loss of the weights that they remove.
     """
     A = block.U.T @ block.U
     deviations = A.diagonal().sqrt()
@@ -120,7 +129,7 @@ def choose(block: Block) -> Tensor:
     return mask
 
 
-def solve_jointly(block: Block) -> tuple[Tensor, Tensor]:
+def solve_jointly(block: InputBlock) -> tuple[Tensor, Tensor]:
     """Joint removal as a `local_prune.methods.shared.blockwise.Solve`: every removed weight of the block at once."""
     mask = choose(block)
     rows = block.weight.view(len(mask), -1)
@@ -142,6 +151,6 @@ class AptPruner(BlockwisePruner):
 
     block: int = 64
 
-    def solve(self, block: Block) -> tuple[Tensor, Tensor]:
-        """All at once."""
+    def solve(self, block: InputBlock) -> tuple[Tensor, Tensor]:
+        """Remove all weights of the block at once."""
         return solve_jointly(block)

@@ -1,13 +1,14 @@
-"""Bonsai (Dery et al. 2024, "Everybody Prune Now"): the worth of each member from forward passes of sub-models alone.
+"""Bonsai (Dery et al. 2024, "Everybody Prune Now"): what each member is worth, from forward passes alone.
 
-Sub-models without some of the members of every sub-block at once are run in pairs that drop opposite ones, and their
-losses are regressed on what was dropped. A prior from the activations says which members are beyond doubt, which are
-dropped together, and what the coefficients shrink to.
+Sub-models lack some of the members of every sub-block. They are run in pairs that lack opposite members, and the
+difference of their losses is regressed on what they lack: the coefficients say what each member is worth. A prior from
+the activations says which members are beyond doubt, which ones are dropped together, and what the coefficients shrink
+to.
 
-Different from the paper: it removes 5 % of the parameters a round, sorted globally, and surveys what is left again;
-here one survey of the dense model gives an order of the members for every unit, and the search decides how much of each
-unit stays. Only the differences within pairs are regressed, so that each pair may have text of its own and no intercept
-is needed, by ridge regression in closed form instead of L1 and Adam.
+This differs from the paper, which removes 5 % of the parameters a round, sorted globally, and surveys again what is
+left. Here one survey of the dense model gives an order of the members of every unit, and the search decides how much of
+each unit stays. Only differences within pairs are regressed, so that each pair may have text of its own and no
+intercept is needed; the regression is a ridge in closed form instead of L1 and Adam.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from supernet.candidates import member_columns
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 
-# Of the ridge, by the mean squared row; infinite is the prior alone.
+# Strengths of the ridge that are tried, relative to the mean squared row; infinite is the prior alone.
 STRENGTHS = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
-FOLDS = 5
-MOST_SAMPLES = 1_000_000  # their losses and what each lacks are in memory at once
+FOLDS = 5  # of the cross-validation that chooses among them
+# The most sub-models: their losses, and what each of them lacks, are in memory at once.
+MOST_SAMPLES = 1_000_000
 
-Loss = Callable[[Tensor, Mapping[str, Tensor]], float]  # of sequences (n, tokens), without members (k,) of sub-blocks
+# The loss on sequences (n, tokens) of the sub-model that lacks members (k,) of sub-blocks, which are given by name.
+Loss = Callable[[Tensor, Mapping[str, Tensor]], float]
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,10 @@ class Pool:
     """The members of a sub-block that sub-models may lack.
 
     Attributes:
-        members: (2 * drop,) int64, those with the lowest prior.
-        drop: How many of them each of a pair lacks.
-        chance: That a pair touches the sub-block at all: with few members, dropping one is more than the fraction asked
-            for.
+        members: Those with the lowest prior, (2 * drop,) int64.
+        drop: How many of them each sub-model of a pair lacks.
+        chance: How probable it is that a pair touches the sub-block at all. It is below 1 where members are so few that
+            dropping one is more than the fraction asked for.
     """
 
     members: Tensor
@@ -55,21 +58,21 @@ class Pool:
 
 
 def pool_of(prior: Tensor, fraction: float) -> Pool:
-    """The pool of a sub-block of which sub-models lack `fraction` on average. prior: (members,)."""
+    """The pool of a sub-block with this prior (members,), of which sub-models lack `fraction` on average."""
     expected = fraction * len(prior)
     drop = min(max(1, round(expected)), len(prior) // 2)
     return Pool(prior.argsort(stable=True)[: 2 * drop], drop, min(1.0, expected / drop) if drop else 0.0)
 
 
 def sample(pool: Pool, prior: Tensor, generator: torch.Generator) -> Tensor:
-    """Which of a pool's members the first of a pair lacks, the second one lacking the others.
+    """Draw which of a pool's members the first sub-model of a pair lacks; the second one lacks the others.
 
-    A draw without replacement with weights max(prior) - prior, so that members of low worth go together.
+    The draw is without replacement, with weights max(prior) - prior, so that members of low worth go together.
 
     Args:
-        pool: Of the sub-block.
-        prior: (members,) of the sub-block.
-        generator: On the CPU.
+        pool: Pool of the sub-block.
+        prior: Prior of all its members, (members,).
+        generator: A generator on the CPU.
 
     Returns:
         (2 * drop,) float64: -1 where the first lacks the member, 1 where the second does; 0 if the pair lacks none.
@@ -84,7 +87,7 @@ def sample(pool: Pool, prior: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def kendall_tau(a: Tensor, b: Tensor) -> float:
-    """Concordant less discordant pairs, by the number of pairs (tau-a). a, b: (n,)."""
+    """Kendall's tau-a of a and b, (n,) each: concordant less discordant pairs, divided by the number of pairs."""
     n = len(a)
     concordance = torch.sign(a.unsqueeze(0) - a.unsqueeze(1)) * torch.sign(b.unsqueeze(0) - b.unsqueeze(1))
     return float(concordance.sum()) / max(1, n * (n - 1))
@@ -102,7 +105,7 @@ def ridge(signs: Tensor, differences: Tensor, prior: Tensor, strength: float) ->
         signs: S, (pairs, members).
         differences: y, (pairs,).
         prior: r, (members,).
-        strength: Of the ridge; infinite for the prior alone.
+        strength: How strongly coefficients are held at the prior; infinite for the prior alone.
 
     Returns:
         b, (members,) float64.
@@ -121,10 +124,10 @@ def ridge(signs: Tensor, differences: Tensor, prior: Tensor, strength: float) ->
 
 
 def strength_of(signs: Tensor, differences: Tensor, prior: Tensor) -> float:
-    """The ridge whose predictions rank pairs that it has not seen best, by Kendall's tau; of equal ones the strongest.
+    """Choose the ridge that best ranks pairs that it has not seen, by Kendall's tau; of equal ones the strongest.
 
-    The two of a pair stay in one fold, as either gives the other away: ranked are the differences together with their
-    negatives. Arguments as for `ridge`.
+    Both sub-models of a pair stay in one fold, as either gives the other away: what is ranked are the differences
+    together with their negatives. Arguments are those of `ridge`.
     """
     folds = torch.arange(len(signs)) % min(FOLDS, len(signs))
     truth = torch.cat([differences, -differences])
@@ -139,12 +142,14 @@ def strength_of(signs: Tensor, differences: Tensor, prior: Tensor) -> float:
 
 
 def order_scores(prior: Tensor, pool: Pool, coefficients: Tensor) -> Tensor:
-    """The pool by its coefficients, of equal ones by the prior, and above it the others by the prior.
+    """Rank the members of the pool by their coefficients, and above them all others by the prior.
+
+    Equal coefficients are ranked by the prior, too.
 
     Args:
-        prior: (members,).
-        pool: Of the sub-block.
-        coefficients: (2 * drop,) of the pool's members.
+        prior: Prior of all members, (members,).
+        pool: Pool of the sub-block.
+        coefficients: Coefficients of the pool's members, (2 * drop,).
 
     Returns:
         (members,) float32: 0 for the first to go, and so on.
@@ -207,13 +212,13 @@ def loss_without(
 
 @dataclass(frozen=True)
 class BonsaiPruner(SurveyedPruner):
-    """Members that sub-models miss least go first.
+    """Members that sub-models miss least go first: `prune=bonsai`.
 
     Attributes:
-        samples: Sub-models, two a pair.
-        sequences: Of the calibration text that a pair is run on.
-        drop: Fraction of the members that a sub-model lacks on average; the pool is the 2 * drop of lowest prior.
-        seed: Of all draws.
+        samples: How many sub-models are run, two a pair.
+        sequences: How many sequences of the calibration text a pair is run on.
+        drop: Fraction of the members that a sub-model lacks on average; the pool has twice as many, of lowest prior.
+        seed: Seed of all draws.
     """
 
     name: ClassVar[str] = "bonsai"
@@ -271,8 +276,11 @@ class BonsaiPruner(SurveyedPruner):
     def _pairs(
         self, calibration: Calibration, prior: Mapping[str, Tensor], pools: Mapping[str, Pool], loss: Loss, track: Track
     ) -> tuple[Tensor, Tensor]:
-        """What the two of each pair lack, (pairs, members in pools), and by how much the first one's loss is lower,
-        (pairs,).
+        """Run all pairs.
+
+        Returns:
+            What the sub-models of each pair lack, (pairs, members in pools), as `sample` gives it, and by how much the
+            loss of the first one is lower, (pairs,).
         """
         generator = torch.Generator().manual_seed(self.seed)
         rows: list[Tensor] = []

@@ -1,5 +1,6 @@
-"""Depth: a sub-block or a block is present or dropped. Nothing is computed; which ones go is the search's business
-(EvoPress).
+"""Depth: a sub-block or a block is present or dropped, as in EvoPress (Sieberling et al. 2024).
+
+Nothing is computed here: which ones go is the search's business.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from supernet.models.prunables import Prunable, presence_prunables
 
 @dataclass(frozen=True)
 class DepthPruner(NoSurvey):
-    """Attention and MLP of each block on their own, or blocks as a whole: `prune=depth`."""
+    """Sub-blocks go on their own, or blocks as a whole: `prune=depth`.
+
+    Attributes:
+        whole_blocks: Whether a unit is a whole block.
+    """
 
     name: ClassVar[str] = "depth"
     version: ClassVar[int] = 1
@@ -26,13 +31,13 @@ class DepthPruner(NoSurvey):
     whole_blocks: bool = False
 
     def prunables(self, parts: Sequence[SubBlock]) -> tuple[Prunable, ...]:
-        """See `Pruner`."""
+        """Every sub-block, or every block."""
         return presence_prunables(parts, self.whole_blocks)
 
     def statistics(self, dense: Tensor, width: int) -> None:
-        """See `Pruner`."""
+        """None, as the inputs play no part."""
         return None
 
     def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
-        """See `Pruner`."""
+        """The one candidate that there is: nothing."""
         return [Dropped() for _ in kept]

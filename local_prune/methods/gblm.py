@@ -1,4 +1,8 @@
-"""GBLM-Pruner (Das et al. 2023): Wanda's score plus the gradient of the loss at the weight."""
+"""GBLM-Pruner (Das et al. 2023, section 3.2): Wanda's score plus the gradient of the loss at the weight.
+
+The score is |W_ij| ||X_j||_2 + alpha |W_ij| |g_ij|, where g_ij is the l1 or l2 norm of the gradients of the calibration
+sequences' losses. It is compared among the weights of one output.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +25,20 @@ from supernet.models.architecture import SubBlock
 def weight_gradient_norms(
     model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track, power: int
 ) -> dict[str, Tensor]:
-    """Norm over the calibration sequences of each weight's gradient (GBLM-Pruner, Das et al. 2023).
+    """Norm of each weight's gradient over the calibration sequences, |g_ij| in the paper.
 
-    The loss of a sequence is its mean over tokens; the sums are not divided by the number of sequences, as in the
-    authors' code.
-    Memory: one float32 copy of the linear layers.
+    The loss of a sequence is its mean over tokens, and the sum over sequences is not divided by their number, as in the
+    authors' code. Takes the memory of one float32 copy of the linear layers.
 
     Args:
         model: The dense model.
         calibration: Its text.
         device: Where the block at work lies.
         track: Draws progress.
-        power: 1 or 2, of the norm.
+        power: Which norm, 1 or 2.
 
     Returns:
-        Sub-block and layer, joined by a dot -> (d_out, d_in) float32 on the CPU.
+        Name of the sub-block and of the layer, joined by a dot -> (d_out, d_in) float32 on the CPU.
     """
     if power not in (1, 2):
         raise InputError(
@@ -54,15 +57,11 @@ def weight_gradient_norms(
 
 @dataclass(frozen=True)
 class GblmPruner(ScoredPruner):
-    """|W_ij| ||X_j||_2 + `gradient_weight` |W_ij| |g_ij|, compared per output (Das et al. 2023, section 3.2):
-    `prune=gblm`.
-
-    ||X_j||_2 is the root of the mean over the calibration sequences of the squared norm over their tokens, see
-    `survey`.
+    """Each output loses the weights with the smallest |W_ij| (||X_j||_2 + alpha |g_ij|): `prune=gblm`.
 
     Attributes:
         gradient_weight: The paper's alpha: activations and gradients differ in size.
-        norm: g is the l1 (1) or l2 (2) norm of the gradients of the loss over the calibration sequences.
+        norm: Whether g is the l1 (1) or l2 (2) norm of the gradients over the calibration sequences.
     """
 
     name: ClassVar[str] = "gblm"
@@ -89,7 +88,7 @@ class GblmPruner(ScoredPruner):
         return {name: norms.mul_(len(calibration.ids) ** 0.5) for name, norms in found.items()}
 
     def survey_tokens(self, calibration: Calibration) -> int:
-        """See `Pruner`."""
+        """One gradient of the whole text."""
         return COST * calibration.ids.numel()
 
     def scores(self, task: Task) -> Tensor:

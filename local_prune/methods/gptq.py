@@ -13,9 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from local_prune.methods.shared.fitted import FittedPruner
 from local_prune.methods.shared.grids import GridPruner, Grids, Layout, grids, quantised
 from local_prune.pruner import Task
-from local_prune.statistics import Damped, LeastSquares, check_number, solved, zeros_of
+from local_prune.statistics import Damped, check_number, zeros_of
 from supernet.candidates import Candidate, Quantised
 from supernet.errors import InputError
 
@@ -24,8 +25,13 @@ COLUMNS = 32  # inputs between two updates of the rest of a block
 
 @dataclass(frozen=True)
 class _Table:
-    """The grids of all levels side by side: (groups, levels * d_out), codes less the code of 0 from `lowest` to
-    `highest`.
+    """The grids of all levels side by side.
+
+    Attributes:
+        bits: The width of each level.
+        scale: (groups, levels * d_out), like the next two.
+        lowest: The smallest code of a grid, counted from its code of 0.
+        highest: The largest one.
     """
 
     bits: Sequence[int]
@@ -42,7 +48,7 @@ class _Table:
         self.highest[rows] = torch.cat([2**bits - 1 - g.zero for g, bits in zip(found, self.bits, strict=True)], 1)
 
     def candidates(self, codes: Tensor, dtype: torch.dtype) -> list[Quantised]:
-        """One a level, from codes (d_in, levels * d_out)."""
+        """One candidate a level, from codes (d_in, levels * d_out)."""
         levels = (x.chunk(len(self.bits), 1) for x in (codes, self.scale, self.lowest))
         return [
             quantised(c, Grids(scale, -lowest), bits, dtype)
@@ -59,8 +65,10 @@ def gptq(
     order: Tensor | None = None,
     zero: Tensor | None = None,
 ) -> list[Quantised]:
-    """GPTQ at several widths at once: they share U, and their outputs are one long row, so that more widths cost little
-    time.
+    """GPTQ at several widths at once.
+
+    They share U, and their outputs are one long row, so that more widths cost little time. The memory that is needed is
+    about `5 * len(bits) * d_in * d_out` bytes.
 
     Args:
         W: (d_in, d_out) float32, the optimum before rounding.
@@ -71,12 +79,13 @@ def gptq(
         order: (d_in,), the inputs in the order of rounding; the grids are then taken from W. Without it inputs are
             rounded as they come, and the grids of a group are taken when its first input is reached, from what its
             weights are by then.
+        zero: (d_in, d_out) bool, weights that are 0 in the dense layer and stay 0; None where there are none.
 
     Returns:
-        One candidate a width. Memory: about `5 * len(bits) * d_in * d_out` bytes.
+        One candidate a width.
     """
     sequence = torch.arange(len(W), device=W.device) if order is None else order
-    # 1 / (H^-1)_jj: cost of an error
+    # What an error at input j costs: 1 / (H^-1)_jj.
     importance = torch.empty_like(U[0]).index_copy_(0, sequence, 1.0 / U.square().sum(0))
     rest = W[sequence].repeat(1, len(bits))
     fixed = None if zero is None else zero[sequence].repeat(1, len(bits))
@@ -132,10 +141,10 @@ def _round_piece(
 
     Args:
         W: (n, levels * d_out), with the errors of all earlier pieces worked in.
-        U: (n, n).
-        table: Grids.
-        groups: (n,) of the inputs.
-        dtype: Of the weights that codes stand for.
+        U: (n, n), the part of U that belongs to these inputs.
+        table: Grids of all groups.
+        groups: (n,), the group of each input.
+        dtype: What the weights are rounded to that codes stand for.
         errors: (n, levels * d_out), filled with (w - q) / U_jj (equation 2, in the Cholesky form of section 4, step 3).
         fixed: (n, levels * d_out) bool, weights that become 0 wherever they are; None where there are none.
 
@@ -156,8 +165,8 @@ def _round_piece(
 
 
 @dataclass(frozen=True)
-class GptqPruner(GridPruner):
-    """Rounding with compensation: `prune=gptq`.
+class GptqPruner(FittedPruner, GridPruner):
+    """Rounding in which later inputs make up for the error of earlier ones: `prune=gptq`.
 
     Attributes:
         activation_order: Round the inputs with the largest activations first, on grids that are fixed before; rarely
@@ -179,20 +188,9 @@ class GptqPruner(GridPruner):
         if self.block < 1:
             raise InputError(f"prune.pruner.block={self.block} must be at least 1 input; 128 is the usual choice")
 
-    def statistics(self, dense: Tensor, width: int) -> LeastSquares:
-        """See `Pruner`."""
-        return LeastSquares.zeros(dense.shape[1], dense.shape[0], dense.device)
-
-    def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
-        """See `Pruner`: one candidate a width in `kept`."""
-        if not kept:
-            return []
-        layout = self.layout(task)
-        assert isinstance(task.statistics, LeastSquares)
-
-        def solve(problem: Damped) -> list[Candidate]:
-            order = problem.hessian.diagonal().argsort(descending=True, stable=True) if self.activation_order else None
-            U = problem.factor.upper_of_inverse(order)
-            return list(gptq(problem.solution, U, list(kept), layout, self.block, order, zeros_of(task.dense)))
-
-        return solved(task.statistics, task.dense.T, self.damping, task.where, solve)
+    def fitted(self, problem: Damped, task: Task, kept: Sequence[int]) -> list[Candidate]:
+        """All widths in one run, from the optimum before rounding."""
+        order = problem.hessian.diagonal().argsort(descending=True, stable=True) if self.activation_order else None
+        U = problem.factor.upper_of_inverse(order)
+        zero = zeros_of(task.dense)
+        return list(gptq(problem.solution, U, list(kept), self.layout(task), self.block, order, zero))

@@ -1,4 +1,4 @@
-"""Magnitude (Han et al. 2015): the weights that are smallest go, wherever in the layer they are."""
+"""Magnitude (Han et al. 2015): a weight counts as much as its size, |W_ij|, wherever in the layer it is."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from torch import Tensor
 
 from local_prune.methods.shared.ranking import rank_in_layer
 from local_prune.methods.shared.weights import ScoredPruner
-from local_prune.pruner import Task
-from local_prune.statistics import LeastSquares, Moments
+from local_prune.pruner import Statistics, Task
 
 
 @dataclass(frozen=True)
 class MagnitudePruner(ScoredPruner):
-    """|W|, compared over the whole layer: `prune=magnitude`."""
+    """The smallest weights of a layer go first: `prune=magnitude`."""
 
     name: ClassVar[str] = "magnitude"
     version: ClassVar[int] = 1
@@ -25,9 +24,9 @@ class MagnitudePruner(ScoredPruner):
         return task.dense.float().abs()
 
     def rank(self, scores: Tensor) -> Tensor:
-        """Order of removal in the unstructured case: compared over the whole layer."""
+        """Unstructured, all weights of the layer are compared with each other."""
         return rank_in_layer(scores)
 
-    def statistics(self, dense: Tensor, width: int) -> LeastSquares | Moments | None:
-        """None: the inputs do not matter."""
+    def statistics(self, dense: Tensor, width: int) -> Statistics | None:
+        """None, as the inputs play no part."""
         return None

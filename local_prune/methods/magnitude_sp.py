@@ -1,4 +1,7 @@
-"""Magnitude by members: those with the smallest parameters go first."""
+"""Magnitude by members: a head or neuron counts as much as its parameters are large.
+
+The score of a member is the L2 norm of all parameters that go with it.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,20 @@ from supernet.models.architecture import SubBlock
 
 
 def magnitudes(part: SubBlock) -> Tensor:
-    """L2 norm of all parameters that go with a member, its rows with their biases and its columns: (members,)
-    float32.
+    """L2 norm of all parameters that go with a member: its rows with their biases, and its columns.
+
+    Returns:
+        (members,) float32.
     """
     squares = {layer: part.weight(layer).detach().float().square() for layer in member_layers(part)}
     biases = {layer: bias for layer in member_layers(part) if (bias := part.bias(layer)) is not None}
-    return sum_by_member(
-        part, squares, {layer: bias.detach().float().square() for layer, bias in biases.items()}
-    ).sqrt()
+    bias_squares = {layer: bias.detach().float().square() for layer, bias in biases.items()}
+    return sum_by_member(part, squares, bias_squares).sqrt()
 
 
 @dataclass(frozen=True)
 class MagnitudeMembersPruner(SurveyedPruner):
-    """Members with the smallest parameters go first: `magnitudes`."""
+    """Members with the smallest parameters go first: `prune=magnitude_sp`."""
 
     name: ClassVar[str] = "magnitude_sp"
     version: ClassVar[int] = 1
@@ -36,5 +40,5 @@ class MagnitudeMembersPruner(SurveyedPruner):
     def survey(
         self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
     ) -> Mapping[str, Tensor]:
-        """Scores from the weights alone."""
+        """The norms of the dense model's members, by unit; the text plays no part."""
         return {part.name: magnitudes(part) for part in self.parts(model) if part.groups is not None}

@@ -23,21 +23,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from local_prune.pruner import NoSurvey, Task
-from local_prune.statistics import Damped, LeastSquares, check_number, solved
+from local_prune.methods.shared.fitted import FittedPruner
+from local_prune.methods.shared.members import MembersPruner
+from local_prune.pruner import Task
+from local_prune.statistics import Damped, check_number
 from supernet.candidates import Candidate, Members, member_columns
-from supernet.models.architecture import SubBlock
-from supernet.models.prunables import Prunable, member_prunables
 
-GATHERED = 6  # what is left is gathered as soon as one of so many rows of the working set is gone
-BLOCK = 32  # removals between two updates of the whole inverse: their corrections are applied as one matrix product
+# What is left is gathered as soon as one of so many rows of the working set is gone.
+GATHERED = 6
+# Removals between two updates of the whole inverse: their corrections are applied as one matrix product.
+REMOVALS = 32
 
 
 def removal_order(hessian_inverse: Tensor, moment: Tensor, width: int, count: int, first_order: float = 0.0) -> Tensor:
     """Greedy order of removal of `count` groups of `width` neighbouring rows of W.
 
     Args:
-        hessian_inverse: (d_in, d_in), of the damped Hessian.
+        hessian_inverse: Inverse of the damped Hessian, (d_in, d_in).
         moment: (d_in, d_out), damped G.
         width: Rows per group; d_in is a multiple of it.
         count: Groups to remove.
@@ -53,7 +55,7 @@ def removal_order(hessian_inverse: Tensor, moment: Tensor, width: int, count: in
 
 
 def _order_of_rows(inverse: Tensor, weight: Tensor, moment: Tensor, count: int, first_order: float) -> Tensor:
-    """Single rows, exactly one at a time, but the rank-1 updates of H^-1 and W are kept apart for BLOCK steps.
+    """Remove single rows, exactly one at a time; the rank-1 updates of H^-1 and W are kept apart for REMOVALS steps.
 
     Within a block the current matrices are `inverse - U^T U` and `weight - U^T V`; a step reads one row of each instead
     of writing d_in^2 numbers. Removed rows stay in the working set, and are passed over, until they are a good part of
@@ -69,7 +71,7 @@ def _order_of_rows(inverse: Tensor, weight: Tensor, moment: Tensor, count: int, 
             inverse = inverse.index_select(0, left).index_select(1, left)
             weight, moment, names = weight[left], moment[left], names[left]
             gone = torch.zeros_like(names, dtype=torch.bool)
-        removed, U, V = _remove_rows(inverse, weight, moment, min(BLOCK, count), first_order, gone)
+        removed, U, V = _remove_rows(inverse, weight, moment, min(REMOVALS, count), first_order, gone)
         order.append(names[removed])
         gone[removed] = True
         count -= len(removed)
@@ -81,8 +83,12 @@ def _order_of_rows(inverse: Tensor, weight: Tensor, moment: Tensor, count: int, 
 def _remove_rows(
     inverse: Tensor, weight: Tensor, moment: Tensor, steps: int, first_order: float, gone: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`steps` removals: their indices (steps,), U (steps, d) and V (steps, d_out). `gone` (d,) is True for rows that
-    were removed before.
+    """Remove `steps` rows; the matrices after that are `inverse - U^T U` and `weight - U^T V`.
+
+    `gone` (d,) bool is True for rows that were removed before.
+
+    Returns:
+        The indices of the rows (steps,), U (steps, d) and V (steps, d_out).
     """
     U, V = inverse.new_zeros(steps, len(inverse)), weight.new_zeros(steps, weight.shape[1])
     diagonal = inverse.diagonal().masked_fill(gone, 1.0)  # never read again, but must not divide by zero
@@ -109,7 +115,7 @@ def _remove_rows(
 def _order_of_groups(
     inverse: Tensor, weight: Tensor, moment: Tensor, width: int, count: int, first_order: float
 ) -> Tensor:
-    """Groups of several rows: few and wide, so H^-1 and W are updated, and shrink, at each removal.
+    """Remove groups of several rows. They are few and wide, so H^-1 and W are updated, and shrink, at each removal.
 
     All systems are positive definite and are solved by Cholesky, (H^-1)_PP = L L^T. Batched LU, which
     `torch.linalg.solve` uses, gives wrong numbers in a process where anybody has called `torch.set_num_threads`
@@ -119,8 +125,9 @@ def _order_of_groups(
     order: list[Tensor] = []
     for _ in range(count):
         left = len(names)
-        # (left, width, width)
-        blocks = inverse.view(left, width, left, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        blocks = (
+            inverse.view(left, width, left, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        )  # (left, width, width)
         W, G = weight.view(left, width, -1), moment.view(left, width, -1)
         lower = torch.linalg.cholesky(blocks)
         halves = torch.linalg.solve_triangular(lower, W, upper=False)  # ||L^-1 W_P||^2 = tr(W_P^T [(H^-1)_PP]^-1 W_P)
@@ -173,14 +180,12 @@ def solve_levels(
 
 
 @dataclass(frozen=True)
-class ObsPruner(NoSurvey):
+class ObsPruner(FittedPruner, MembersPruner):
     """Optimal Brain Surgeon for groups of columns, with exact refit: `prune=obs`.
 
     Attributes:
         damping: Ridge towards the dense weight, as a fraction of the Hessian's mean diagonal.
         first_order: Weight of the first-order term in the score (0 is pure second order, 1 is Týr's rule).
-        multiple: Kept neurons are multiples of this.
-        query_heads: Take single query heads (Týr-the-Pruner) instead of KV groups.
     """
 
     name: ClassVar[str] = "obs"
@@ -188,31 +193,14 @@ class ObsPruner(NoSurvey):
 
     damping: float = 0.01
     first_order: float = 0.0
-    multiple: int = 32
-    query_heads: bool = False
 
     def __post_init__(self) -> None:
         check_number("damping", self.damping, "0.01")
         check_number("first_order", self.first_order, "0", zero=True)
 
-    def prunables(self, parts: Sequence[SubBlock]) -> tuple[Prunable, ...]:
-        """See `Pruner`."""
-        return member_prunables(parts, self.multiple, self.query_heads)
-
-    def statistics(self, dense: Tensor, width: int) -> LeastSquares:
-        """See `Pruner`."""
-        return LeastSquares.zeros(dense.shape[1], dense.shape[0], dense.device)
-
-    def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
-        """See `Pruner`: weights (d_out, k * width) in the dtype of the dense one."""
-        if not kept:
-            return []
-        assert isinstance(task.statistics, LeastSquares)
+    def fitted(self, problem: Damped, task: Task, kept: Sequence[int]) -> list[Candidate]:
+        """One greedy trajectory, and the optimum at each of its levels."""
         removed = task.dense.shape[1] // task.width - min(kept)
-
-        def solve(problem: Damped) -> list[tuple[Tensor, Tensor]]:
-            order = removal_order(problem.inverse, problem.moment, task.width, removed, self.first_order)
-            return solve_levels(problem.hessian, problem.moment, order, list(kept), task.width)
-
-        levels = solved(task.statistics, task.dense.T, self.damping, task.where, solve)
+        order = removal_order(problem.inverse, problem.moment, task.width, removed, self.first_order)
+        levels = solve_levels(problem.hessian, problem.moment, order, list(kept), task.width)
         return [Members(groups, weight.T.to(task.dense.dtype).contiguous()) for groups, weight in levels]

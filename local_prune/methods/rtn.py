@@ -14,7 +14,7 @@ from supernet.candidates import Candidate, Quantised
 
 
 def round_to_nearest(W: Tensor, bits: int, layout: Layout) -> Quantised:
-    """Each weight of W (d_in, d_out) float32 at the nearest point of its grid."""
+    """Put each weight of W (d_in, d_out) float32 on the nearest value of its grid."""
     found = grids(W, bits, layout)
     codes = found.steps(W.reshape(-1, layout.group, W.shape[1]), bits) + found.zero.unsqueeze(1)
     return quantised(codes.view(W.shape), found, bits, layout.dtype)
@@ -28,10 +28,10 @@ class RtnPruner(GridPruner):
     version: ClassVar[int] = 1
 
     def statistics(self, dense: Tensor, width: int) -> None:
-        """See `Pruner`: none."""
+        """None, as the inputs play no part."""
 
     def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
-        """See `Pruner`: one candidate a width in `kept`."""
+        """One candidate for each width in `kept`."""
         layout = self.layout(task)
         W = task.dense.T.float().contiguous()
         return [round_to_nearest(W, bits, layout) for bits in kept]

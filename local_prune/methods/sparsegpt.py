@@ -1,4 +1,4 @@
-"""SparseGPT (Frantar & Alistarh 2023): weights go column by column, and those to their right make up for it.
+"""SparseGPT (Frantar & Alistarh 2023): weights go column by column, and the columns to their right make up for it.
 
 With U upper triangular and U^T U = H^-1 (algorithm 1 of the paper), pruning w_j costs the error `e = w_j / U_jj`, and
 `e U_j,j+1:` is taken from the weights to its right. Shapes are those of `local_prune.methods.shared.blockwise`.
@@ -12,17 +12,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from local_prune.methods.shared.blockwise import Block, BlockwisePruner, keep_largest, keep_patterned
+from local_prune.methods.shared.blockwise import BlockwisePruner, InputBlock, keep_largest, keep_patterned
 
-STEP = 16  # columns whose errors reach each other one by one; those of earlier ones come as one matrix product
+# Columns whose errors reach each other one by one; errors of earlier columns come as one matrix product.
+STEP = 16
 
 
-def solve_columns(block: Block) -> tuple[Tensor, Tensor]:
-    """SparseGPT's `Solve`: the errors of each column reach those to its right, whatever happens to them later.
+def solve_columns(block: InputBlock) -> tuple[Tensor, Tensor]:
+    """SparseGPT's `Solve`: the error of each column is taken from the columns to its right.
 
     The unstructured mask is chosen at the start of the block, that of a group of N:M when its first column is reached.
-    A column gathers the errors of those before it when its turn comes, which reads them but writes no column but its
-    own.
+    A column gathers the errors of the columns before it when its turn comes, so that only one column is written.
     """
     rows = block.weight.view(len(block.weight), -1)
     U, scale = block.U, block.U.diagonal()
@@ -49,12 +49,12 @@ class SparseGptPruner(BlockwisePruner):
     """SparseGPT (Frantar & Alistarh 2023, algorithm 1): `prune=sparsegpt`.
 
     Attributes:
-        block: Inputs whose weights are compared with each other, the paper's B_s; makes no difference for N:M.
+        block: Inputs whose weights are compared with each other, the paper's B_s. It makes no difference for N:M.
     """
 
     name: ClassVar[str] = "sparsegpt"
     version: ClassVar[int] = 1
 
-    def solve(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Column by column."""
+    def solve(self, block: InputBlock) -> tuple[Tensor, Tensor]:
+        """Prune the columns one after the other."""
         return solve_columns(block)

@@ -1,4 +1,8 @@
-"""LLM-Pruner (Ma et al. 2023): members whose removal changes the loss least go first, to first order."""
+"""LLM-Pruner (Ma et al. 2023, section 3.2): members whose removal changes the loss least, to first order, go first.
+
+The score of a member is sum |g w| over the weights w that go with it, with g the gradient of the loss on the whole
+calibration text: the authors' importance by elements of weights (`param_first`).
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,11 @@ from supernet.models.architecture import SubBlock
 def member_saliencies(
     model: PreTrainedModel, parts: Sequence[SubBlock], calibration: Calibration, device: torch.device, track: Track
 ) -> dict[str, Tensor]:
-    """First-order importance of each member (LLM-Pruner, Ma et al. 2023, section 3.2, by elements of weights:
-    `param_first`).
+    """First-order importance of each member: sum |g w| over its rows and its columns.
 
-    sum |g w| over the weights that go with the member: its rows and its columns. g is the gradient of the mean loss
-    over the whole calibration text, so it has to be summed over all batches before the absolute value is taken. Memory:
-    one float32 copy of those layers. Biases are left out, as in the authors' code.
+    g is the gradient of the mean loss over the whole calibration text, so it has to be summed over all batches before
+    the absolute value is taken. That takes the memory of one float32 copy of those layers. Biases are left out, as in
+    the authors' code.
 
     Args:
         model: The dense model.
@@ -34,7 +37,7 @@ def member_saliencies(
         track: Draws progress.
 
     Returns:
-        Sub-block -> (members,) float32 on the CPU, for those that have members.
+        Name of the sub-block -> (members,) float32 on the CPU, for those that have members.
     """
     totals: dict[str, Tensor] = {}
     layers = {part.name: member_layers(part) for part in parts}
@@ -50,7 +53,7 @@ def member_saliencies(
 
 
 def _saliency(part: SubBlock, totals: dict[str, Tensor]) -> Tensor:
-    """Of one sub-block; takes its gradients out of `totals`."""
+    """The importance of one sub-block's members; its gradients are taken out of `totals`."""
     products = {}
     for layer in member_layers(part):
         weight = part.weight(layer).detach().to("cpu", torch.float32)
@@ -60,7 +63,7 @@ def _saliency(part: SubBlock, totals: dict[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class TaylorPruner(SurveyedPruner):
-    """Members with the smallest first-order effect on the loss go first: LLM-Pruner, see `member_saliencies`."""
+    """Members with the smallest first-order effect on the loss go first: `prune=taylor`."""
 
     name: ClassVar[str] = "taylor"
     version: ClassVar[int] = 1
@@ -68,9 +71,9 @@ class TaylorPruner(SurveyedPruner):
     def survey(
         self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
     ) -> Mapping[str, Tensor]:
-        """Scores from the gradient of the loss on the calibration text."""
+        """The importance of the dense model's members, by unit."""
         return member_saliencies(model, self.parts(model), calibration, device, track)
 
     def survey_tokens(self, calibration: Calibration) -> int:
-        """See `Pruner`."""
+        """One gradient of the whole text."""
         return COST * calibration.ids.numel()

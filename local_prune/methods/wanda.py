@@ -1,4 +1,8 @@
-"""Wanda (Sun et al. 2023): a weight counts as much as its size times the norm of its input."""
+"""Wanda (Sun et al. 2023, equation 1): a weight counts as much as its size times the norm of its input.
+
+The score of the weight of output i and input j is |W_ij| ||X_j||_2, with ||X_j||_2 taken over all calibration tokens.
+It is compared among the weights of one output.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from local_prune.pruner import Task
 
 @dataclass(frozen=True)
 class WandaPruner(ScoredPruner):
-    """|W_ij| ||X_j||_2, compared per output (Sun et al. 2023, equation 1): `prune=wanda`."""
+    """Each output loses the weights with the smallest |W_ij| ||X_j||_2: `prune=wanda`."""
 
     name: ClassVar[str] = "wanda"
     version: ClassVar[int] = 1

@@ -1,26 +1,25 @@
-"""Wanda-sp: Wanda's score of weights, taken together by members."""
+"""Wanda-sp: Wanda's score by members, a baseline in the paper of FLAP (An et al. 2024).
+
+The score of a member is the mean of |W_ij| ||X_j||_2 over all outputs i and over its input columns j.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from local_prune.methods.shared.members import MembersPruner, best
+from local_prune.methods.shared.members import ScoredMembersPruner
 from local_prune.pruner import Task
 from local_prune.statistics import Moments, finite
-from supernet.candidates import Candidate, Members
 
 
 def wanda_sp(dense: Tensor, norms: Tensor, width: int) -> Tensor:
-    """Wanda's |W_ij| ||X_j||_2 by members (Wanda-sp, a baseline of FLAP, An et al. 2024).
-
-    The mean over the outputs and over the columns of a member, as in FLAP's code.
+    """Mean of |W_ij| ||X_j||_2 over the outputs and over the columns of a member, as in FLAP's code.
 
     Args:
-        dense: (d_out, d_in).
+        dense: W, (d_out, d_in).
         norms: ||X_j||_2, (d_in,).
         width: Columns per member.
 
@@ -31,18 +30,17 @@ def wanda_sp(dense: Tensor, norms: Tensor, width: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class WandaSpPruner(MembersPruner):
-    """Members with the smallest weights times inputs go first: `wanda_sp`."""
+class WandaSpPruner(ScoredMembersPruner):
+    """Members with the smallest weights times inputs go first: `prune=wanda_sp`."""
 
     name: ClassVar[str] = "wanda_sp"
     version: ClassVar[int] = 1
 
     def statistics(self, dense: Tensor, width: int) -> Moments:
-        """Of each input."""
+        """The norms of the inputs are taken from their moments."""
         return Moments.zeros(dense.shape[1], dense.device)
 
-    def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
-        """See `Pruner`; with the dense weights."""
+    def scores(self, task: Task) -> Tensor:
+        """`wanda_sp` of the layer that ends the sub-block."""
         assert isinstance(task.statistics, Moments)
-        scores = finite(wanda_sp(task.dense, task.statistics.norms, task.width), task.where)
-        return [Members(members, None) for members in best(scores, kept)]
+        return finite(wanda_sp(task.dense, task.statistics.norms, task.width), task.where)

@@ -1,8 +1,7 @@
-"""Supernet folders as they lie on disk, for those who look after them: which are ours, in what state, and who uses
-them.
+"""Supernet folders as they lie on disk: which folders are supernets, what state they are in, and which runs use them.
 
 Nothing here needs torch, changes anything, follows a link or trusts what it finds: a folder may be damaged, of an older
-format, or no supernet.
+format, or no supernet at all.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from supernet.space import Space
 from supernet.system.atomic import TEMPORARY
 from supernet.uses import USES, Use, uses_of
 
-NAME = re.compile(r"[0-9a-f]{16}")  # of a supernet's folder
+NAME = re.compile(r"[0-9a-f]{16}")  # what the folder of a supernet is called
 UNIT_FILE = re.compile(rf"{UNIT_NAME.pattern}\.safetensors")
 USE_FILE = re.compile(r"[0-9a-f]{16}\.json")
 
@@ -36,9 +35,9 @@ class Folder:
 
     Attributes:
         path: The folder.
-        format: Of its files; this version's where nothing says otherwise.
-        manifest: What it says; None where there is none, or none that this version can read.
-        damage: What is wrong and what to do, where something is.
+        format: The format of its files; this version's where nothing says otherwise.
+        manifest: The content of its manifest; None where there is none, or none that this version can read.
+        damage: What is wrong and what to do about it; None where nothing is.
     """
 
     path: Path
@@ -48,7 +47,7 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """Of the folder, as it can be printed."""
+        """The folder's name, as it can be printed."""
         return plain(self.path.name)
 
     @cached_property
@@ -58,12 +57,12 @@ class Folder:
 
     @property
     def built(self) -> int:
-        """Units that are there."""
+        """How many units have their candidates."""
         return len(self.manifest["units"]) if self.manifest else 0
 
     @property
     def state(self) -> str:
-        """In a word or two."""
+        """The state of the supernet in a word or two: damaged, being built, unfinished, complete, or its old format."""
         if self.damage:
             return "damaged"
         if self.format != FORMAT:
@@ -73,22 +72,22 @@ class Folder:
         return "complete" if self.manifest and self.built == len(self.space.units) else "unfinished"
 
     def label(self, key: str) -> str:
-        """What the one who made the supernet calls something, as it can be printed; nothing where that is not known."""
+        """A label that the run gave the supernet when it made it, as it can be printed; empty where there is none."""
         return plain(str(self.manifest["labels"].get(key, ""))) if self.manifest else ""
 
     @cached_property
     def bytes(self) -> int:
-        """Of all files."""
+        """The size of all files."""
         return size_of(self.path)
 
     @cached_property
     def uses(self) -> Sequence[Use]:
-        """By runs that are still there."""
+        """The uses by runs that are still there."""
         return [use for use in uses_of(self.path) if use.counts]
 
     @property
     def last_used(self) -> datetime:
-        """When a run opened it last, or when it was last written."""
+        """When a run opened the supernet last; where that was not noted, when it was last written."""
         if noted := uses_of(self.path):
             return noted[0].last_used
         for written in (self.path / MANIFEST, self.path):
@@ -98,7 +97,7 @@ class Folder:
 
 
 def supernet_folders(path: Path) -> list[Path]:
-    """The supernets that `path` is or holds, links to others left out; InputError where there are none."""
+    """The supernet that `path` is, or the supernets that it holds, without links; InputError where there are none."""
     if not path.is_dir():
         raise InputError(f"there is no folder {path}; give a supernet, or the folder of all supernets (supernet.root)")
     found = [path] if _is_ours(path) else [folder for folder in sorted(path.iterdir()) if _is_ours(folder)]
@@ -114,7 +113,7 @@ def supernet_folders(path: Path) -> list[Path]:
 
 
 def inspect(path: Path) -> Folder:
-    """A supernet's folder, with the damage that can be seen without reading candidates."""
+    """Look at a supernet's folder, and at the damage that can be seen without reading candidates."""
     manifest = None
     try:
         manifest = read_manifest(path)
@@ -142,7 +141,7 @@ def is_locked(path: Path) -> bool:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of all files in a folder, which may change meanwhile."""
+    """Bytes of all files in a folder. Files may come and go meanwhile."""
     total = 0
     for folder, _, names in os.walk(path):
         for name in names:
@@ -152,8 +151,9 @@ def size_of(path: Path) -> int:
 
 
 def foreign(path: Path) -> Path | None:
-    """The first thing in a folder that no supernet has, by its name and its type, at any depth; None where all
-    is ours.
+    """The first thing in a folder, at any depth, whose name or type says that it belongs to no supernet.
+
+    None where everything may be a supernet's.
     """
     with suppress(FileNotFoundError):  # removed meanwhile
         return next(_foreign(path), None)
@@ -180,19 +180,20 @@ def _entries(path: Path) -> list[os.DirEntry[str]]:
 
 
 def is_plain_file(entry: os.DirEntry[str]) -> bool:
-    """No folder, link, pipe or device."""
+    """Whether this is a file, and no folder, link, pipe or device."""
     return entry.is_file(follow_symlinks=False)
 
 
 def plain(text: str) -> str:
-    """Text without line breaks, escape sequences and what no terminal shows: names and labels may be anybody's."""
+    """A text as it can be printed: without line breaks, escape sequences and what no terminal shows.
+
+    Names and labels in a folder may be anybody's.
+    """
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder is a supernet: by its manifest, or, where none can be read, by its name and all that is
-    in it.
-    """
+    """Whether a folder is a supernet. Its manifest tells; where none can be read, its name and all that is in it do."""
     if path.is_symlink() or not path.is_dir() or path.name.startswith("."):
         return False
     with suppress(InputError):

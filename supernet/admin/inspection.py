@@ -15,12 +15,14 @@ from supernet.space import BITS, WEIGHTS, Unit
 from supernet.store import Supernet
 from supernet.unit_file import UnitFile
 
-SHARED, HEADER = -1, -2  # columns of the table besides levels: tensors of all levels, and what describes the tensors
-DENSE_BYTES = 2  # of a weight in a dense file of one level, as EvoPress and others keep them
+# Columns of the table besides the levels: tensors that all levels share, and the description of the tensors.
+SHARED, HEADER = -1, -2
+# Bytes of a weight in a dense file of one level, which is how EvoPress and others keep candidates.
+DENSE_BYTES = 2
 
 
 def verify(path: Path) -> Iterator[tuple[str, bool]]:
-    """A line for each supernet, and whether it is as it was written."""
+    """Check all supernets of a folder: for each a line, and whether it is as it was written."""
     for folder in map(inspect, supernet_folders(path)):
         if folder.format != FORMAT:
             yield f"{folder.name}: not checked, it is of format {folder.format} and this version reads {FORMAT}", True
@@ -35,7 +37,7 @@ def verify(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _problems(supernet: Supernet) -> list[str]:
-    """One for each unit that is damaged."""
+    """What is wrong with each unit that is damaged."""
     found = []
     for index, unit in enumerate(supernet.space.units):
         try:
@@ -60,8 +62,9 @@ def _check(supernet: Supernet, index: int) -> None:
 
 
 def sizes(path: Path) -> Iterator[tuple[str, bool]]:
-    """For each supernet a table of bytes by unit and level, totals by kind of unit and altogether, and whether it is
-    whole.
+    """Tell the sizes of all supernets of a folder: for each a table, and whether it could be read.
+
+    The table shows bytes by unit and level, and totals by kind of unit and altogether.
     """
     for folder in map(inspect, supernet_folders(path)):
         try:
@@ -108,8 +111,9 @@ def _bytes_by_column(file: UnitFile) -> dict[int, int]:
 
 
 def _compared(total: int, units: Sequence[Unit]) -> str:
-    """With dense files, where units are linear layers: of heads and neurons the space does not say how large the layers
-    are.
+    """A few words that compare a supernet of linear layers with dense files of all its levels.
+
+    Nothing for heads and neurons, for which the space does not say how large the layers are.
     """
     if not {unit.kind for unit in units} <= {WEIGHTS, BITS}:
         return ""

@@ -8,12 +8,12 @@ from pathlib import Path
 from supernet.admin.folders import Folder, inspect, supernet_folders
 
 HEADER = ("supernet", "model", "method", "units", "levels", "sparsity", "size", "last used", "runs", "state")
-NUMBERS = (3, 4, 5, 6, 8)  # columns of the table
-WIDEST = 60  # letters of a label
+NUMBERS = (3, 4, 5, 6, 8)  # the columns that are aligned to the right
+WIDEST = 60  # letters of a label that are printed
 
 
 def listing(path: Path) -> tuple[str, bool]:
-    """A line a supernet, the one that was used last first, and whether none is damaged."""
+    """A table with a line for each supernet, the one that was used last first, and whether none is damaged."""
     folders = sorted(map(inspect, supernet_folders(path)), key=lambda folder: folder.last_used, reverse=True)
     return table([HEADER, *map(_row, folders)], NUMBERS), not any(folder.damage for folder in folders)
 
@@ -37,17 +37,17 @@ def _row(folder: Folder) -> tuple[str, ...]:
 
 
 def spread(numbers: Sequence[int]) -> str:
-    """The smallest and the largest, or the number that all are."""
+    """The smallest and the largest number, such as "3-9"; one number where all are the same."""
     return "-" if not numbers else "-".join(map(str, sorted({min(numbers), max(numbers)})))
 
 
 def shortened(label: str) -> str:
-    """A label that leaves room for the other columns."""
+    """Cut a label so that it leaves room for the other columns."""
     return label if len(label) <= WIDEST else f"{label[: WIDEST - 3]}..."
 
 
 def readable(size: int) -> str:
-    """Bytes in a unit that leaves few digits."""
+    """A number of bytes in the unit that leaves few digits, such as "1.2 GB"."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
             return f"{size / factor:,.1f} {unit}"
@@ -55,7 +55,7 @@ def readable(size: int) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
-    """Rows under each other, the columns of these indices aligned to the right."""
+    """Set rows under each other in columns; those with these indices are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

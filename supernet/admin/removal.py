@@ -1,8 +1,8 @@
-"""`python -m supernet gc`: takes away what no run refers to, and what killed processes left.
+"""`python -m supernet gc`: removes supernets that no run refers to, and what killed processes left.
 
-A supernet that is being built stays, and so does everything that is not ours: a supernet with one foreign thing
-anywhere in it is left as it is, and no link is followed. What goes is renamed first, so that a kill in between leaves
-nothing that could be taken for a whole supernet; the next call takes away the rest.
+A supernet that is being built stays. So does one with anything in it, at any depth, that is not a supernet's; no link
+is followed. What goes is renamed first, so that a kill in between leaves nothing that could be taken for a whole
+supernet; the next call removes the rest.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ from supernet.manifest import FORMAT, LOCK, UNITS
 from supernet.system.atomic import left_behind
 from supernet.uses import USES, unreadable_uses, uses_of
 
-REMOVED = ".removed"  # how the name of a folder ends that is on its way out; it starts with a dot
-HALF_REMOVED = re.compile(r"\.[0-9a-f]{16}\.removed")  # of a supernet under the name that it was made with
+# How the name of a folder ends while it is being removed; it starts with a dot.
+REMOVED = ".removed"
+# The name, while it is being removed, of a supernet that kept the name that it was made with.
+HALF_REMOVED = re.compile(r"\.[0-9a-f]{16}\.removed")
 
 
 def collect(path: Path, dry_run: bool) -> Iterator[tuple[str, bool]]:
-    """Do it, or only look: a line for each thing that goes and one for what that comes to, and whether all went
-    well.
+    """Remove what can go, or only tell it.
+
+    Yields:
+        A line for each thing that goes or is kept for a reason, and one for what that comes to; and whether it went
+        well.
     """
     remove, free = ("would remove", "would free") if dry_run else ("removed", "freed")
     freed = stay = 0
@@ -67,7 +72,7 @@ def _supernets(path: Path, or_none: bool) -> list[Path]:
 
 
 def _half_removed(path: Path) -> list[Path]:
-    """What an earlier call renamed but did not come to remove, in or beside `path`: nothing but what a supernet has."""
+    """Supernets in or beside `path` that an earlier call renamed but did not come to remove."""
     found = [*path.glob(f".*{REMOVED}"), *path.parent.glob(f".{path.name}{REMOVED}")] if path.is_dir() else []
     folders = sorted(
         folder for folder in found if folder.is_dir() and not folder.is_symlink() and foreign(folder) is None
@@ -76,8 +81,13 @@ def _half_removed(path: Path) -> list[Path]:
 
 
 def _tidied(folder: Path, dry_run: bool) -> tuple[str, str, int]:
-    """Why a supernet goes, or why it stays where that is worth a line, and the bytes that go; Timeout where it is being
-    built.
+    """Remove a supernet if it can go, else what killed processes left in it.
+
+    Returns:
+        Why it goes, or empty; why it stays where that is worth a line, or empty; and the bytes that go.
+
+    Raises:
+        Timeout: It is being built.
     """
     if (stranger := foreign(folder)) is not None:  # not even temporary files: who knows what they are here
         return "", f"{plain(str(stranger.relative_to(folder)))} in it is not ours", 0
@@ -94,7 +104,7 @@ def _tidied(folder: Path, dry_run: bool) -> tuple[str, str, int]:
 
 @contextmanager
 def _nobody_builds(folder: Path, dry_run: bool) -> Iterator[None]:
-    """Keep builders out; to look, it is enough that there is none."""
+    """Keep builders out of a supernet. Where nothing is changed it is enough that nobody builds now."""
     if not dry_run:
         try:
             lock = FileLock(folder / LOCK)
@@ -122,15 +132,16 @@ def _why_useless(supernet: Folder) -> str:
 
 
 def _remove(folder: Path, dry_run: bool) -> int | None:
-    """Remove a folder; the bytes that it had. None where it stays: a run has come to use it meanwhile, or somebody
-    else.
+    """Remove a folder and return the bytes that it had.
+
+    None where it stays, as meanwhile a run has come to use it or somebody has put something into it.
     """
     size = size_of(folder)
     if dry_run:
         return size
     try:
         gone = folder if folder.name.endswith(REMOVED) else folder.rename(folder.with_name(f".{folder.name}{REMOVED}"))
-        # Noted or put there since we looked; later ones find nothing here.
+        # A use may have been noted since we looked, or a file put there. Who comes later finds no folder of this name.
         if gone != folder and (any(use.counts for use in uses_of(gone)) or foreign(gone) is not None):
             gone.rename(folder)
             return None
@@ -141,7 +152,7 @@ def _remove(folder: Path, dry_run: bool) -> int | None:
 
 
 def _sweep(folder: Path, dry_run: bool) -> int:
-    """Remove temporary files that killed processes left; the bytes that they had."""
+    """Remove temporary files that killed processes left, and return the bytes that they had."""
     files = [file for place in (folder, folder / UNITS, folder / USES) for file in left_behind(place)]
     size = sum(file.lstat().st_size for file in files)
     for file in files if not dry_run else ():

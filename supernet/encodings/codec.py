@@ -1,8 +1,8 @@
 """The compact tensors that candidates are stored as: `encode` makes them, `decode` reads a candidate back.
 
 Values that are the dense model's own are never stored: a method that only chooses what stays gives candidates without
-weights, and all of a unit's levels share one order of removal where they are nested. Tensors of a level, by name behind
-its number:
+weights, and all of a unit's levels share one order of removal where they are nested. These are the tensors of a level;
+before each name stands the level's number:
 
     kept, [weight], [bias]              members: indices and their columns
     [bias]                              members or weights whose choice is in the shared `order`, with its `shape`
@@ -11,8 +11,8 @@ its number:
     codes, shape, scale, [zero]         quantised groups
     dropped                             nothing
 
-and `contents`: what the level counts, and how many other tensors it has. Masks, orders, ranks and codes are bit planes;
-shape, pattern, dropped and contents are headers (`supernet.encodings.tensors`).
+A level also has `contents`: what it counts, and how many other tensors it has. Masks, orders, ranks and codes are bit
+planes; shape, pattern, dropped and contents are headers (`supernet.encodings.tensors`).
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from supernet.encodings.packing import at_least, gathered, keeps, plane_bytes, s
 from supernet.encodings.patterns import find_pattern, mask_of, rank_bits, ranks_of
 from supernet.encodings.tensors import Stored, header, planes
 
-MOST_ORDERED = 255  # levels that share one order of removal: it is kept in bytes while it is made
-INDEX = torch.int32  # of kept members
+# The most levels that share one order of removal, which is made in bytes.
+MOST_ORDERED = 255
+INDEX = torch.int32  # how the indices of kept members are stored
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def encode(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
-    """The candidates of levels 1, 2, ... as named tensors on the CPU for one file; `decode` reads one of them back.
+    """Make named tensors on the CPU, for one file, of the candidates of levels 1, 2, ...; `decode` reads one back.
 
     Level 0 is the dense model's own weight and is never stored. Where all levels are nested and keep dense values, what
-    is stored is the last level that keeps each member or weight, unless the levels take less one by one.
+    is stored is the last level that keeps each member or weight, unless storing the levels one by one takes less.
     """
     masks = _ordered_masks(candidates)
     tensors: dict[str, Tensor] = {}
@@ -54,7 +55,7 @@ def encode(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
 
 
 def _choice(candidate: Candidate) -> dict[str, Tensor]:
-    """Which members or weights stay."""
+    """The tensors that say which members or weights stay."""
     match candidate:
         case Members():
             return {"kept": candidate.kept.to(INDEX)}
@@ -82,7 +83,7 @@ def _choice_bytes(candidate: Candidate) -> int:
 
 
 def _values(candidate: Candidate) -> dict[str, Tensor]:
-    """What the dense model does not have."""
+    """The tensors with values that the dense model does not have."""
     match candidate:
         case Members():
             both = {"weight": candidate.weight, "bias": candidate.bias}
@@ -98,7 +99,7 @@ def _values(candidate: Candidate) -> dict[str, Tensor]:
 
 
 def _middle(scale: Tensor, bits: int) -> Tensor:
-    """The zeros of symmetric grids, which need not be stored: (d_out, groups) uint8, of scales of that shape."""
+    """The zeros of symmetric grids, which need not be stored: uint8, of the shape of the scales (d_out, groups)."""
     return torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
 
 
@@ -107,9 +108,9 @@ def _is_symmetric(candidate: Quantised) -> bool:
 
 
 def _ordered_masks(candidates: Sequence[Candidate]) -> list[Tensor] | None:
-    """What each level keeps as masks on the CPU, where one order tells it all and is the smaller form.
+    """What each level keeps, as masks on the CPU, if one order of removal can stand for all levels and takes less.
 
-    None where levels are not nested, not only chosen, more than `MOST_ORDERED`, or take less one by one.
+    None where levels are not nested, have values of their own, are more than `MOST_ORDERED`, or take less one by one.
     """
     chosen = [_chosen(candidate) for candidate in candidates]
     masks = [mask for mask in chosen if mask is not None]
@@ -124,7 +125,7 @@ def _ordered_masks(candidates: Sequence[Candidate]) -> list[Tensor] | None:
 
 
 def _chosen(candidate: Candidate) -> Tensor | None:
-    """What stays, as a mask or as indices, where the values that stay are the dense ones."""
+    """What stays, as a mask or as indices; None where the values that stay are not the dense ones."""
     if isinstance(candidate, Members | Weights) and candidate.weight is None:
         return (candidate.kept if isinstance(candidate, Members) else candidate.mask).cpu()
     return None
@@ -137,13 +138,14 @@ def _order_bytes(masks: Sequence[Tensor]) -> int:
 def decode(read: Callable[[str], Tensor], names: Sequence[str], level: int) -> Candidate:
     """The candidate of a level, on the device of the tensors that `read` gives.
 
-    ValueError where tensors are missing or do not fit together. What only their values show is looked for on the CPU
-    alone: on other devices nothing waits for them.
-
     Args:
         read: Gives the tensor of a name.
-        names: Of all tensors there are.
+        names: The names of all tensors there are.
         level: At least 1.
+
+    Raises:
+        ValueError: Tensors are missing or do not fit together. Damage that only values show is looked for on the CPU
+            alone: on other devices that would mean to wait for them.
     """
     there = frozenset(names)
     own = Stored(read, there, f"{level}.")
@@ -170,7 +172,7 @@ def _ordered(own: Stored, shared: Stored, level: int, count: int) -> Candidate:
 
 
 def _indices(mask: Tensor, count: int) -> Tensor:
-    """(count,) int64, where a mask (n,) is True: `nonzero` would wait for the device to tell how many there are."""
+    """Where a mask (n,) is True, (count,) int64: `nonzero` would wait for the device to tell how many there are."""
     places = torch.where(mask, mask.cumsum(0) - 1, count).clamp_(max=count)  # the last one takes what is not kept
     indices = torch.zeros(count + 1, dtype=torch.int64, device=mask.device)
     return indices.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:count]
@@ -224,5 +226,5 @@ def _optional(own: Stored, name: str, dim: int) -> Tensor | None:
 
 
 def _on_cpu(tensor: Tensor) -> bool:
-    """Whether looking at values makes nothing wait."""
+    """Whether values can be looked at without waiting for a device."""
     return tensor.device.type == "cpu"

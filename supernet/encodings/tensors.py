@@ -1,8 +1,7 @@
-"""Named tensors that tell what they are: headers, and bit planes with the shape of their numbers; checked as they are
-read.
+"""Named tensors that tell what they are, and are checked as they are read: headers, and bit planes with their shape.
 
-A header is a tensor without elements whose own shape, before a last 0, is its numbers: it takes no bytes in a file, and
-is known without asking the device that it is on.
+A header is a tensor without elements. Its numbers are its own shape, which ends in a 0. So it takes no bytes in a file,
+and is known without asking the device that it is on.
 """
 
 from __future__ import annotations
@@ -18,25 +17,25 @@ from supernet.encodings.packing import packed, plane_bytes
 
 
 def header(*numbers: int) -> Tensor:
-    """(*numbers, 0) uint8."""
+    """A header with these numbers: uint8 of the shape (*numbers, 0)."""
     return torch.empty(*numbers, 0, dtype=torch.uint8)
 
 
 def planes(name: str, numbers: Tensor, bits: int) -> dict[str, Tensor]:
-    """Bit planes of this name, as `supernet.encodings.packing.packed` makes them, and the header `shape`: their bits,
-    and their shape.
-    """
+    """Two tensors: the bit planes of whole numbers, of this name, and the header `shape` with their bits and shape."""
     return {name: packed(numbers, bits), "shape": header(bits, *numbers.shape)}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors whose names begin alike. Reading one that is missing or not what it should be is a ValueError.
+    """The stored tensors whose names begin with the same prefix; methods take the rest of a name.
+
+    Reading one that is missing, or not what it should be, raises a ValueError.
 
     Attributes:
         read: Gives the tensor of a whole name.
-        names: All whole names.
-        prefix: How these begin; all methods take the rest.
+        names: All whole names, also those with other prefixes.
+        prefix: How the names begin.
     """
 
     read: Callable[[str], Tensor]
@@ -50,12 +49,12 @@ class Stored:
         return sum(name.startswith(self.prefix) for name in self.names)
 
     def check(self, right: bool, name: str, wrong: str) -> None:
-        """ValueError with what is wrong about a tensor unless it is right."""
+        """Raise a ValueError that says what is wrong about a tensor, unless it is right."""
         if not right:
             raise ValueError(f"tensor {self.prefix}{name} {wrong}")
 
     def tensor(self, name: str, dtypes: Collection[torch.dtype], dim: int) -> Tensor:
-        """Of one of these dtypes and so many dimensions."""
+        """Read a tensor that must be of one of these dtypes and have `dim` dimensions."""
         self.check(name in self, name, "is missing")
         found = self.read(self.prefix + name)
         self.check(
@@ -64,14 +63,14 @@ class Stored:
         return found
 
     def header(self, name: str, lengths: Collection[int]) -> tuple[int, ...]:
-        """The numbers of a header, of which there are as many as one of `lengths`."""
+        """Read the numbers of a header; there must be as many as one of `lengths`."""
         self.check(name in self, name, "is missing")
         shape = self.read(self.prefix + name).shape
         self.check(len(shape) - 1 in lengths and shape[-1] == 0, name, f"is no header: its shape is {tuple(shape)}")
         return tuple(shape[:-1])
 
     def planes(self, name: str, dims: Collection[int]) -> tuple[Tensor, tuple[int, ...]]:
-        """Bit planes, (bits, bytes) uint8, and the shape of their numbers, of as many dimensions as one of `dims`."""
+        """Read bit planes, (bits, bytes) uint8, and the shape of their numbers, as long as one of `dims`."""
         bits, *shape = self.header("shape", [dim + 1 for dim in dims])
         found = self.tensor(name, (torch.uint8,), 2)
         expected = bits, plane_bytes(prod(shape), 1)

@@ -21,9 +21,7 @@ from supernet.space import ATTENTION, MIXER, MLP
 
 @dataclass(frozen=True)
 class Rows:
-    """Output rows of a layer that go with members: member i has rows `offset + i * count` up to `offset + (i + 1) *
-    count`.
-    """
+    """Output rows of a layer that go with members: member i has `count` rows from `offset + i * count` on."""
 
     layer: str
     offset: int
@@ -32,13 +30,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Removable:
-    """Members that can be taken out of a sub-block one by one: KV groups with their query heads, query heads, or
-    neurons.
+    """The members that can be taken out of a sub-block one by one.
+
+    They are KV groups with their query heads, single query heads, or neurons.
 
     Attributes:
-        members: Of the dense model.
+        members: How many the dense model has.
         rows: Output rows that go with a member.
-        width: Input columns of the sub-block's `column` per member.
+        width: Input columns that go with a member, of the layer that ends the sub-block.
         slices: Whether the module's own code runs without the rows and columns; if not, columns are set to zero
             instead.
     """
@@ -54,18 +53,18 @@ class SubBlock:
     """One residual sub-block of a bound model: `x + post_norm(module(norm(x)))`.
 
     Attributes:
-        name: Also the unit's name: path of the module in the model (`<block>.mlp` where an MLP is no module of its
-            own).
+        name: Path of the module in the model (`<block>.mlp` where an MLP is no module of its own), which is also the
+            name of the unit.
         kind: `ATTENTION`, `MLP` or `MIXER`.
-        block: Index of the block it stands in.
+        block: Index of the block that it stands in.
         block_name: Path of that block.
         prefix: Path of the module's layers in the model's state (the block's, where an MLP is no module of its own).
         norm_name: Path of the norm before the module.
         post_norm_name: Path of the norm behind the module, if there is one.
         stages: Linear layers that share their inputs, stage by stage in the order of computation, by name within the
             module.
-        groups: What can be removed from it; None for mixers.
-        query_heads: The same by single query heads, with rows of the queries alone (Týr-the-Pruner); None but for
+        groups: The members that can be taken out; None for mixers.
+        query_heads: Single query heads as members, with rows of the queries alone (Týr-the-Pruner); None for all but
             attention.
         wide_residual: The residual stream is float32 whatever the weights are.
         receive: What a layer gets as inputs, from the call of the module that holds it: its argument, for a linear
@@ -124,7 +123,7 @@ class SubBlock:
 
     @property
     def own_state(self) -> tuple[str, ...]:
-        """Paths in the model's state of all that goes with the whole sub-block: the module's and its norms'."""
+        """Paths in the model's state of everything that goes with the sub-block: of its module, and of its norms."""
         names = [self.state_name(name) for name in self.module.state_dict()]
         for path, norm in ((self.norm_name, self.norm), (self.post_norm_name, self.post_norm)):
             names += [f"{path}.{name}" for name in norm.state_dict()] if norm is not None else []
@@ -132,14 +131,12 @@ class SubBlock:
 
     @property
     def parameters(self) -> int:
-        """Parameters that go with the whole sub-block: all of the module's but norms, which, like embeddings, are not
-        counted.
-        """
+        """How many parameters go with the whole sub-block. Norms, like embeddings, are not counted."""
         return sum(parameter.numel() for name, parameter in self.module.named_parameters() if "norm" not in name)
 
     @property
     def member_parameters(self) -> int:
-        """Parameters that go with one member: its rows (with their biases) and its columns."""
+        """How many parameters go with one member: its rows with their biases, and its columns."""
         assert self.groups is not None
         count = self.weight(self.column).shape[0] * self.groups.width
         for rows in self.groups.rows:
@@ -153,8 +150,9 @@ class SubBlock:
 
         Args:
             hidden: (batch, tokens, hidden) residual stream before the sub-block.
-            context: What the block's attention gets besides (masks, positions), from `entry`.
-            weights: Stands in for the module's own parameters of these names (smaller where members are removed).
+            context: What else the block's attention gets (masks, positions), from `supernet.models.forward.entry`.
+            weights: Parameters that stand for the module's own, by name, as `replaced` gives them; they are smaller
+                where members are removed.
         """
         change = self.change(hidden, context, weights)
         return (hidden.float() if self.wide_residual else hidden) + change
@@ -216,8 +214,9 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def sub_blocks(model: PreTrainedModel) -> tuple[SubBlock, ...]:
-    """Every sub-block in the order of the forward pass: attention, mixer and MLP of block 0, of block 1, ..., as far as
-    each block has them.
+    """Every sub-block in the order of the forward pass.
+
+    That is attention, mixer and MLP of block 0, then of block 1, ..., as far as a block has them.
     """
     family = family_of(model)
     found: list[SubBlock] = []
@@ -227,7 +226,7 @@ def sub_blocks(model: PreTrainedModel) -> tuple[SubBlock, ...]:
 
 
 def _sub_blocks(family: Family, config: PreTrainedConfig, block: nn.Module, index: int) -> Iterator[SubBlock]:
-    """Those of one block. family: What `Family.of_block` says of this block."""
+    """The sub-blocks of one block; `family` is what `Family.of_block` says of it."""
     name = f"{family.blocks}.{index}"
     if family.attention:
         yield _attention(family, family.heads or heads_of(config), block, index, name)
@@ -293,7 +292,7 @@ def _mixer(family: Family, config: PreTrainedConfig, block: nn.Module, index: in
 
 
 def _sections(layers: Sequence[tuple[str, int, int]]) -> Iterator[Rows]:
-    """Rows of (layer, rows a member, members): a layer that comes again goes on where it ended."""
+    """Rows from triples (layer, rows per member, members): a layer that comes again goes on where it ended before."""
     ends: dict[str, int] = {}
     for layer, count, members in layers:
         yield Rows(layer, ends.get(layer, 0), count)
@@ -310,10 +309,10 @@ def _norms(block: nn.Module, name: str, norm: str, post_norm: str | None) -> dic
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters of a model, tied ones once."""
+    """How many parameters a model has; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def nonzero_count(model: nn.Module) -> int:
-    """Parameters of a model that are not zero, tied ones once."""
+    """How many parameters of a model are not zero; tied ones count once."""
     return sum(int(parameter.count_nonzero()) for parameter in model.parameters())

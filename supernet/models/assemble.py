@@ -1,6 +1,4 @@
-"""An allocation put into a model, in memory: really smaller layers, in the class that the exported checkpoint
-will use.
-"""
+"""An allocation put into a model, in memory: layers are really smaller, in the class that an export will have."""
 
 from __future__ import annotations
 
@@ -21,24 +19,25 @@ from supernet.models.placement import Place, cleared, places
 from supernet.space import ATTENTION, HEADS
 from supernet.store import Supernet
 
-# Of the dense model's config, what names code of strangers: nothing of theirs lies in our folder, nor was it run.
+# Entries of a dense model's config that name code of its makers: none of it lies in our folder, nor was it run.
 FOREIGN = ("auto_map", "custom_pipelines", "custom_generate")
 
 
 @dataclass(frozen=True)
-class Change:
+class PrunedSubBlock:
     """What an allocation makes of a sub-block.
 
     Attributes:
-        part: The sub-block, of the dense model.
-        members: Which are left, where layers become smaller by some; else None.
+        part: The sub-block of the dense model.
+        members: The members that are left, where layers become smaller by some; else None.
         tensors: The module's parameters that differ from the dense ones, by name; None where the sub-block is absent.
+        heads: Whether the members are single query heads.
     """
 
     part: SubBlock
     members: tuple[int, ...] | None
     tensors: dict[str, Tensor] | None
-    heads: bool = False  # the members are single query heads
+    heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,9 @@ class Shape:
     """What the pruned model is built from.
 
     Attributes:
-        config: Of one of `supernet.models.modeling_pruned`'s classes, with `per_layer_config`, where the family's own
-            class cannot hold the model.
-        blocks: Those of the dense model that it has, in order.
+        config: That of the family's own class; where that cannot hold the model, one of those in
+            `supernet.models.modeling_pruned`, with `per_layer_config`.
+        blocks: The blocks of the dense model that are left, in order.
     """
 
     config: PreTrainedConfig
@@ -56,12 +55,12 @@ class Shape:
 
 
 def check_family(model: PreTrainedModel, structured: bool) -> None:
-    """InputError if the model's family is not known, or cannot have layers of different sizes though that is asked for.
+    """Raise InputError if the model's family is not known, or cannot have layers of different sizes as is asked for.
 
     Args:
         model: The dense model.
-        structured: Whether units are members (KV groups, query heads, neurons) or single sub-blocks, not weights, bits
-            or blocks.
+        structured: Whether units are members (KV groups, query heads, neurons) or single sub-blocks, which leaves
+            layers of different sizes; weights, bits and blocks do not.
     """
     family = family_of(model)
     if structured and not family.mixer:  # a mixer is present or not, and so is its block
@@ -69,19 +68,19 @@ def check_family(model: PreTrainedModel, structured: bool) -> None:
 
 
 def slices_query_heads(family: Family) -> bool:
-    """Whether single query heads are really taken out of this family's models; else their weights are zero."""
+    """Whether single query heads are really taken out of this family's models; else their weights are set to zero."""
     return family.free_heads and len(set(family.attention_rows)) == len(family.attention_rows)
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the head and the embeddings are one tensor in memory; a config may say so of two that differ."""
+    """Whether the head and the embeddings are one tensor in memory. A config may say so though they are two."""
     head: Any = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings()
     return head is not None and bool(head.weight.data_ptr() == embeddings.weight.data_ptr())
 
 
 def _pruned_class(model_type: str) -> type[PreTrainedModel]:
-    """That can have layers of different sizes."""
+    """The class of a family's models with layers of different sizes; InputError where there is none."""
     if model_type not in PRUNED_CLASSES:
         raise InputError(
             f"the family '{model_type}' has an entry in supernet/models/families.py but no classes in "
@@ -93,7 +92,7 @@ def _pruned_class(model_type: str) -> type[PreTrainedModel]:
 
 @torch.no_grad()
 def assemble(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[int]) -> PreTrainedModel:
-    """The pruned model of an allocation; what is not pruned shares its memory with the dense model.
+    """Make the pruned model of an allocation. What is not pruned shares its memory with the dense model.
 
     Where the family's own class can hold the result (all its layers are alike, whatever their weights), it is of that
     class, and blocks that are absent as a whole are really left out; else they are layers that skip both of their
@@ -119,8 +118,8 @@ def assemble(model: PreTrainedModel, supernet: Supernet, allocation: Sequence[in
     return pruned
 
 
-def _change(family: Family, place: Place, supernet: Supernet, allocation: Sequence[int]) -> Change:
-    """The change of one sub-block: smaller layers wherever members go and the family's classes can be without them."""
+def _change(family: Family, place: Place, supernet: Supernet, allocation: Sequence[int]) -> PrunedSubBlock:
+    """What the allocation makes of one sub-block; layers get smaller where the family's classes allow it."""
     part = place.part
     heads = any(supernet.space.units[unit].kind == HEADS for unit, _ in place.units)
     if part.groups is not None and (not heads or slices_query_heads(family)):
@@ -132,16 +131,16 @@ def _change(family: Family, place: Place, supernet: Supernet, allocation: Sequen
     tensors = replace(place, part=part).weights(candidates)
     if members and part.groups is not None and not part.groups.slices:
         tensors, members = tensors and tensors | cleared(part, members), None
-    return Change(part, members or None, tensors, heads)
+    return PrunedSubBlock(part, members or None, tensors, heads)
 
 
-def pruned_shape(config: PreTrainedConfig, family: Family, changes: Sequence[Change]) -> Shape:
-    """What to build: a plain config where all layers that are left are alike, else one with `per_layer_config`.
+def pruned_shape(config: PreTrainedConfig, family: Family, changes: Sequence[PrunedSubBlock]) -> Shape:
+    """What to build: with a plain config where all layers that are left are alike, else with `per_layer_config`.
 
     Args:
-        config: Of the dense model.
+        config: The config of the dense model.
         family: Its family.
-        changes: Of all its sub-blocks.
+        changes: What becomes of each of its sub-blocks.
     """
     layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
     for change in changes:
@@ -167,10 +166,10 @@ def pruned_shape(config: PreTrainedConfig, family: Family, changes: Sequence[Cha
     return Shape(config_class(**values), tuple(range(len(layers))))
 
 
-def _overrides(config: PreTrainedConfig, family: Family, change: Change) -> dict[str, Any]:
-    """How the config of a layer differs by a change: numbers, and lists of kinds of sub-blocks.
+def _overrides(config: PreTrainedConfig, family: Family, change: PrunedSubBlock) -> dict[str, Any]:
+    """Entries of a layer's config that differ by what becomes of a sub-block: numbers, or lists of sub-blocks' kinds.
 
-    family: What `Family.of_block` says of the layer.
+    `family` is what `Family.of_block` says of the layer.
     """
     part, heads = change.part, _key(config, "num_attention_heads")
     grouped = hasattr(config, "num_key_value_heads")
@@ -222,8 +221,8 @@ def _stock_holds(
     return heads is None or (family.free_heads and config.hidden_size % heads == 0 and "short_factor" not in rotary)
 
 
-def _state(model: PreTrainedModel, changes: Sequence[Change]) -> dict[str, Tensor]:
-    """The dense model's state with the changes."""
+def _state(model: PreTrainedModel, changes: Sequence[PrunedSubBlock]) -> dict[str, Tensor]:
+    """The state of the pruned model: the dense model's, with what differs and without what is gone."""
     state = dict(model.state_dict())
     for change in changes:
         if change.tensors is None:
@@ -235,7 +234,7 @@ def _state(model: PreTrainedModel, changes: Sequence[Change]) -> dict[str, Tenso
 
 
 def _numbered(tensors: Mapping[str, Tensor], path: str, blocks: Sequence[int]) -> dict[str, Tensor]:
-    """Named tensors of a model without those of other blocks at `path` than these, which get the numbers 0, 1, ..."""
+    """The tensors of a model, by name, with only these blocks at `path`, which are numbered 0, 1, ... anew."""
     numbers = {str(block): str(index) for index, block in enumerate(blocks)}
     found = {}
     for name, tensor in tensors.items():
@@ -248,7 +247,7 @@ def _numbered(tensors: Mapping[str, Tensor], path: str, blocks: Sequence[int]) -
 
 
 def _fill_buffers(pruned: PreTrainedModel, dense: Mapping[str, Tensor]) -> None:
-    """Copy what is in no state (rotary frequencies, the scale of embeddings) from the dense model's buffers."""
+    """Copy buffers that are in no state (rotary frequencies, the scale of embeddings) from the dense model."""
     for path, module in pruned.named_modules():
         for name, buffer in list(module.named_buffers(path, recurse=False)):
             if buffer.is_meta:

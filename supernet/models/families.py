@@ -12,7 +12,13 @@ from supernet.space import ATTENTION, MLP
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads of a dense model: `groups` KV heads, each with `queries` query heads, all of `dim` channels."""
+    """The attention heads of a dense model.
+
+    Attributes:
+        groups: KV heads; with their query heads they make KV groups.
+        queries: Query heads of each KV head.
+        dim: Channels of a head.
+    """
 
     groups: int
     queries: int
@@ -96,9 +102,10 @@ GEMMA = Family(
 )
 MAMBA = Family(blocks="backbone.layers", final_norm="backbone.norm_f", attention="", mlp_rows=(), mixer="mixer")
 
-# By `config.model_type`. An entry is all that pruning of weights, of whole blocks and to fewer bits takes. Pruning of
-# members and of single sub-blocks leaves layers of different sizes, for which the family also needs its two classes in
-# `modeling_pruned` (`supernet.models.assemble.check_family`); a state-space mixer is a block of its own and needs none.
+# Families by `config.model_type`. An entry is all that pruning of weights, of whole blocks and to fewer bits takes.
+# Pruning of members and of single sub-blocks leaves layers of different sizes, for which the family also needs its two
+# classes in `modeling_pruned` (`supernet.models.assemble.check_family`); a state-space mixer is a block of its own and
+# needs none.
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
@@ -139,7 +146,8 @@ FAMILIES: dict[str, Family] = {
     "mamba2": replace(MAMBA, mixer_stages=(("in_proj",), ("out_proj",))),
 }
 
-VARIANTS = {  # of a config's switches, the setting that the entries above describe
+# Switches of a config, the one setting that the entries above describe, and what it means.
+VARIANTS = {
     "do_layer_norm_before": (True, "blocks must be pre-norm"),
     "add_cross_attention": (False, "blocks must be without cross-attention"),
     "_remove_final_layer_norm": (False, "there must be a norm behind the last block"),
@@ -147,12 +155,15 @@ VARIANTS = {  # of a config's switches, the setting that the entries above descr
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The family entry of a model; InputError for one that is not known, with how to add it."""
+    """The family of a model; InputError for one that is not known, which says how to add it."""
     return family_of_config(model.config)
 
 
 def family_of_config(config: PreTrainedConfig) -> Family:
-    """The family entry of the models that a config describes: nothing else of a config can be relied on before."""
+    """The family of the models that a config describes; InputError for one that is not known, or a variant of one.
+
+    Nothing else of a config can be relied on before.
+    """
     model_type = str(config.model_type)
     check_known(model_type)
     if getattr(config, "is_heterogeneous", False):
@@ -170,7 +181,7 @@ def family_of_config(config: PreTrainedConfig) -> Family:
 
 
 def check_known(model_type: str) -> None:
-    """InputError for a `model_type` without an entry, with how to add one."""
+    """Raise InputError for a `model_type` that is not known, and say how to add it."""
     if model_type not in FAMILIES:
         raise InputError(
             f"the model's architecture '{model_type}' is not known; known are {', '.join(FAMILIES)}; a family with the "

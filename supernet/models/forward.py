@@ -21,7 +21,7 @@ from supernet.models.families import family_of
 from supernet.models.layers import forward_replaced
 from supernet.system.memory import is_out_of_memory
 
-# arguments of a block that a pass without a cache does not need
+# Arguments of a block that a pass without a cache does not need.
 CACHE = ("past_key_values", "cache", "use_cache", "cache_params")
 
 
@@ -58,8 +58,11 @@ def entry(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[dict[str, A
 
 @dataclass(frozen=True)
 class LmHead:
-    """What turns normalised last hidden states into logits: a linear layer, and `cap * tanh(logits / cap)` where `cap`
-    is set.
+    """The language-model head: it turns normalised last hidden states into logits.
+
+    Attributes:
+        linear: The linear layer.
+        cap: Where it is set, the logits are `cap * tanh(linear(hidden) / cap)`.
     """
 
     linear: nn.Linear
@@ -67,15 +70,13 @@ class LmHead:
 
 
 def final_norm_and_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, LmHead]:
-    """The normalised last hidden states (batch, tokens, hidden) in the dtype of the head, and what turns them into
-    logits.
-    """
+    """The last hidden states (batch, tokens, hidden), normalised and in the dtype of the head, and the head."""
     norm, head = model.get_submodule(family_of(model).final_norm), head_of(model)
     return norm(hidden).to(head.linear.weight.dtype), head
 
 
 def head_of(model: PreTrainedModel) -> LmHead:
-    """What turns normalised last hidden states into logits."""
+    """The language-model head of a model."""
     linear = model.get_output_embeddings()
     assert isinstance(linear, nn.Linear)
     return LmHead(linear, getattr(model.config, "final_logit_softcapping", None))
@@ -83,12 +84,11 @@ def head_of(model: PreTrainedModel) -> LmHead:
 
 @torch.no_grad()
 def check_walk(model: PreTrainedModel) -> None:
-    """InputError if the sub-blocks of a few tokens, one after the other, and the head are not what the model itself
-    computes.
+    """Raise InputError if the sub-blocks, one after the other, and the head do not compute what the model does.
 
-    So an entry in `FAMILIES` that does not fit, or a model that does more (scales what a sub-block adds, or the
-    logits), is told before any work. Differences may be half of the dtype's digits; output that is not finite is told
-    later, with its unit.
+    They are compared on a few tokens. So an entry in `FAMILIES` that does not fit, or a model that does more (scales
+    what a sub-block adds, or the logits), is told before any work. Differences may be half of the dtype's digits;
+    output that is not finite is told later, with its unit.
     """
     family_of(model)  # before anything is asked of a model that may be of any kind
     ids = (torch.arange(8, device=model.device) % int(model.config.vocab_size)).unsqueeze(0)

@@ -112,7 +112,7 @@ class CacheByQuery:
 
 
 class UnevenGroups:
-    """Called before an attention's forward: gives it the KV head of every query head, see `CacheByQuery`."""
+    """Called before an attention's forward: gives it a `CacheByQuery` for its cache."""
 
     def __init__(self, groups: Sequence[int]) -> None:
         self.groups = tuple(groups)
@@ -130,9 +130,9 @@ class SkippedMLP(nn.Module):
 
 
 class ConfigOfLayer:
-    """What a layer's modules see as their config: the model's, as it is at any time, but for these values.
+    """The config that a layer's modules see: some values are the layer's own, all others are the model's.
 
-    That the rest is shared lets a later change of the attention implementation reach every layer.
+    As those are shared, a later change of the attention implementation reaches every layer.
     """
 
     def __init__(self, config: PreTrainedConfig, **own: Any) -> None:
@@ -202,7 +202,7 @@ class PrunedConfig(PreTrainedConfig):
         pass
 
     def to_dict(self) -> dict[str, Any]:
-        """With the number of layers by its usual name, which loading the tokenizer alone looks for."""
+        """The config as usual, and the number of layers by its usual name, which loading the tokenizer looks for."""
         return super().to_dict() | {"num_hidden_layers": self.num_hidden_layers}
 
 
@@ -260,7 +260,7 @@ def _replace(layer: nn.Module, modules: dict[str, nn.Module]) -> None:
 
 
 def _resize(attention: Any, heads: int, output: str) -> None:
-    """Leave an attention with so many heads of the size that they had."""
+    """Make an attention one of `heads` heads, each as large as before."""
     dense, width = attention.num_heads * attention.head_dim, heads * attention.head_dim
     attention.num_heads, attention.split_size = heads, width
     for name, layer in list(attention.named_children()):

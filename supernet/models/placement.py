@@ -1,6 +1,4 @@
-"""Where units act: which sub-block, which of its layers, and which parameters a candidate puts in the place of the
-dense ones.
-"""
+"""Where units act: on which sub-block and on which of its layers, and which parameters their candidates replace."""
 
 from __future__ import annotations
 
@@ -22,29 +20,30 @@ class Place:
 
     Attributes:
         part: The sub-block.
-        units: (index of the unit in the space, its linear layer or None where it acts on the sub-block as a whole).
+        units: For each unit its index in the space, and its linear layer; None where it acts on the sub-block as a
+            whole.
     """
 
     part: SubBlock
     units: tuple[tuple[int, str | None], ...]
 
     def weights(self, candidates: Sequence[Candidate | None]) -> dict[str, Tensor] | None:
-        """The module's parameters that differ from the dense ones; None where the sub-block is absent.
+        """The module's parameters that differ from the dense ones, by name; None where the sub-block is absent.
 
         Args:
-            candidates: One a unit, in the order of `units`; None at the dense level.
+            candidates: The candidate of each unit, in the order of `units`; None at the dense level.
         """
         return together([self.of_unit(number, candidate) for number, candidate in enumerate(candidates)])
 
     def of_unit(self, number: int, candidate: Candidate | None) -> dict[str, Tensor] | None:
-        """The same of a single unit: `units[number]`."""
+        """The parameters that differ by the candidate of one unit, `units[number]`; None where nothing is left."""
         if candidate is None:
             return {}
         return None if is_absent(candidate) else parameters(self.part, self.units[number][1], candidate)
 
 
 def together(of_units: Sequence[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
-    """What the units of a sub-block make of it: parameters by name; None where one of them leaves nothing of it."""
+    """Unite what each unit of a sub-block changes, parameters by name; None where one of them leaves nothing of it."""
     found: dict[str, Tensor] = {}
     for one in of_units:
         if one is None:
@@ -54,7 +53,7 @@ def together(of_units: Sequence[dict[str, Tensor] | None]) -> dict[str, Tensor] 
 
 
 def places(model: PreTrainedModel, space: Space) -> tuple[Place, ...]:
-    """Every sub-block of the model with the space's units that act on it, in the order of the forward pass."""
+    """Every sub-block of the model, in the order of the forward pass, with the units of the space that act on it."""
     index = {unit.name: i for i, unit in enumerate(space.units)}
     found = []
     for part in sub_blocks(model):
@@ -67,12 +66,12 @@ def places(model: PreTrainedModel, space: Space) -> tuple[Place, ...]:
 
 
 def is_absent(candidate: Candidate | None) -> bool:
-    """Whether nothing is left of the sub-block."""
+    """Whether a candidate leaves nothing of its sub-block."""
     return isinstance(candidate, Dropped) or (isinstance(candidate, Members) and not len(candidate.kept))
 
 
 def parameters(part: SubBlock, layer: str | None, candidate: Candidate) -> dict[str, Tensor]:
-    """The parameters of a sub-block's module at a candidate that leaves something of it, by name."""
+    """The parameters that a candidate puts in place of the dense ones, by name; it must leave something."""
     match candidate:
         case Members():
             return sliced(part, candidate) if part.groups and part.groups.slices else zeroed(part, candidate)
@@ -84,7 +83,7 @@ def parameters(part: SubBlock, layer: str | None, candidate: Candidate) -> dict[
 
 
 def full_weight(part: SubBlock, layer: str, candidate: Candidate) -> Tensor:
-    """(d_out, d_in) weight of a linear layer at a candidate, zero where something is removed."""
+    """The weight of a linear layer at a candidate, in full size (d_out, d_in): zero where something is removed."""
     dense = part.weight(layer)
     match candidate:
         case Members():
@@ -101,12 +100,12 @@ def full_weight(part: SubBlock, layer: str, candidate: Candidate) -> Tensor:
 
 
 def zeroed(part: SubBlock, candidate: Members) -> dict[str, Tensor]:
-    """All of a sub-block's layers at full size, with zeros in the columns of members that are gone."""
+    """The last layer of a sub-block in full size, with zeros in the columns of members that are gone."""
     return part.replaced(part.column, full_weight(part, part.column, candidate), candidate.bias)
 
 
 def cleared(part: SubBlock, members: Sequence[int]) -> dict[str, Tensor]:
-    """The layers before a sub-block's last one at full size, with zeros in the rows of all but these members."""
+    """The other layers of a sub-block in full size, with zeros in the rows of all but these members."""
     assert part.groups is not None
     kept = torch.tensor(members)
     found: dict[str, Tensor] = {}
@@ -124,7 +123,7 @@ def cleared(part: SubBlock, members: Sequence[int]) -> dict[str, Tensor]:
 
 
 def sliced(part: SubBlock, candidate: Members) -> dict[str, Tensor]:
-    """All parameters of a sub-block's module at a candidate that keeps at least one member, by name, really smaller.
+    """The layers of a sub-block without the rows and columns of members that are gone; at least one must stay.
 
     Parameters that belong to no member (an output bias, the norms of queries and keys) are left to the module itself.
     """

@@ -1,4 +1,4 @@
-"""What of a model can be pruned, before levels are chosen: one `Prunable` for every unit-to-be, by kind of pruning."""
+"""What can be pruned in a model, before levels are chosen: a `Prunable` for every unit, for each kind of pruning."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ class Prunable:
     """A unit before its levels are chosen.
 
     Attributes:
-        name: Of the sub-block, or of the linear layer, or of the block.
-        kind: Of the unit.
-        total: Members: KV groups, query heads, neurons, weights; bits of a weight; or 1, which is present or not.
-        each: Cost of one member.
-        added: Cost that comes with leaving some out but not all: a bias that makes up for them.
-        multiple: Kept numbers of members are multiples of this.
-        choices: All levels there are, dense first, where they are not a free number of members.
+        name: Name of the unit, which is that of its sub-block, linear layer or block.
+        kind: Kind of the unit, one of those in `supernet.space`.
+        total: How many members there are: KV groups, query heads, neurons or weights; the bits of a weight; or 1 for
+            what is present or not.
+        each: What one member costs.
+        added: What a level costs besides, where some members are gone but not all: a bias that makes up for them.
+        multiple: The number of members that stay is a multiple of this.
+        choices: All levels there are, dense first, where any number of members is not free to stay.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Prunable:
     added: int = 0
 
     def level(self, kept: int) -> Level:
-        """The level that keeps so many members."""
+        """The level that keeps this many members."""
         for choice in self.choices or ():
             if choice.kept == kept:
                 return choice
@@ -49,7 +50,7 @@ class Pattern:
 
     @staticmethod
     def parse(text: str) -> Pattern:
-        """From "2:4"; InputError for anything else."""
+        """Read a pattern such as "2:4"; InputError for anything else."""
         keep, colon, of = str(text).partition(":")
         if not (colon and keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of) <= 64):
             raise InputError(
@@ -58,14 +59,14 @@ class Pattern:
         return Pattern(int(keep), int(of))
 
     def kept(self, weights: int) -> int:
-        """How many of so many weights stay."""
+        """How many of a layer's weights stay."""
         return weights // self.of * self.keep
 
 
 def member_prunables(
     parts: Sequence[SubBlock], multiple: int, query_heads: bool = False, bias: bool = False
 ) -> tuple[Prunable, ...]:
-    """Structured: the members of every sub-block that has some; neurons in multiples of `multiple`.
+    """What structured pruning takes: the members of every sub-block that has some.
 
     Args:
         parts: The model's sub-blocks.
@@ -95,8 +96,10 @@ def member_prunables(
 
 
 def weight_prunables(parts: Sequence[SubBlock], patterns: Sequence[Pattern]) -> tuple[Prunable, ...]:
-    """Unstructured: every linear layer, the same number of weights in every row on average; or N:M where patterns are
-    given.
+    """What pruning of weights takes: every linear layer.
+
+    Without patterns a level keeps a multiple of d_out weights, so that rows can keep the same number. With patterns
+    every pattern is a level.
     """
     found = []
     for part, layer in _linear_layers(parts):
@@ -117,20 +120,20 @@ def weight_prunables(parts: Sequence[SubBlock], patterns: Sequence[Pattern]) -> 
 
 
 def group_size(d_in: int, group: int) -> int:
-    """Inputs that share a scale: the largest divisor of `d_in` that is at most `group`."""
+    """How many inputs share a scale: the largest divisor of `d_in` that is at most `group`."""
     return next(size for size in range(min(d_in, group), 0, -1) if d_in % size == 0)
 
 
 def bit_prunables(
     parts: Sequence[SubBlock], bits: Sequence[int], group: int, symmetric: bool = False
 ) -> tuple[Prunable, ...]:
-    """Bit width: every linear layer; the cost is in bits.
+    """What quantisation takes: every linear layer, whose levels are bit widths and cost bits.
 
     Args:
         parts: The model's sub-blocks.
         bits: The widths, 2 to 8.
-        group: Inputs that share a scale, and a zero of 8 bits; see `group_size`.
-        symmetric: The zero is the same in all groups and takes no space.
+        group: Inputs that share a scale, and a zero of 8 bits, at most (`group_size`).
+        symmetric: Whether the zero is the same in all groups and takes no space.
     """
     if not bits or not set(bits) <= set(range(2, 9)):
         raise InputError(f"prune.pruner.bits={list(bits)} must be a list of widths from 2 to 8, such as [8,6,4,3,2]")
@@ -161,7 +164,7 @@ def bit_prunables(
 
 
 def presence_prunables(parts: Sequence[SubBlock], whole_blocks: bool) -> tuple[Prunable, ...]:
-    """Depth: every sub-block, or every whole block, present or dropped."""
+    """What pruning of depth takes: every sub-block, or every whole block, which is present or dropped."""
     costs: dict[str, tuple[str, int]] = {}
     for part in parts:
         name, kind = (part.block_name, BLOCK) if whole_blocks else (part.name, part.kind)

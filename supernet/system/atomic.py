@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what a process that was killed may leave of them.
+"""Files that appear whole or not at all, and the temporary files that a killed process may leave.
 
 A full disk or a read-only folder is an InputError, and what was there before stays.
 """
@@ -30,7 +30,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     behind.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{_place()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{_this_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         try:
             with open(temporary, "xb") as file:
@@ -48,12 +48,12 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def first_free(path: Path, word: str) -> Path:
-    """The first of `<path>.<word>-1`, `<path>.<word>-2`, ... that is not there yet."""
+    """The first name of `<path>.<word>-1`, `<path>.<word>-2`, ... that is free."""
     return next(one for number in count(1) if not (one := path.with_name(f"{path.name}.{word}-{number}")).exists())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was renamed in a folder survive a power failure, where the file system knows how to."""
+    """Make sure that what was renamed in a folder survives a power failure, where the file system can do that."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -71,7 +71,7 @@ def make_folder(path: Path) -> None:
 
 
 def left_behind(folder: Path) -> list[Path]:
-    """Temporary files in a folder that nothing will finish: of a process here that is no more, or of long ago.
+    """Temporary files in a folder that nobody will finish: their process, on this machine, has ended, or they are old.
 
     Links are not followed. Whether a process of another machine or container still runs cannot be seen from here.
     """
@@ -92,7 +92,7 @@ def sweep(folder: Path) -> None:
 def _is_abandoned(entry: os.DirEntry[str]) -> bool:
     match = TEMPORARY.fullmatch(entry.name)
     assert match is not None
-    if match[1] == _place() and not _is_alive(int(match[2])):
+    if match[1] == _this_machine() and not _is_alive(int(match[2])):
         return True
     with suppress(FileNotFoundError):
         return time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED
@@ -100,9 +100,10 @@ def _is_abandoned(entry: os.DirEntry[str]) -> bool:
 
 
 @cache
-def _place() -> str:
-    """Tells this machine, since it was started, and this container from all others: a process number says nothing
-    elsewhere.
+def _this_machine() -> str:
+    """A word that tells this machine, since it was started, and this container from all others.
+
+    The number of a process says nothing elsewhere.
     """
     parts = [platform.node()]
     with suppress(OSError):  # where there is no such thing, the name will do

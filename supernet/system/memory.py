@@ -1,4 +1,4 @@
-"""How much memory there is, on the device and on this machine, how much was taken at most, and how it is given back."""
+"""How much memory is free, on the device and on this machine, how much was taken at most, and how it is given back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ CGROUPS = (
     ("memory.max", "memory.current", "file", "shmem"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache", "total_shmem"),
 )
-SHORT = (  # what libraries say; a thread that cannot start is one whose stack found no room
+# What libraries say where memory is short. A thread that cannot start is one whose stack found no room.
+SHORT = (
     "out of memory",
     "can't allocate memory",
     "cannot allocate memory",
@@ -43,7 +44,7 @@ def available(device: torch.device = CPU) -> int:
 
 
 def _left_in_group(limit: str, usage: str, cache: str, shared: str, root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes left below the limits of this process's control group and those around it; None where there is none.
+    """Bytes left below the limits of this process's control group and of those around it; None without limits.
 
     A container sees its own group at the root. Elsewhere the group's path is in /proc/self/cgroup.
     """
@@ -65,7 +66,7 @@ def _left_in(folder: Path, limit: str, usage: str, cache: str, shared: str) -> i
 
 
 def _group_folders(root: Path) -> list[Path]:
-    """Folders of the memory controller: of this process's group and all around it, up to the root."""
+    """The memory controller's folders of this process's group and of all groups around it, up to the root."""
     try:
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -78,8 +79,9 @@ def _group_folders(root: Path) -> list[Path]:
 
 
 def restart_peak() -> bool:
-    """Begin to count the most that this process holds anew; False where only the whole process can be looked at, as on
-    macOS.
+    """Start to count the peak of this process's memory anew.
+
+    False where that is not possible, as on macOS: the peak is then that since the process began.
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -89,9 +91,7 @@ def restart_peak() -> bool:
 
 
 def peak() -> int:
-    """The most bytes of main memory that this process held since its peak was restarted; pages of mapped files count,
-    too.
-    """
+    """The most bytes of main memory that this process held since `restart_peak`, with pages of mapped files."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(lines["VmHWM"].split()[0]) * 1024
@@ -112,13 +112,13 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Let the kernel have what glibc keeps for later, of all threads: where memory is short."""
+    """Give the kernel what glibc keeps for later, of all threads. It is called where memory is short."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library, if it is the one whose settings are meant."""
+    """The C library if it is glibc, whose settings are meant; else None."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)

@@ -1,8 +1,8 @@
-"""JSON files with a checksum of what they say, so that no other content is ever taken for what was written.
+"""JSON files with a checksum of their content, so that nothing else is ever taken for what was written.
 
-They stay files that other tools can read: the checksum is one more field. A file that was edited by hand, or is of a
-version that wrote no checksums, is refused. Parsers are never given more than a limit, and whatever one raises comes
-out as `UnreadableError`.
+Other tools can still read them: the checksum is one more field. A file that was edited by hand is refused, and so is
+one of a version that wrote no checksums. Parsers are never given more than a limit, and whatever one raises comes out
+as `UnreadableError`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import xxhash
 from supernet.errors import InputError
 from supernet.system.atomic import write_atomic
 
-CHECKSUM = "checksum"  # the field
-MOST = 1 << 30  # bytes of a file that is read at all
+CHECKSUM = "checksum"  # the name of the field
+MOST = 1 << 30  # the most bytes of a file that are read
 # Whatever reading a file that was tampered with may raise: deep nesting is a RecursionError, long numbers a ValueError.
 WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, ZeroDivisionError, RecursionError)
 
 
 class UnreadableError(Exception):
-    """A file that is not as it was written: the message says in what way, and not what to do about it."""
+    """A file is not as it was written. The message says in what way; what to do about it is the caller's to say."""
 
 
 def write_record(path: Path, content: Mapping[str, Any]) -> None:
@@ -36,7 +36,7 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path, most: int = MOST) -> dict[str, Any] | None:
-    """The object that was written, without its checksum; None where there is no file.
+    """Read the object that was written, without its checksum; None where there is no file.
 
     Raises:
         UnreadableError: It is not what was written.
@@ -47,9 +47,7 @@ def read_record(path: Path, most: int = MOST) -> dict[str, Any] | None:
 
 
 def read_json(path: Path, most: int = MOST) -> Any:
-    """The content of a JSON file that may have no checksum, None where there is no file; raises as
-    `read_record` does.
-    """
+    """Read a JSON file that may have no checksum; None where there is no file. Raises what `read_record` does."""
     data = read_regular(path, most)
     if data is None:
         return None
@@ -60,7 +58,7 @@ def read_json(path: Path, most: int = MOST) -> Any:
 
 
 def read_regular(path: Path, most: int = MOST) -> bytes | None:
-    """The bytes of a file, None where there is none; a folder, a pipe or a device would be read for ever."""
+    """The bytes of a file, None where there is none. Folders, pipes and devices are refused: reading may never end."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -84,7 +82,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def verified(content: Any) -> dict[str, Any]:
-    """A parsed object without its checksum; UnreadableError where it is another one than was written."""
+    """A parsed object without its checksum; UnreadableError where that does not match."""
     if not isinstance(content, dict):
         raise UnreadableError("it holds no object")
     if CHECKSUM not in content:
@@ -96,7 +94,7 @@ def verified(content: Any) -> dict[str, Any]:
 
 
 def checksum_of(plain: Mapping[str, Any]) -> str:
-    """Hash of what a parsed JSON object says; how it is laid out makes no difference."""
+    """Hash of the content of a parsed JSON object, whatever its layout in the file was."""
     try:
         return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
     except WRONG as error:

@@ -11,12 +11,12 @@ from typing import NoReturn
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised where the work stands, as Ctrl-C is."""
+    """SIGTERM was sent. It is raised wherever the program is, as KeyboardInterrupt is for Ctrl-C."""
 
 
 @contextmanager
 def told_when_stopped(advice: str) -> Iterator[None]:
-    """End the process with a line where it is stopped within; `advice` says what is so then, and how to go on."""
+    """End the process with one line if it is stopped meanwhile. `advice` says what the state is, and how to go on."""
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield

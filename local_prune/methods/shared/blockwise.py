@@ -1,11 +1,11 @@
-"""Pruning block by block of inputs from the left, at all levels at once; what SparseGPT and APT share.
+"""What SparseGPT and APT share: inputs are pruned block by block from the left, at all levels at once.
 
-Pure functions over tensors. All levels are pruned in one run: they are a batch of the same problem, so the working copy
-of the weights is (d_in, levels * d_out), the transpose of a linear layer's weight, where a column of the papers is one
-contiguous row. U is upper triangular with U^T U = H^-1.
+All levels are a batch of the same problem, so the working copy of the weights is (d_in, levels * d_out), the transpose
+of a linear layer's weight, where a column of the papers is one contiguous row. U is upper triangular with
+U^T U = H^-1.
 
-What is known of the run as a whole, the order of the blocks and how many weights each loses, is in `sweep`, and is the
-same for every method that goes block by block; how a block is pruned is its `Solve`.
+`sweep` goes through the blocks and decides how many weights each one loses. How a block is pruned is what the methods
+differ in: their `Solve`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from local_prune.methods.shared.fitted import FittedPruner
 from local_prune.methods.shared.ranking import ascending, rank_in_groups
 from local_prune.methods.shared.refit import refit
 from local_prune.methods.shared.weights import WeightPruner, pattern_of
 from local_prune.pruner import Task
-from local_prune.statistics import Damped, LeastSquares, check_number, solved, zeros_of
+from local_prune.statistics import Damped, LeastSquares, check_number, zeros_of
 from supernet.candidates import Candidate, Weights
 from supernet.errors import InputError
 from supernet.models.prunables import Pattern
 
-LOW_BITS = 16  # of a float32: the histogram of the others has 128 bins for every power of two
-MOST_STEPS = 1000  # of a refit: with exact arithmetic there are no more than a layer has inputs
-WORKING = 1 << 30  # bytes of weights of as many levels as are pruned together; all other buffers are no larger
+# Bits of a float32 that a histogram of scores ignores: the others make 128 bins for every power of two.
+LOW_BITS = 16
+# The most steps of a refit: in exact arithmetic no more are needed than a layer has inputs.
+MOST_STEPS = 1000
+# Bytes of weights that are pruned together, which says how many levels are; all other buffers are no larger.
+WORKING = 1 << 30
 
 
 @dataclass(frozen=True)
-class Block:
+class InputBlock:
     """Neighbouring inputs of a layer that are pruned together, at all levels.
 
     Attributes:
@@ -51,37 +55,42 @@ class Block:
     zero: Tensor | None = None
 
     def scores(self, deviations: Tensor, part: slice = slice(None)) -> Tensor:
-        """|w_ij| / d_j of some of the inputs, shaped as their weights; 0 for those that are 0 in the dense layer.
+        """|w_ij| / d_j of the weights of some inputs; 0 for weights that are 0 in the dense layer.
 
-        The root of the squares in the papers, so that small weights do not underflow; as good for an order.
+        The papers square this. For an order the root is as good, and small weights do not underflow.
         """
         scores = self.weight[part].abs() / deviations[part, None, None]
         return scores if self.zero is None else scores.masked_fill_(self.zero[part].unsqueeze(1), 0.0)
 
     def removed(self, mask: Tensor, part: slice = slice(None)) -> Tensor:
-        """Which weights of some inputs go: those outside the mask, and dense zeros, which a mask may have to count as
-        kept.
+        """Which weights of some inputs go: those outside the mask, and those that are 0 in the dense layer.
+
+        A mask may have to count such zeros as kept.
         """
         return ~mask[part] if self.zero is None else ~mask[part] | self.zero[part].unsqueeze(1)
 
 
-Solve = Callable[[Block], tuple[Tensor, Tensor]]
-"""Chooses what a block keeps, and solves it in place up to setting the removed weights to zero.
+Solve = Callable[[InputBlock], tuple[Tensor, Tensor]]
+"""A function that chooses what a block keeps, and changes its weights in place so that the kept ones make up for the
+rest. Setting the removed weights to zero is left to the caller.
 
-Returns the mask (b, levels, d_out), True where a weight stays, and the errors e (b, levels, d_out): the inputs
+It returns the mask (b, levels, d_out), True where a weight stays, and the errors e (b, levels, d_out): the inputs
 behind the block are to be updated by `-U[block, behind]^T e`.
 """
 
 
 def keep_largest(scores: Tensor, kept: Sequence[int]) -> Tensor:
-    """Exactly so many of the largest scores at each level, the last of equal ones: (b, levels, d_out) bool.
+    """Keep exactly so many of the largest scores at each level; of equal ones the last stay.
 
     A histogram of the leading bits finds the bin of the last one to stay, so that only the few scores in it need
-    sorting: a quarter of the time of sorting them all.
+    sorting: that takes a quarter of the time of sorting them all.
 
     Args:
         scores: (b, levels, d_out), not negative.
-        kept: One number a level.
+        kept: How many stay at each level.
+
+    Returns:
+        (b, levels, d_out) bool, True where one stays.
     """
     levels, size = len(kept), 1 << (31 - LOW_BITS)
     bins = scores.float().view(torch.int32) >> LOW_BITS  # floats that are not negative sort as their bits do
@@ -99,7 +108,15 @@ def keep_largest(scores: Tensor, kept: Sequence[int]) -> Tensor:
 
 
 def keep_patterned(scores: Tensor, kept: Sequence[int]) -> Tensor:
-    """The largest scores of one group at each level and output: (of, levels, d_out) bool from scores of that shape."""
+    """Keep the largest scores of one group at each level and output.
+
+    Args:
+        scores: (of, levels, d_out).
+        kept: How many of the group stay at each level.
+
+    Returns:
+        (of, levels, d_out) bool, True where one stays.
+    """
     counts = torch.tensor(kept, device=scores.device)
     return rank_in_groups(scores, 0) >= len(scores) - counts[:, None]
 
@@ -110,8 +127,9 @@ def quotas(kept: int, d_out: int, dead: Tensor, block: int, zero: Tensor | None 
     Dead inputs keep none before all others are full, and weights that are 0 already are kept last of all.
 
     Args:
-        kept: Weights of the layer to keep.
-        dead: (d_in,) bool.
+        kept: How many weights of the layer stay.
+        d_out: Outputs of the layer.
+        dead: (d_in,) bool, True for inputs that were always 0.
         block: Inputs per block; the last block may have fewer.
         zero: (d_in, d_out) bool, weights that are 0 in the dense layer.
 
@@ -153,7 +171,7 @@ def sweep(
 
     Args:
         W: (d_in, d_out) where all levels start from.
-        U: (d_in, d_in), see above.
+        U: (d_in, d_in) upper triangular, with U^T U = H^-1.
         dead: (d_in,) bool, True for inputs that were always 0, whose weights W are 0.
         kept: Weights that each level keeps: of the layer, or, for N:M, of each group.
         of: Inputs in a group; d_in is a multiple of it. None where unstructured.
@@ -172,7 +190,9 @@ def sweep(
     for index, start in enumerate(starts):
         part, behind = slice(start, min(start + block, d_in)), slice(start + block, d_in)
         weight = work[part].view(-1, levels, d_out)
-        here = Block(weight, U[part, part], [one[index] for one in counts], of, None if zero is None else zero[part])
+        here = InputBlock(
+            weight, U[part, part], [one[index] for one in counts], of, None if zero is None else zero[part]
+        )
         mask[part], errors = solve(here)
         weight.masked_fill_(here.removed(mask[part]), 0.0)
         work[behind].addmm_(U[part, behind].T, errors.view(len(weight), -1), alpha=-1)
@@ -180,7 +200,7 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class BlockwisePruner(WeightPruner):
+class BlockwisePruner(FittedPruner, WeightPruner):
     """What pruners that go block by block share.
 
     Attributes:
@@ -207,44 +227,34 @@ class BlockwisePruner(WeightPruner):
             )
 
     @abstractmethod
-    def solve(self, block: Block) -> tuple[Tensor, Tensor]:
-        """How a block is pruned, see `Solve`."""
+    def solve(self, block: InputBlock) -> tuple[Tensor, Tensor]:
+        """Prune one block: a `Solve`."""
         raise NotImplementedError
 
-    def statistics(self, dense: Tensor, width: int) -> LeastSquares:
-        """The least-squares problem of the layer."""
-        d_out, d_in = dense.shape
-        return LeastSquares.zeros(d_in, d_out, dense.device)
-
-    def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
-        """One candidate a level, with weights; see `Pruner.candidates`."""
-        if not kept:
-            return []
+    def fitted(self, problem: Damped, task: Task, kept: Sequence[int]) -> list[Candidate]:
+        """As many levels together as fit into the working memory, each ended by a few steps of refitting."""
         assert isinstance(task.statistics, LeastSquares)
         dead = task.statistics.upper.diagonal() <= 0
-
-        def solve(problem: Damped) -> list[Candidate]:
-            return self._solved(problem, dead, task.dense, kept)
-
-        return solved(task.statistics, task.dense.T, self.damping, task.where, solve)
-
-    def _solved(self, problem: Damped, dead: Tensor, dense: Tensor, kept: Sequence[int]) -> list[Candidate]:
-        """`candidates` of a damped problem; dead: (d_in,) bool."""
         found: dict[int, Candidate] = {}
-        U, target, zero = problem.factor.upper_of_inverse(), problem.solution, zeros_of(dense)
-        for levels, of, counts in self._batches(dense, kept):
+        U, target, zero = problem.factor.upper_of_inverse(), problem.solution, zeros_of(task.dense)
+        for levels, of, counts in self._batches(task.dense, kept):
             block = self.block if of is None else max(of, self.block // of * of)
             masks, weights = sweep(target, U, dead, counts, of, block, self.solve, zero)
             if self.refit:
                 free = masks if zero is None else masks & ~zero.unsqueeze(1)
                 refit(problem.hessian, target, free, weights, self.refit)
             for index, level in enumerate(levels):
-                weight = weights[:, index].T.to(dense.dtype).contiguous()
+                weight = weights[:, index].T.to(task.dense.dtype).contiguous()
                 found[level] = Weights(masks[:, index].T.contiguous(), weight)
         return [found[level] for level in range(len(kept))]
 
     def _batches(self, dense: Tensor, kept: Sequence[int]) -> list[tuple[list[int], int | None, list[int]]]:
-        """Levels that run together, as (indices, M of their patterns, kept by the layer or by a group)."""
+        """Which levels run together.
+
+        Returns:
+            For each batch the levels, the M of their patterns (None where unstructured), and how many weights each
+            level keeps, of the layer or of a group.
+        """
         by_size: dict[int | None, list[tuple[int, int]]] = {}
         for level, count in enumerate(kept):
             pattern: Pattern | None = pattern_of(count, dense.numel(), self.patterns) if self.patterns else None

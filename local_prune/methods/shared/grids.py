@@ -1,7 +1,6 @@
-"""Grids of `2 ** bits` values for each group of neighbouring inputs of an output; what methods of bit width share.
+"""What methods of bit width share: each group of neighbouring inputs of an output has a grid of `2 ** bits` values.
 
-Pure functions over tensors; W is (d_in, d_out) here, the transpose of a linear layer's weight, so that an input is a
-contiguous row.
+W is (d_in, d_out) here, the transpose of a linear layer's weight, so that an input is a contiguous row.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Layout:
     Attributes:
         group: Neighbouring inputs that share a grid; divides d_in.
         symmetric: The code of 0 is `2 ** (bits - 1)`, not free.
-        dtype: Of the scales, and of the weights that codes stand for.
+        dtype: What the scales are rounded to, and the weights that codes stand for.
     """
 
     group: int
@@ -44,7 +43,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Grids:
-    """Scales and codes of 0, both (groups, d_out) float32; the scales are rounded to the layout's dtype already."""
+    """The grids of a layer's groups.
+
+    Attributes:
+        scale: The step of each grid, (groups, d_out) float32, rounded to the layout's dtype already.
+        zero: The code of 0, (groups, d_out) float32.
+    """
 
     scale: Tensor
     zero: Tensor
@@ -55,13 +59,14 @@ class Grids:
         return (W / self.scale.unsqueeze(1)).round_().clamp_(-zero, 2**bits - 1 - zero)
 
     def values(self, steps: Tensor, dtype: torch.dtype) -> Tensor:
-        """What they stand for: (groups, group, d_out) in the layout's dtype."""
+        """The weights that steps (groups, group, d_out) stand for, in the layout's dtype."""
         return (steps * self.scale.unsqueeze(1)).to(dtype)
 
 
 def grids(W: Tensor, bits: int, layout: Layout, importance: Tensor | None = None) -> Grids:
-    """Grids for W, from the range of each group, which always includes 0; up to `CLIPPED_BITS` the best of the
-    `SHRINKS`.
+    """Grids for W, from the range of each group, which always includes 0.
+
+    Up to `CLIPPED_BITS` several shares of that range (`SHRINKS`) are tried, and the best one is taken.
 
     Asymmetric grids reach from the least to the greatest weight. Symmetric ones have steps of `2 max|w| / (2^bits -
     1)`, of which `2^(bits - 1)` lie below 0 and one less above; steps of `max|w| / (2^(bits - 1) - 1)`, which reach
@@ -106,25 +111,28 @@ def _spanning(lowest: Tensor, highest: Tensor, bits: int, layout: Layout) -> Gri
 
 
 def _losses(W: Tensor, tried: Grids, bits: int, layout: Layout, importance: Tensor | None) -> Tensor:
-    """(groups, d_out): of W (groups, group, d_out), with an importance (groups, group, 1)."""
+    """The error of each group of W (groups, group, d_out) on these grids: (groups, d_out).
+
+    importance: (groups, group, 1), or None.
+    """
     error = tried.values(tried.steps(W, bits), layout.dtype) - W
     return error.abs_().pow_(POWER).sum(1) if importance is None else (error.square_() * importance).sum(1)
 
 
 def quantised(codes: Tensor, found: Grids, bits: int, dtype: torch.dtype) -> Quantised:
-    """From codes (d_in, d_out)."""
+    """A candidate from codes (d_in, d_out) on these grids."""
     scale, zero = found.scale.T.to(dtype).contiguous(), found.zero.T.to(torch.uint8).contiguous()
     return Quantised(codes.T.to(torch.uint8).contiguous(), scale, zero, bits)
 
 
 @dataclass(frozen=True)
 class GridPruner(NoSurvey):
-    """What both methods share.
+    """What all pruners of bit width have in common: their units are linear layers.
 
     Attributes:
         bits: The widths that layers may get, 2 to 8.
-        group: Neighbouring inputs of an output that share a scale and a zero; see
-            `supernet.models.prunables.group_size`.
+        group: Neighbouring inputs of an output that share a scale and a zero; less where this does not divide the
+            inputs of a layer (`supernet.models.prunables.group_size`).
         symmetric: The code of 0 is in the middle, not free, and takes no space.
     """
 
@@ -143,11 +151,11 @@ class GridPruner(NoSurvey):
         object.__setattr__(self, "bits", widths)  # the configuration's own kind of list cannot be hashed
 
     def prunables(self, parts: Sequence[SubBlock]) -> tuple[Prunable, ...]:
-        """See `Pruner`: every linear layer."""
+        """Every linear layer of the sub-blocks."""
         return bit_prunables(parts, self.bits, self.group, self.symmetric)
 
     def layout(self, task: Task) -> Layout:
-        """Of the grids of one layer; InputError if its weights are not finite."""
+        """How a unit's layer is laid on grids; InputError if its weights are not finite."""
         if not bool(torch.isfinite(task.dense).all()):
             raise InputError(f"{task.where}: weights are not finite; check the model's weights, or use dtype=float32")
         return Layout(group_size(task.dense.shape[1], self.group), self.symmetric, task.dense.dtype)

@@ -1,9 +1,8 @@
-"""What structured methods share that choose members (KV groups, query heads, neurons) by scores.
+"""What structured methods share that choose members (KV groups, query heads, neurons).
 
-That is: their units, sums over the parameters of a member, and what a ranking keeps.
-
-Members with the lowest scores go first, and the weights of the others stay as they are. One order serves all levels, so
-that they are nested.
+That is: their units, sums over the parameters of a member, and candidates from a score of each member. Members with the
+lowest scores go first, and the weights of the others stay as they are. One order serves all levels, so that they are
+nested.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ def sum_by_member(part: SubBlock, matrices: Mapping[str, Tensor], biases: Mappin
     """Sum a quantity of each parameter over those that go with a member.
 
     Args:
-        part: With members.
-        matrices: Of each layer in `member_layers`, (d_out, d_in).
-        biases: Of those that lose rows and have biases, (d_out,).
+        part: A sub-block with members.
+        matrices: The quantity of each weight, (d_out, d_in), for each of the `member_layers`.
+        biases: The quantity of each bias, (d_out,), for those that lose rows and have one.
 
     Returns:
         (members,) float32.
@@ -53,8 +52,14 @@ def sum_by_member(part: SubBlock, matrices: Mapping[str, Tensor], biases: Mappin
 
 
 def best(scores: Tensor, kept: Sequence[int]) -> list[Tensor]:
-    """The members with the highest scores, rising, for each number in `kept`; of equal ones the first. scores:
-    (members,).
+    """The members with the highest scores, for each number in `kept`; among equal ones the first stay.
+
+    Args:
+        scores: (members,).
+        kept: How many stay at each level.
+
+    Returns:
+        For each level the members, (k,) int64, rising.
     """
     ranking = scores.argsort(descending=True, stable=True)
     return [ranking[:count].sort().values for count in kept]
@@ -62,7 +67,7 @@ def best(scores: Tensor, kept: Sequence[int]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class MembersPruner(NoSurvey):
-    """What the methods have in common.
+    """What all structured methods have in common: the settings that decide which units and levels there are.
 
     Attributes:
         multiple: Kept neurons are multiples of this.
@@ -73,7 +78,7 @@ class MembersPruner(NoSurvey):
     query_heads: bool = False
 
     def prunables(self, parts: Sequence[SubBlock]) -> tuple[Prunable, ...]:
-        """See `Pruner`."""
+        """The members of every sub-block that has some."""
         return member_prunables(parts, self.multiple, self.query_heads)
 
     def parts(self, model: PreTrainedModel) -> tuple[SubBlock, ...]:
@@ -82,15 +87,36 @@ class MembersPruner(NoSurvey):
 
 
 @dataclass(frozen=True)
-class SurveyedPruner(MembersPruner):
+class ScoredMembersPruner(MembersPruner):
+    """A method that keeps the members with the highest scores, with their dense weights.
+
+    A subclass says what the scores are.
+    """
+
+    def scores(self, task: Task) -> Tensor:
+        """What each member is worth, (members,); InputError where that is not finite."""
+        raise NotImplementedError
+
+    def bias(self, task: Task, kept: Tensor) -> Tensor | None:
+        """The bias (d_out,) of a candidate that keeps these members (k,); None, the default, where it has none of its
+        own.
+        """
+        return None
+
+    def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
+        """One candidate a level, without weights."""
+        return [Members(members, None, self.bias(task, members)) for members in best(self.scores(task), kept)]
+
+
+@dataclass(frozen=True)
+class SurveyedPruner(ScoredMembersPruner):
     """A method whose scores all come from its survey."""
 
     def statistics(self, dense: Tensor, width: int) -> None:
-        """None: the inputs of the pruned model play no part."""
+        """None, as the inputs in the pruned model play no part."""
 
-    def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
-        """See `Pruner`; with the dense weights."""
+    def scores(self, task: Task) -> Tensor:
+        """What the survey found for the unit."""
         if task.scores is None:
             raise InputError(f"{task.where}: the survey of the dense model has no scores for this unit")
-        scores = finite(task.scores.to(task.dense.device), task.where, "weights, or the gradients of the survey,")
-        return [Members(members, None) for members in best(scores, kept)]
+        return finite(task.scores.to(task.dense.device), task.where, "weights, or the gradients of the survey,")

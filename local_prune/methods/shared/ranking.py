@@ -1,4 +1,4 @@
-"""Orders of removal from scores of single weights. Pure functions over tensors; scores are shaped as their weights."""
+"""From scores of single weights to the order in which the weights go. Scores have the shape of their weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def ascending(scores: Tensor) -> Tensor:
     """The stable order of the flattened scores, smallest first, ties by index: (n,) int64.
 
     Args:
-        scores: Finite float32 or float64, without a negative zero; of negative numbers only one value, that sorts
+        scores: Finite float32 or float64, without a negative zero. Negative numbers must all be the same; they come
             first.
     """
     bits = scores.flatten().view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
@@ -18,18 +18,19 @@ def ascending(scores: Tensor) -> Tensor:
 
 
 def positions(order: Tensor) -> Tensor:
-    """Where each index stands in an order: its inverse permutation, (n,) int64."""
+    """Where each index stands in an order, which is the inverse permutation: (n,) int64."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def rank_in_layer(scores: Tensor) -> Tensor:
-    """How many weights of the layer go before each: (d_out, d_in) int64, each number once, the least score 0."""
+    """How many weights of the layer go before each one: (d_out, d_in) int64, every number once, the least score 0."""
     return positions(ascending(scores)).view(scores.shape)
 
 
 def rank_in_rows(scores: Tensor) -> Tensor:
-    """As `rank_in_layer`, with every row losing its next weight before any row loses another: rows keep equal numbers,
-    +-1.
+    """How many weights of the layer go before each one, where every row loses one weight before any loses a second.
+
+    So all rows keep the same number of weights, give or take one: (d_out, d_in) int64, every number once.
     """
     d_out, d_in = scores.shape
     order = scores.argsort(dim=1, stable=True)
@@ -39,9 +40,12 @@ def rank_in_rows(scores: Tensor) -> Tensor:
 
 
 def rank_in_groups(scores: Tensor, dim: int) -> Tensor:
-    """How many of the others along `dim` are smaller; of equal ones the first ranks lower. int64, shaped as the scores.
+    """How many of the other scores along `dim` are smaller than each; of equal ones the first ranks lower.
 
-    For the groups of N:M: comparing all pairs beats sorting where there are few to a group and many groups.
+    It is for the groups of N:M: comparing all pairs beats sorting where groups are small and many.
+
+    Returns:
+        int64, of the shape of the scores.
     """
     mine, other = scores.unsqueeze(dim), scores.unsqueeze(dim + 1)  # the others run along dim, the ranked along dim + 1
     size = scores.shape[dim]

@@ -1,9 +1,9 @@
-"""The kept weights' own least squares, after a method has chosen them: what pruning one after the other leaves on the
-table.
+"""Refitting the weights that stay, after a method has chosen them.
 
-For a mask fixed, every output is a least-squares problem of its own on the weights that stay, too many to factorise. A
-few steps of conjugate gradients from where the method ended bring all of them, at all levels at once, most of the way
-to the optimum: a step is one product with the Hessian (as the last phase of ALPS, Meng et al. 2024).
+Methods that remove one weight after the other end short of the optimum of the weights that they keep. Once the mask is
+fixed, every output is a least-squares problem of its own, and these are too many to factorise. A few steps of conjugate
+gradients from where the method ended bring all of them, at all levels at once, most of the way: a step is one product
+with the Hessian (as in the last phase of ALPS, Meng et al. 2024).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SYSTEMS = 1024  # outputs and levels at a time: their vectors of a step stay in 
 
 
 def refit(hessian: Tensor, target: Tensor, mask: Tensor, weights: Tensor, steps: int) -> Tensor:
-    """Lower tr((W - T)^T H (W - T)) over the weights where the mask is True, never raising it.
+    """Lower tr((W - T)^T H (W - T)) by changing the weights where the mask is True; no step raises it.
 
     Args:
         hessian: (d_in, d_in), positive definite.
@@ -37,8 +37,9 @@ def refit(hessian: Tensor, target: Tensor, mask: Tensor, weights: Tensor, steps:
 
 
 def _solved(hessian: Tensor, target: Tensor, gone: Tensor, start: Tensor, steps: int) -> Tensor:
-    """Conjugate gradients, preconditioned by the diagonal; systems that are solved exactly stop moving. All (d_in,
-    systems).
+    """Conjugate gradients, preconditioned by the diagonal. Systems that are solved exactly stop moving.
+
+    All tensors but the Hessian are (d_in, systems): `target` is T, `gone` says which weights are 0, `start` is W.
     """
     W, scale = start.contiguous(), 1.0 / hessian.diagonal().unsqueeze(1)
     tiny = torch.finfo(W.dtype).tiny

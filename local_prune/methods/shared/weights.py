@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from local_prune.methods.shared.ranking import rank_in_groups, rank_in_rows
-from local_prune.pruner import NoSurvey, Task
-from local_prune.statistics import LeastSquares, Moments, finite
+from local_prune.pruner import NoSurvey, Statistics, Task
+from local_prune.statistics import Moments, finite
 from supernet.candidates import Candidate, Weights
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
@@ -25,14 +25,18 @@ PAIRS = 1 << 24  # of scores that are compared at a time: bounds the working mem
 
 
 def patterned_mask(scores: Tensor, pattern: Pattern) -> Tensor:
-    """The best `keep` of every `of` neighbouring inputs of an output: (d_out, d_in) bool."""
+    """Keep the best `keep` of every `of` neighbouring inputs of an output: (d_out, d_in) bool, True where one stays."""
     groups = scores.reshape(-1, pattern.of)
     parts = groups.split(max(1, PAIRS // pattern.of**2))
     return torch.cat([rank_in_groups(part, 1) >= pattern.of - pattern.keep for part in parts]).view(scores.shape)
 
 
 def parse_patterns(pattern: str | Sequence[str] | None) -> tuple[Pattern, ...]:
-    """The patterns of a setting, none where it is None; InputError unless each keeps another share of the weights."""
+    """The patterns that a setting names, none where it is None.
+
+    Raises:
+        InputError: One is no pattern, or two keep the same share of the weights.
+    """
     texts = [] if pattern is None else [pattern] if isinstance(pattern, str | int) else list(pattern)
     for text in texts:
         if not isinstance(text, str):
@@ -52,7 +56,7 @@ def parse_patterns(pattern: str | Sequence[str] | None) -> tuple[Pattern, ...]:
 
 
 def pattern_of(kept: int, weights: int, patterns: Sequence[Pattern]) -> Pattern:
-    """The pattern that keeps so many of so many weights."""
+    """The pattern that keeps `kept` of a layer's weights; InputError where none does."""
     for pattern in patterns:
         if pattern.kept(weights) == kept:
             return pattern
@@ -63,7 +67,7 @@ def pattern_of(kept: int, weights: int, patterns: Sequence[Pattern]) -> Pattern:
 
 @dataclass(frozen=True)
 class WeightPruner(NoSurvey):
-    """What pruners of single weights share.
+    """What all pruners of single weights have in common: their units are linear layers.
 
     Attributes:
         pattern: None for unstructured; "2:4", or several such as ["3:4", "2:4"], each of which is a level.
@@ -76,7 +80,7 @@ class WeightPruner(NoSurvey):
 
     @cached_property
     def patterns(self) -> tuple[Pattern, ...]:
-        """Parsed; empty for unstructured."""
+        """The patterns that `pattern` names; none for unstructured."""
         return parse_patterns(self.pattern)
 
     def prunables(self, parts: Sequence[SubBlock]) -> tuple[Prunable, ...]:
@@ -86,26 +90,26 @@ class WeightPruner(NoSurvey):
 
 @dataclass(frozen=True)
 class ScoredPruner(WeightPruner):
-    """Pruners that choose by a score of each weight; subclasses say which."""
+    """A method that keeps the weights with the highest scores, as they are. A subclass says what the scores are."""
 
     def scores(self, task: Task) -> Tensor:
-        """(d_out, d_in) float32, not negative; a tensor of its own, which will be changed."""
+        """What each weight is worth, (d_out, d_in) float32 and not negative: a new tensor, which will be changed."""
         raise NotImplementedError
 
     def rank(self, scores: Tensor) -> Tensor:
-        """Order of removal in the unstructured case: compared within the rows."""
+        """How many weights go before each, (d_out, d_in) int64; unstructured, weights of one output are compared."""
         return rank_in_rows(scores)
 
-    def statistics(self, dense: Tensor, width: int) -> LeastSquares | Moments | None:
-        """The norms of the inputs, taken from their moments."""
+    def statistics(self, dense: Tensor, width: int) -> Statistics | None:
+        """The norms of the inputs are taken from their moments."""
         return Moments.zeros(dense.shape[1], dense.device)
 
     def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
-        """One candidate a level, without weights; see `Pruner.candidates`."""
+        """One candidate a level, without weights."""
         if not kept:
             return []
         scores = self.scores(task).contiguous()  # dense weights may be transposed
-        scores.masked_fill_(task.dense == 0, -1.0)  # before those whose inputs are 0: what is zero already goes first
+        scores.masked_fill_(task.dense == 0, -1.0)  # what is zero already goes first, before weights of dead inputs
         if self.patterns:
             return [Weights(patterned_mask(scores, pattern_of(k, scores.numel(), self.patterns)), None) for k in kept]
         rank = self.rank(scores)

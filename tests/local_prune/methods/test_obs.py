@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from local_prune.methods import obs as structured
-from local_prune.methods.obs import BLOCK, ObsPruner, _order_of_groups, removal_order, solve_levels
+from local_prune.methods.obs import REMOVALS, ObsPruner, _order_of_groups, removal_order, solve_levels
 from local_prune.pruner import Pruner
 from supernet.candidates import Members, member_columns
 from supernet.errors import InputError
@@ -52,8 +52,8 @@ def brute_force_order(A: Tensor, B: Tensor, width: int, count: int, first_order:
 # The width, and how many groups: more than one and more than two blocks of removals for single rows.
 SHAPES = [
     pytest.param(1, 12, id="rows"),
-    pytest.param(1, BLOCK + 9, id="rows in two blocks"),
-    pytest.param(1, 2 * BLOCK + 5, id="rows in three blocks"),
+    pytest.param(1, REMOVALS + 9, id="rows in two blocks"),
+    pytest.param(1, 2 * REMOVALS + 5, id="rows in three blocks"),
     pytest.param(2, 12, id="pairs"),
     pytest.param(5, 7, id="groups of five"),
 ]
@@ -72,7 +72,7 @@ def test_removal_is_the_greedy_one(layer: MakeLayer, width: int, groups: int, fi
 
 @pytest.mark.parametrize("first_order", [0.0, 1.0])
 def test_rows_go_in_the_order_of_groups_of_one(layer: MakeLayer, first_order: float) -> None:
-    count = 2 * BLOCK + 6
+    count = 2 * REMOVALS + 6
     H, G = normal_equations(*layer(members=count, tokens=150, shift=1.0).augmented(DAMPING))
     inverse = H.inverse()
     rows = removal_order(inverse, G, 1, count, first_order)
@@ -85,7 +85,7 @@ def test_few_removals_begin_like_many(layer: MakeLayer, width: int) -> None:
     H, G = normal_equations(*layer(members=45, width=width, tokens=300).augmented(DAMPING))
     every = removal_order(H.inverse(), G, width, 45).tolist()
     assert sorted(every) == list(range(45))
-    for count in (0, 1, BLOCK, BLOCK + 1):
+    for count in (0, 1, REMOVALS, REMOVALS + 1):
         assert removal_order(H.inverse(), G, width, count).tolist() == every[:count]
 
 
