@@ -21,7 +21,7 @@ import pytest
 from supernet.__main__ import main
 from supernet.errors import InputError
 from supernet.store import Supernet
-from supernet.system.atomic import ABANDONED, _place, left_behind, write_atomic
+from supernet.system.atomic import ABANDONED, _this_machine, left_behind, write_atomic
 
 # A supernet of six units of 100 kB, whose candidates are known without being kept.
 COMMON = """
@@ -168,7 +168,7 @@ def test_a_killed_writer_leaves_no_lock_and_no_half_unit(
 
 
 def test_the_temporary_files_of_the_living_are_left_alone(tmp_path: Path) -> None:
-    here, elsewhere, dead = _place(), "0" * 8, 999_999_999
+    here, elsewhere, dead = _this_machine(), "0" * 8, 999_999_999
     for place, process in [(here, os.getpid()), (here, 1), (here, dead), (elsewhere, dead), (elsewhere, dead - 1)]:
         (tmp_path / f".manifest.json.{place}-{process}-00000000.tmp").touch()
     for name in (".other.tmp", "manifest.json.12.tmp", ".manifest.json.12.tmp"):

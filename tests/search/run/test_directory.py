@@ -21,7 +21,7 @@ from search.strategies.base import HistoryRow
 from search.strategies.state import State
 from supernet.errors import InputError
 from supernet.space import Level, Space, Unit
-from supernet.system.atomic import _place
+from supernet.system.atomic import _this_machine
 from supernet.system.records import read_record, write_record
 
 LEVELS = (Level(4, 8), Level(2, 4), Level(1, 2))
@@ -517,7 +517,7 @@ def test_fresh_helps_where_the_text_is_another(run: Path) -> None:
 
 
 def test_what_dead_processes_left_is_swept_away(run: Path) -> None:
-    dead, alive = (f"{_place()}-{process}-00000000.tmp" for process in (999_999_999, os.getpid()))
+    dead, alive = (f"{_this_machine()}-{process}-00000000.tmp" for process in (999_999_999, os.getpid()))
     for folder in (run, run / "checkpoint"):
         (folder / f".x.{dead}").touch()
         (folder / f".x.{alive}").touch()

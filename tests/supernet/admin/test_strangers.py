@@ -11,9 +11,9 @@ import pytest
 
 from supernet.admin.removal import collect
 from supernet.store import Supernet
-from supernet.system.atomic import _place
+from supernet.system.atomic import _this_machine
 
-TEMPORARY = f".x.{_place()}-999999999-00000000.tmp"  # of a process that is no more
+TEMPORARY = f".x.{_this_machine()}-999999999-00000000.tmp"  # of a process that is no more
 
 
 def outside(path: Path) -> Path:
