@@ -15,6 +15,8 @@ from supernet.errors import InputError
 
 # Settings that only other choices have.
 ELSEWHERE = {
+    "study": "is a tracker's: add tracker=optuna, and tracker.optuna.study=FILE_OR_URL for another than trials.log",
+    "tracker.optuna": "is only for tracker=optuna",
     "prune.fit": "is only for the methods that fit weights: prune=obs, sparsegpt, apt or gptq",
     "prune.accumulation": "is only for methods that look at activations; this one does not",
     "prune.multiple": "is only for structured methods: prune=obs, magnitude_sp, wanda_sp, flap, taylor, amp or bonsai",

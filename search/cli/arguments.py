@@ -157,12 +157,12 @@ def _check_additions(arguments: Sequence[str], groups: Sequence[str]) -> None:
 
 
 def _group_choices(arguments: Sequence[str], groups: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Group and value of each choice, those of a sweep one by one; functions such as glob(*) are left to Hydra."""
+    """Group and value of each choice, those of a list or a sweep one by one; functions such as glob(*) are Hydra's."""
     for argument in arguments:
         key, equals, values = argument.partition("=")
         if equals and key.lstrip("+") in groups and "(" not in values:
-            for value in values.split(","):
-                yield key.lstrip("+"), value
+            for value in values.strip("[]").split(","):
+                yield key.lstrip("+"), value.strip()
 
 
 def _extra_folders(arguments: Sequence[str]) -> Iterator[Path]:

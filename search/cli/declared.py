@@ -23,6 +23,7 @@ COMPONENTS = {  # what is made of a class by its `_target_`, and how one is chos
     "prune.pruner": "prune=NAME",
     "strategy": "strategy=NAME",
     "fitness": "fitness=NAME",
+    "export": "export=NAME",
 }
 
 
@@ -36,12 +37,12 @@ def check_declared(config: DictConfig, hydra: HydraConf) -> None:
         config: As the job gets it.
         hydra: Hydra's own part of it, which knows what was chosen.
     """
-    given, known = _plain(config), _plain(_declared(hydra.runtime.choices))
+    given, known = _plain(config), _plain(_declared(_choices(hydra)))
     typed = {override.partition("=")[0].lstrip("+") for override in hydra.overrides.task}
     strange = dict(_strange(given, known))
     if strange.keys() - typed and hydra.runtime.choices.get("experiment") is not None:
         recipe = compose("search", [f"+experiment={hydra.runtime.choices['experiment']}"], return_hydra_config=True)
-        of_recipe = dict(_strange(given, _plain(_declared(recipe.hydra.runtime.choices))))
+        of_recipe = dict(_strange(given, _plain(_declared(_choices(recipe.hydra)))))
         strange = {key: siblings for key, siblings in strange.items() if key in typed or key in of_recipe}
     for key, siblings in strange.items():
         raise InputError(no_setting(key, siblings))
@@ -54,6 +55,12 @@ def check_declared(config: DictConfig, hydra: HydraConf) -> None:
         component = OmegaConf.select(config, key)
         if not isinstance(component, DictConfig) or "_target_" not in component:
             raise InputError(f"{key}={component} names no component; choose one with {choice}")
+
+
+def _choices(hydra: HydraConf) -> dict[str, Any]:
+    """What was chosen of each group; a list, such as `tracker=[optuna]`, as it was typed: Hydra does not note those."""
+    typed = (override.partition("=") for override in hydra.overrides.task)
+    return {**hydra.runtime.choices, **{key: value for key, _, value in typed if value.startswith("[")}}
 
 
 def _declared(choices: Mapping[str, Any]) -> DictConfig:

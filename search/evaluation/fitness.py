@@ -53,7 +53,13 @@ class Targets:
 
 
 class Fitness(Protocol):
-    """What the search minimises: a loss of every token, of several pruned models at once."""
+    """What the search minimises: a loss of every token, of several pruned models at once.
+
+    Attributes:
+        goal: What is searched for, in words that fit behind "searched for".
+    """
+
+    goal: ClassVar[str]
 
     @property
     def chunk_bytes(self) -> int:
@@ -124,6 +130,8 @@ class _Settings:
 class KlDivergence(_Settings):
     """KL(dense || pruned) over the whole vocabulary."""
 
+    goal: ClassVar[str] = "the smallest KL divergence to the unpruned model"
+
     def __call__(self, students: Tensor, head: LmHead, teacher: Targets, labels: Tensor) -> Tensor:
         """See `Fitness`."""
         return kl_divergence(students, head, teacher, self.chunk_bytes) + self._hidden_term(students, teacher)
@@ -133,6 +141,7 @@ class KlDivergence(_Settings):
 class CrossEntropy(_Settings):
     """-log p of the following token, without the last token of each sequence: the logarithm of the perplexity."""
 
+    goal: ClassVar[str] = "the smallest cross-entropy"
     is_divergence: ClassVar[bool] = False
 
     def __call__(self, students: Tensor, head: LmHead, teacher: Targets, labels: Tensor) -> Tensor:
@@ -154,6 +163,8 @@ class TopKDivergence(_Settings):
     What the pruned model gives to other words goes unseen; it is here for comparison, and is no cheaper than the exact
     one.
     """
+
+    goal: ClassVar[str] = "the smallest KL divergence to the unpruned model among its likeliest tokens"
 
     k: int = 8192
 

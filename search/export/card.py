@@ -27,11 +27,6 @@ AMOUNTS = {kind: f"the prunable {kind}" for kind in ("parameters", "bits", "byte
     "flops": "the FLOPs of the prunable layers",
     "latency": "the time that the prunable layers take",
 }
-LOSSES = {  # by the class of the fitness
-    "KlDivergence": "the smallest KL divergence to the unpruned model",
-    "TopKDivergence": "the smallest KL divergence to the unpruned model among its likeliest tokens",
-    "CrossEntropy": "the smallest cross-entropy",
-}
 INHERITED = ("license", "license_name", "license_link", "language")  # from the dense model's own card
 
 
@@ -44,7 +39,7 @@ class Facts:
         pruner: The method that chose what to remove within a layer.
         strategy: The method that chose how much to remove from each layer.
         rule: Whether that is a rule, which measures no allocations.
-        fitness: Class of what a search minimises.
+        goal: What a search was for: "the smallest ...".
         dtype: Of the weights in the file.
         trust: Whether the folder brings its own modelling code.
         source: The dense model's folder, where there is one.
@@ -54,7 +49,7 @@ class Facts:
     pruner: str
     strategy: str
     rule: bool
-    fitness: str
+    goal: str
     dtype: str
     trust: bool
     source: Path | None = None
@@ -120,8 +115,7 @@ def _how(facts: Facts) -> str:
         return (
             f"How much goes from each layer follows from the rule `{facts.strategy}`; nothing was searched.\n{within}"
         )
-    loss = LOSSES.get(facts.fitness, f"the smallest {facts.fitness}")
-    return f"How much goes from each layer was searched for {loss} (strategy `{facts.strategy}`).\n{within}"
+    return f"How much goes from each layer was searched for {facts.goal} (strategy `{facts.strategy}`).\n{within}"
 
 
 def _measured(metrics: Mapping[str, Any] | None, checked: Checked | None) -> str:

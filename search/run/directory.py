@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -37,6 +38,7 @@ LATENCY = "checkpoint/latency-{}.json"
 ROUND = "checkpoint/round-{}.json"
 ROUND_FORMAT = 2
 FRESH = "checkpoint/fresh.json"  # of a run that fresh=true began, until it is finished
+IDENTIFIER = "checkpoint/identifier.json"
 HISTORY = "history.parquet"
 COLUMNS = {
     "iteration": "int32",
@@ -126,6 +128,13 @@ class RunDirectory:
             )
         move_aside(self.path)
 
+    def identifier(self) -> str:
+        """What tells the run from others of the same name; made when first asked for, and moved aside with the run."""
+        record = self.read(IDENTIFIER)
+        if record is None:
+            self.write(IDENTIFIER, record := {"run": uuid.uuid4().hex})
+        return str(record["run"])
+
     @property
     def _holds_a_run(self) -> bool:
         """Whether there is something to lose."""
@@ -201,11 +210,18 @@ class RunDirectory:
 
         The list of a directory that is not claimed yet may be of other settings: it starts anew.
         """
-        if self._supernets is None:
-            self._supernets = dict(self.read(SUPERNETS) or {}) if self._claimed else {}
-        self._supernets[fingerprint] = str(path.resolve())
+        self._supernets = {**self._listed(), fingerprint: str(path.resolve())}
         self.write(SUPERNETS, self._supernets)
         return self.path / SUPERNETS
+
+    def uses(self, fingerprint: str) -> bool:
+        """Whether this supernet is noted as one that the run uses."""
+        return fingerprint in self._listed()
+
+    def _listed(self) -> dict[str, str]:
+        if self._supernets is None:
+            self._supernets = dict(self.read(SUPERNETS) or {}) if self._claimed else {}
+        return self._supernets
 
     def load_state(
         self, round_index: int, space: Space, generations: int, state_class: type[State] = State
@@ -327,8 +343,8 @@ class RunDirectory:
 
 
 def _damaged(file: Path, why: str) -> InputError:
-    # Without these nothing is lost but times, or the name of a study: all else in a checkpoint decides what is found.
-    free = file.parent.name != CHECKPOINT or file.name in ("costs.json", "supernets.json", "study.json")
+    # Without these nothing is lost but times, or what trackers know the run by: all else decides what is found.
+    free = file.parent.name != CHECKPOINT or file.name in ("costs.json", "supernets.json", "identifier.json")
     advice = (
         "delete it, and the same command writes a new one"
         if free and file.name != HISTORY

@@ -32,7 +32,7 @@ WHOLE = {
 }
 NUMBERS = {"supernet.step": 0.125, "supernet.lowest": 0.0}  # with an example
 WORDS = {"device": "a device such as auto, cpu or cuda:1", "dtype": "auto, bfloat16, float16 or float32"}
-SWITCHES = ("dry_run", "fresh", "export.check")
+SWITCHES = ("dry_run", "fresh")
 # What an attribute of a dataclass may be, by its type, and that in words.
 TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
@@ -40,7 +40,7 @@ TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "float": ((int, float), "a number"),
 }
 # These may change between runs in the same directory.
-FREE = ("stages", "dry_run", "fresh", "run_name", "device", "evaluator", "study")
+FREE = ("stages", "dry_run", "fresh", "run_name", "device", "evaluator", "tracker")
 
 
 def check_settings(config: DictConfig) -> None:
@@ -68,11 +68,6 @@ def check_settings(config: DictConfig) -> None:
         value = _value(config, key)
         if type(value) is not bool:
             raise InputError(f"{key}={value} must be true or false")
-    study = _value(config, "study")
-    if study is not None and (type(study) is not str or not study):
-        raise InputError(
-            f"study={study} must be a file such as trials.log, a database such as sqlite:///trials.db, or null"
-        )
 
 
 def _check_words(config: DictConfig) -> None:

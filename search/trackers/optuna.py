@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import re
-import uuid
 from bisect import bisect_left
+from collections.abc import Mapping
 from contextlib import suppress
 from json import JSONDecodeError
 from pathlib import Path
@@ -27,7 +27,6 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.errors import reason
-from search.run.directory import RunDirectory
 from search.trackers.journal import is_readable, mend, set_aside
 from supernet.errors import InputError
 from supernet.space import Space
@@ -35,51 +34,53 @@ from supernet.space import Space
 log = logging.getLogger(__name__)
 
 RUN = "run"  # in the study: whose it is
-RECORD = "checkpoint/study.json"
-FORMS = "use a database such as study=sqlite:///trials.db, or a journal file such as study=trials.log"
+SETTING = "tracker.optuna.study"
+FORMS = "a journal file such as trials.log, or a database such as sqlite:///trials.db"
 # Of storages that worked before; KeyError where somebody deleted the study.
 FAILURES = (OptunaError, SQLAlchemyError, OSError, JSONDecodeError, KeyError)
 # And of those that cannot be opened: no driver, tables of another version, a file that is no journal.
 MISTAKES = (*FAILURES, ImportError, RuntimeError, ValueError, TypeError, AttributeError)
 
 
-class Trials:
-    """The study of one run."""
+class OptunaTracker:
+    """An Optuna study with a trial for each row of a run's history."""
 
-    def __init__(self, study: str, directory: RunDirectory) -> None:
-        """Open the study, or make it: called as the directory is, with a number where another run's study has that
-        name.
+    def __init__(self, study: str = "trials.log") -> None:
+        """Check the setting; the study is opened by `begin`.
 
         Args:
-            study: The setting: a database's URL, or a journal file; files are relative to the run's directory.
-            directory: The run's.
+            study: A journal file, or a database's URL; files are relative to the run's directory.
 
         Raises:
-            InputError: There can be no study.
+            InputError: It is no text.
         """
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for every study otherwise
+        if type(study) is not str or not study:
+            raise InputError(f"{SETTING}={study} must be {FORMS}")
+        self._setting = study
         self._shown = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", study)  # without a password
         self._spaces: dict[int, Space] = {}
-        directory.path.mkdir(parents=True, exist_ok=True)
-        self._journal, self._alone = (
-            directory.path / Path(study).expanduser(),
-            not Path(study).expanduser().is_absolute(),
-        )
         self._is_journal = "://" not in study
+        self._alone = not Path(study).expanduser().is_absolute()  # no other run writes into this one's directory
+
+    def begin(self, folder: Path, identifier: str) -> None:
+        """Open the study, or make it: called as the directory is, with a number where another run's study is."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for every study otherwise
+        folder.mkdir(parents=True, exist_ok=True)
+        self._journal = folder / Path(self._setting).expanduser()
         try:
-            self._storage = self._opened(study, directory.path)
-            self._study = _own(self._storage, directory.path.resolve().name, _identity(directory))
+            self._storage = self._opened(folder)
+            self._study = _own(self._storage, folder.resolve().name, identifier)
             self._number = self._storage.get_study_id_from_name(self._study.study_name)
         except MISTAKES as error:
-            raise InputError(f"study={self._shown} cannot be opened ({reason(error)}); {FORMS}") from error
+            raise InputError(f"{SETTING}={self._shown} cannot be opened ({reason(error)}); use {FORMS}") from error
         log.info("trials are kept in the study %s of %s", self._study.study_name, self._shown)
 
-    def _opened(self, study: str, folder: Path) -> BaseStorage:
+    def _opened(self, folder: Path) -> BaseStorage:
         """The storage; a journal of the run's own that cannot be read is set aside, as the history has all that
         it had.
         """
         if not self._is_journal:
-            return _database(study, folder)
+            return _database(self._setting, folder)
         # else it would become a journal with a misleading name
         if self._journal.suffix in (".db", ".sqlite", ".sqlite3"):
             raise ValueError("without sqlite:/// it would not be a database")
@@ -87,19 +88,15 @@ class Trials:
         if self._alone and not is_readable(self._journal):
             aside = set_aside(self._journal)
             log.warning(
-                "study=%s cannot be read: it is %s now, and written anew from the history", self._shown, aside.name
+                "%s=%s cannot be read: it is %s now, and written anew from the history",
+                SETTING,
+                self._shown,
+                aside.name,
             )
         return JournalStorage(JournalFileBackend(str(self._journal)))
 
-    def follow(self, history: pd.DataFrame, round_index: int, space: Space) -> None:
-        """Add the rows that the study does not have yet. A search does not end where that fails: the next call tries
-        again.
-
-        Args:
-            history: All rows of the run.
-            round_index: Of the last rows to add; earlier rounds were followed before.
-            space: Of that round.
-        """
+    def generation(self, history: pd.DataFrame, round_index: int, space: Space) -> None:
+        """Add the rows that the study does not have yet."""
         self._spaces[round_index] = space
         history = history[history["iteration"] <= round_index]
         try:
@@ -107,10 +104,16 @@ class Trials:
             for row in history[known:].to_dict("records"):
                 self._study.add_trial(trial(row, self._spaces[int(row["iteration"])]))
         except FAILURES as error:
-            log.warning("study=%s: trials cannot be added now (%s)", self._shown, reason(error))
+            log.warning("%s=%s: trials cannot be added now (%s)", SETTING, self._shown, reason(error))
             if self._is_journal:  # a full disk may have cut a line off
                 with suppress(OSError, ValueError):
                     mend(self._journal, self._alone)
+
+    def metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Nothing: a study knows no models but its trials."""
+
+    def end(self) -> None:
+        """Nothing: each trial was written at once."""
 
     def _has(self, number: int) -> bool:
         """Whether there is a trial of this number: counting trials would read all of them from a database."""
@@ -145,14 +148,6 @@ def _database(study: str, folder: Path) -> BaseStorage:
             raise ValueError("it names no file")
         url = url.set(database=str(folder / url.database))
     return RDBStorage(url.render_as_string(hide_password=False))
-
-
-def _identity(directory: RunDirectory) -> str:
-    """What tells the run from others of the same name; moved aside with it by fresh=true."""
-    record = directory.read(RECORD)
-    if record is None:
-        directory.write(RECORD, record := {RUN: uuid.uuid4().hex})
-    return str(record[RUN])
 
 
 def _own(storage: BaseStorage, name: str, identity: str) -> optuna.Study:

@@ -24,7 +24,6 @@ from local_prune.walk import build
 from search.budgets.latency import LatencyTable, Request
 from search.evaluation.fitness import KlDivergence
 from search.evaluation.generation import GenerationEvaluator, Resources
-from search.export.huggingface import export
 from search.paths import CACHE_VARIABLE
 from search.run.levels import Grid, mixture
 from supernet.candidates import Members, Quantised, Weights, count
@@ -33,6 +32,7 @@ from supernet.models.assemble import assemble
 from supernet.models.prunables import presence_prunables
 from supernet.space import Allocation
 from supernet.store import Supernet
+from tests.exports import export
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,10 +18,11 @@ from search.budgets.costs import CostTable
 from search.budgets.from_settings import make_budget, request_of
 from search.budgets.knapsack import uniform
 from search.budgets.settings import budget_record, given_limits
+from search.evaluation.fitness import KlDivergence
 from search.export.card import Facts, model_card
 from search.inputs.models import LoadedModel, random_llama
 from search.report.table import allocation_json, metrics_table
-from search.run.pipeline import warn_if_missed, warn_if_worse
+from search.report.warnings import warn_if_missed, warn_if_worse
 from supernet.errors import InputError
 from supernet.models.architecture import parameter_count, sub_blocks
 from supernet.models.prunables import bit_prunables, member_prunables, weight_prunables
@@ -213,7 +214,7 @@ def test_bit_widths_change_neither_parameters_nor_flops(name: str) -> None:
 
 # Reports
 
-FACTS = Facts("m", "obs", "guided", False, "KlDivergence", "bfloat16", False)
+FACTS = Facts("m", "obs", "guided", False, KlDivergence.goal, "bfloat16", False)
 
 
 ROW = {"parameters": 1000, "nonzero_parameters": 999, "kl_divergence": 0.1, "kl_divergence_error": None}

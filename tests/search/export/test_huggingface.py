@@ -13,10 +13,11 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from search.evaluation.fitness import CrossEntropy, KlDivergence
 from search.export.card import Facts, model_card
 from search.export.check import Sample
-from search.export.huggingface import Wanted, export, rounded
 from search.export.reload import sequence_losses
+from search.export.rounding import rounded
 from search.inputs.data import PydocTopics, prepare
 from search.inputs.models import random_llama
 from supernet.errors import InputError
@@ -24,6 +25,7 @@ from supernet.models.architecture import parameter_count
 from supernet.models.assemble import assemble
 from supernet.models.modeling_pruned import PrunedLlamaForCausalLM
 from supernet.store import Supernet
+from tests.exports import export
 
 MIXED = (1, 0, 2, 1, 0, 2, 3, 3)  # block 3 loses attention and MLP
 ALIKE = (2, 2, 2, 2, 2, 2, 2, 2)
@@ -145,7 +147,7 @@ def test_a_fresh_process_must_find_the_loss_that_the_model_in_memory_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, folder = assembled(MIXED), tmp_path / "export"
-    checked = export(model, byte_tokenizer, folder, lambda found: f"{found}", Wanted(sample=sample(model, ids)))
+    checked = export(model, byte_tokenizer, folder, lambda found: f"{found}", sample=sample(model, ids))
     assert checked is not None and checked.largest_difference <= checked.tolerance * checked.loss
     assert (folder / "README.md").read_text() == str(checked)
 
@@ -162,7 +164,7 @@ def test_a_fresh_process_must_find_the_loss_that_the_model_in_memory_has(
     )
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", damaged)
     with pytest.raises(InputError, match="a fresh process loads from the export is another model"):
-        export(again, byte_tokenizer, folder, lambda _: "damaged", Wanted(sample=sample(again, ids)))
+        export(again, byte_tokenizer, folder, lambda _: "damaged", sample=sample(again, ids))
     assert (folder / "README.md").read_text() == str(checked) and {path.name for path in tmp_path.iterdir()} == {
         "export"
     }
@@ -174,7 +176,7 @@ def test_the_loss_must_be_what_the_search_measured(
     model = assembled(ALIKE)
     with pytest.raises(InputError, match="differs by 1 from what the search measured"):
         losses = tuple(loss + 1 for loss in sequence_losses(model, ids, 0))
-        export(model, byte_tokenizer, tmp_path / "export", lambda _: "", Wanted(sample=sample(model, ids, losses)))
+        export(model, byte_tokenizer, tmp_path / "export", lambda _: "", sample=sample(model, ids, losses))
     assert not list(tmp_path.iterdir())
 
 
@@ -184,7 +186,7 @@ def test_the_dtype_asked_for_is_written_and_what_is_measured_are_its_weights(
 ) -> None:
     model = rounded(assembled(MIXED), torch.bfloat16)
     logits = model(ids).logits
-    export(model, byte_tokenizer, tmp_path / "export", lambda _: "", Wanted(torch.bfloat16))
+    export(model, byte_tokenizer, tmp_path / "export", lambda _: "", torch.bfloat16)
     with safe_open(tmp_path / "export/model.safetensors", framework="pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
     assert json.loads((tmp_path / "export/config.json").read_text())["dtype"] == "bfloat16"
@@ -213,7 +215,7 @@ def test_licence_and_tokenizer_files_come_along_and_strangers_code_does_not(
         (source / name).write_text("theirs")
     byte_tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["evil.T", None]}
     model = assembled(ALIKE)
-    export(model, byte_tokenizer, tmp_path / "export", lambda _: "ours", Wanted(source=source))
+    export(model, byte_tokenizer, tmp_path / "export", lambda _: "ours", source=source)
     assert all((tmp_path / "export" / name).read_text() == "theirs" for name in carried)
     assert not list((tmp_path / "export").glob("*.py")) and (tmp_path / "export/README.md").read_text() == "ours"
     assert "theirs" not in (tmp_path / "export/tokenizer.json").read_text()
@@ -252,7 +254,7 @@ def test_the_card_says_what_was_done_with_the_metadata_of_the_hub(tmp_path: Path
     (tmp_path / "README.md").write_text("---\nlicense: llama3\nbase_model: some/other\n---\n# Dense\n")
     units = [{"name": "model.layers.0.mlp", "kind": "mlp", "kept": 8, "total": 16}]
     content = {"budget": {"kind": "parameters", "target": 50, "dense": 100, "achieved": 50}, "units": units}
-    rule = Facts("org/name", "wanda_sp", "uniform", True, "KlDivergence", "bfloat16", True, tmp_path)
+    rule = Facts("org/name", "wanda_sp", "uniform", True, KlDivergence.goal, "bfloat16", True, tmp_path)
     card = ModelCard(model_card(rule, None, content))
     assert card.data.to_dict() == {
         "base_model": "org/name",
@@ -262,7 +264,7 @@ def test_the_card_says_what_was_done_with_the_metadata_of_the_hub(tmp_path: Path
         "tags": ["pruned", "pruning", "sparsity-search"],
     }
     assert "the rule `uniform`; nothing was searched" in card.text and "searched for" not in card.text
-    searched = Facts("./folder", "wanda_sp", "guided", False, "CrossEntropy", "bfloat16", False)
+    searched = Facts("./folder", "wanda_sp", "guided", False, CrossEntropy.goal, "bfloat16", False)
     card = ModelCard(model_card(searched, None, content))
     assert "searched for the smallest cross-entropy (strategy `guided`)" in card.text
     assert "base_model" not in card.data.to_dict() and "trust_remote_code" not in card.text

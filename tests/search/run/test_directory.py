@@ -270,7 +270,8 @@ FILES = {
     name: "start over with fresh=true" for name in ("settings.json", "identity.json", "round-0.json", "latency-{}.json")
 }
 FILES |= {
-    name: "delete it, and the same command writes a new one" for name in ("costs.json", "supernets.json", "study.json")
+    name: "delete it, and the same command writes a new one"
+    for name in ("costs.json", "supernets.json", "identifier.json")
 }
 
 
@@ -281,7 +282,7 @@ def read_all(run: Path) -> None:
     directory.load_state(0, SPACE, 9)
     directory.costs()
     directory.note_supernet("0", run)
-    directory.read("checkpoint/study.json")
+    directory.read("checkpoint/identifier.json")
 
 
 @pytest.mark.sampled
@@ -302,7 +303,7 @@ def test_every_file_of_a_run_is_verified(run: Path, name: str, harm: Callable[[s
     directory = opened(run)
     directory.identify({"model": "a1"})
     directory.note_supernet("1", run)
-    directory.write("checkpoint/study.json", {"run": "1"})
+    directory.write("checkpoint/identifier.json", {"run": "1"})
     advance(directory, 0, 1.0)
     directory.keep_latencies(SPACE, CostTable(((5, 2, 1), (5, 2, 0)), 7))
     with directory.stage("search"):

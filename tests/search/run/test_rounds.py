@@ -54,7 +54,7 @@ def test_a_rule_that_looks_at_candidates_has_them(call: Call, cache: Path) -> No
 def test_a_build_for_a_rule_has_nothing_to_do(call: Call, cache: Path) -> None:
     process = call(*RULE, "strategy=uniform", "stages=[build]")
     assert (process.returncode, process.stderr) == (0, "")
-    assert "there is nothing to build before the last rebuilds" in process.stdout
+    assert "build: nothing is left to do" in process.stdout
     assert supernets(cache) == 0
 
 

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from search.run.directory import RunDirectory
 from search.strategies.base import HistoryRow
 from search.strategies.state import State
-from search.trackers.optuna import Trials
+from search.trackers.optuna import OptunaTracker
 from supernet.errors import InputError
 from supernet.space import Level, Space, Unit
 
@@ -45,8 +45,15 @@ def advance(directory: RunDirectory, iteration: int, generation: int, *fitness: 
     directory.save_state(iteration, SPACES[iteration], State((1, 2), 0.25, generation + 1, 1000, RNG), rows)
 
 
-def follow(trials: Trials, directory: RunDirectory, iteration: int = 0) -> None:
-    trials.follow(directory.history(), iteration, SPACES[iteration])
+def tracker(study: str, directory: RunDirectory) -> OptunaTracker:
+    """One that has begun."""
+    begun = OptunaTracker(study)
+    begun.begin(directory.path, directory.identifier())
+    return begun
+
+
+def follow(trials: OptunaTracker, directory: RunDirectory, iteration: int = 0) -> None:
+    trials.generation(directory.history(), iteration, SPACES[iteration])
 
 
 def storage(folder: Path) -> BaseStorage:
@@ -74,7 +81,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_rows_become_trials(folder: Path, file: str) -> None:
     directory = opened(folder)
-    trials = Trials(file, directory)
+    trials = tracker(file, directory)
     advance(directory, 0, 0, 3.0, 2.0)
     follow(trials, directory)
     advance(directory, 1, 0, float("nan"), 1.0)
@@ -96,13 +103,13 @@ def test_rows_become_trials(folder: Path, file: str) -> None:
 
 def test_nothing_is_added_twice(folder: Path, file: str) -> None:
     directory = opened(folder)
-    trials = Trials(file, directory)
+    trials = tracker(file, directory)
     for generation in range(3):
         advance(directory, 0, generation, 3.0 - generation, 4.0)
         follow(trials, directory)
         follow(trials, directory)
     resumed = opened(folder)
-    again = Trials(file, resumed)
+    again = tracker(file, resumed)
     follow(again, resumed)
     assert values(folder) == [3.0, 4.0, 2.0, 4.0, 1.0, 4.0]
     advance(resumed, 0, 2, 1.0, 4.0)  # done again
@@ -114,7 +121,7 @@ def test_what_a_killed_run_did_not_add_is_added_by_the_next(
     folder: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = opened(folder)
-    trials = Trials(file, directory)
+    trials = tracker(file, directory)
     advance(directory, 0, 0, 3.0)
     follow(trials, directory)
     advance(directory, 0, 1, 2.0, 2.5, 2.75)
@@ -128,7 +135,7 @@ def test_what_a_killed_run_did_not_add_is_added_by_the_next(
         patch.setattr(optuna.Study, "add_trial", killed)
         follow(trials, directory)
     assert values(folder) == [3.0, 2.0]
-    follow(Trials(file, opened(folder)), opened(folder))
+    follow(tracker(file, opened(folder)), opened(folder))
     assert values(folder) == [3.0, 2.0, 2.5, 2.75]
 
 
@@ -136,7 +143,7 @@ def test_a_run_can_be_given_a_study_afterwards(folder: Path, file: str) -> None:
     directory = opened(folder)
     advance(directory, 0, 0, 3.0, 2.0)
     advance(directory, 1, 0, 1.0)
-    trials = Trials(file, directory)
+    trials = tracker(file, directory)
     for iteration in range(2):
         follow(trials, directory, iteration)
     assert values(folder) == [3.0, 2.0, 1.0]
@@ -146,12 +153,12 @@ def test_runs_of_one_name_have_studies_of_their_own(tmp_path: Path, file: str) -
     shared = f"sqlite:///{tmp_path / 'trials.db'}" if "sqlite" in file else str(tmp_path / "trials.log")
     for fitness, parent in [(1.0, "a"), (2.0, "b"), (1.0, "a")]:
         directory = opened(tmp_path / parent / "run")
-        trials = Trials(shared, directory)
+        trials = tracker(shared, directory)
         if not len(directory.history()):
             advance(directory, 0, 0, fitness)
         follow(trials, directory)
     fresh = opened(tmp_path / "a/run", fresh=True)
-    trials = Trials(shared, fresh)
+    trials = tracker(shared, fresh)
     advance(fresh, 0, 0, 3.0)
     follow(trials, fresh)
     assert [values(tmp_path, name) for name in ("run", "run-2", "run-3")] == [[1.0], [2.0], [3.0]]
@@ -161,7 +168,7 @@ def test_a_search_goes_on_without_its_study(
     folder: Path, file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = opened(folder)
-    trials = Trials(file, directory)
+    trials = tracker(file, directory)
     advance(directory, 0, 0, 3.0, 2.0)
 
     def full(*_: object) -> None:
@@ -171,7 +178,10 @@ def test_a_search_goes_on_without_its_study(
         patch.setattr(optuna.Study, "add_trial", full)
         follow(trials, directory)
     (record,) = caplog.records
-    assert record.getMessage() == f"study={file}: trials cannot be added now ([Errno 28] No space left on device)"
+    assert (
+        record.getMessage()
+        == f"tracker.optuna.study={file}: trials cannot be added now ([Errno 28] No space left on device)"
+    )
     advance(directory, 1, 0, 1.0)
     follow(trials, directory, 1)
     assert values(folder) == [3.0, 2.0, 1.0]
@@ -187,31 +197,34 @@ def test_a_search_goes_on_without_its_study(
         ("trials.db", "without sqlite:/// it would not be a database"),
         ("nowhere/trials.log", "No such file or directory"),
         (".", "it is no regular file"),
-        ("text.log", "study=text.log cannot be opened"),
+        ("text.log", "tracker.optuna.study=text.log cannot be opened"),
         ("sqlite:///text.log", "file is not a database"),
         ("sqlite:///nowhere/trials.db", "unable to open database file"),
         ("sqlite://", "it names no file"),
         ("sqlite:///:memory:", "it names no file"),
         ("nonsense://trials", "Can't load plugin: sqlalchemy.dialects:nonsense"),
         ("://", "Could not parse"),
-        ("postgresql://user:secret@localhost:1/trials", "study=postgresql://user:***@localhost"),
+        ("postgresql://user:secret@localhost:1/trials", "tracker.optuna.study=postgresql://user:***@localhost"),
         ("redis://localhost:1", "redis"),
     ],
 )
 def test_a_bad_storage_is_refused(folder: Path, study: str, told: str) -> None:
     (folder / "text.log").write_text("This is neither a journal nor a database.\n" * 10)
     with pytest.raises(InputError) as refusal:
-        Trials(study, opened(folder))
+        tracker(study, opened(folder))
     message = str(refusal.value)
-    assert message.startswith(f"study={study.replace('secret', '***')} cannot be opened (") and told in message
-    assert "use a database such as study=sqlite:///trials.db, or a journal file such as study=trials.log" in message
+    assert (
+        message.startswith(f"tracker.optuna.study={study.replace('secret', '***')} cannot be opened (")
+        and told in message
+    )
+    assert "use a journal file such as trials.log, or a database such as sqlite:///trials.db" in message
     assert "\n" not in message and "secret" not in message
-    assert [path.name for path in folder.iterdir()] == ["text.log"]
+    assert {path.name for path in folder.iterdir()} <= {"text.log", "checkpoint"}
 
 
 class TestCommandLine:
     def test_a_finished_run_is_given_a_study(self, copy: Path, call: Callable[..., CompletedProcess[str]]) -> None:
-        process = call("+experiment=smoke", "study=sqlite:///trials.db")
+        process = call("+experiment=smoke", "tracker=optuna", "tracker.optuna.study=sqlite:///trials.db")
         assert (process.returncode, process.stderr) == (0, "")
         folder = copy / "outputs/search/smoke"
         history = pd.read_parquet(folder / "history.parquet")
@@ -233,7 +246,7 @@ class TestCommandLine:
             f"strategy=optuna strategy.sampler={sampler} strategy.generations=2 strategy.offspring=4 "
             "strategy.tokens=128"
         )
-        process = call(*smoke.split(), *size.split(), *search.split(), "study=trials.log", "hydra.run.dir=optuna")
+        process = call(*smoke.split(), *size.split(), *search.split(), "tracker=optuna", "hydra.run.dir=optuna")
         assert (process.returncode, process.stderr) == (0, "")
         folder = copy / "optuna"
         history = pd.read_parquet(folder / "history.parquet")
@@ -244,8 +257,8 @@ class TestCommandLine:
         ("study", "told"),
         [
             ("sqlite:///no/trials.db", "unable to open"),
-            ("5", "must be a file"),
-            ("''", "must be a file"),
+            ("5", "must be a journal file"),
+            ("''", "must be a journal file"),
             ("t.db", "sqlite:///"),
         ],
     )
@@ -259,7 +272,7 @@ class TestCommandLine:
         told: str,
     ) -> None:
         monkeypatch.setenv("SPARSITY_SEARCH_CACHE", str(tmp_path / "cache"))
-        assert told in refusal(call("+experiment=smoke", f"study={study}"))
+        assert told in refusal(call("+experiment=smoke", "tracker=optuna", f"tracker.optuna.study={study}"))
         assert not list(tmp_path.rglob("supernets/*"))
 
 
@@ -268,12 +281,12 @@ class TestJournalsThatAKillOrAFullDiskCutOff:
     def test_the_next_run_goes_on(self, folder: Path, cut: int) -> None:
         directory = opened(folder)
         advance(directory, 0, 0, 2.0, 1.0)
-        follow(Trials("trials.log", directory), directory)
+        follow(tracker("trials.log", directory), directory)
         journal = folder / "trials.log"
         journal.write_bytes(journal.read_bytes()[:-cut])
         advance(directory, 0, 1, 3.0)
         for _ in range(2):
-            follow(Trials("trials.log", directory), directory)
+            follow(tracker("trials.log", directory), directory)
         assert values(folder) == [2.0, 1.0, 3.0]
 
     @pytest.mark.parametrize("rest", [2, 3], ids=["in the middle", "in the last line, which has an end"])
@@ -282,12 +295,12 @@ class TestJournalsThatAKillOrAFullDiskCutOff:
     ) -> None:
         directory = opened(folder)
         advance(directory, 0, 0, 2.0, 1.0)
-        follow(Trials("trials.log", directory), directory)
+        follow(tracker("trials.log", directory), directory)
         journal = folder / "trials.log"
         lines = journal.read_bytes().splitlines(keepends=True)
         torn = b"".join([*lines[:2], lines[2][:30], *lines[rest:]])
         journal.write_bytes(torn)
-        follow(Trials("trials.log", directory), directory)
+        follow(tracker("trials.log", directory), directory)
         assert values(folder) == [2.0, 1.0]
         assert (folder / "trials.log.damaged-1").read_bytes() == torn
         assert "trials.log.damaged-1 now, and written anew" in caplog.text
@@ -295,16 +308,16 @@ class TestJournalsThatAKillOrAFullDiskCutOff:
     def test_a_file_that_is_no_journal_stays(self, folder: Path) -> None:
         for notes in ("my notes\nand more", '{"json": 1}\n', "no"):
             (folder / "trials.log").write_text(notes)
-            with pytest.raises(InputError, match="study=trials.log cannot be opened .it is no journal"):
-                Trials("trials.log", opened(folder))
+            with pytest.raises(InputError, match="tracker.optuna.study=trials.log cannot be opened .it is no journal"):
+                tracker("trials.log", opened(folder))
             assert (folder / "trials.log").read_text() == notes
 
     def test_a_dead_process_s_lock_is_not_waited_for(self, folder: Path) -> None:
         directory = opened(folder)
-        follow(Trials("trials.log", directory), directory)
+        follow(tracker("trials.log", directory), directory)
         (folder / "trials.log.lock").symlink_to(folder / "trials.log")
         begun = time.monotonic()
-        Trials("trials.log", directory)
+        tracker("trials.log", directory)
         assert time.monotonic() - begun < 10  # Optuna waits for 30 seconds
 
     @pytest.mark.parametrize("study", ["/dev/full", "/dev/zero", "fifo", "folder"])
@@ -312,11 +325,11 @@ class TestJournalsThatAKillOrAFullDiskCutOff:
         os.mkfifo(folder / "fifo")
         (folder / "folder").mkdir()
         with pytest.raises(InputError, match="it is no regular file"):
-            Trials(study, opened(folder))
+            tracker(study, opened(folder))
 
     def test_a_study_that_nobody_claimed_is_taken(self, folder: Path) -> None:
         optuna.create_study(storage=storage(folder), study_name=folder.name)
         directory = opened(folder)
         advance(directory, 0, 0, 2.0)
-        follow(Trials("trials.log", directory), directory)
+        follow(tracker("trials.log", directory), directory)
         assert values(folder) == [2.0]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from search.export.huggingface import export
 from supernet.errors import InputError
 from supernet.models.architecture import parameter_count, sub_blocks
 from supernet.models.assemble import assemble, check_family
@@ -20,6 +19,7 @@ from supernet.models.modeling_pruned import PRUNED_CLASSES, PrunedMixin
 from supernet.models.placement import places
 from supernet.space import Space
 from supernet.store import Supernet
+from tests.exports import export
 
 Allocation = tuple[int, ...]
 WithZeros = Callable[[PreTrainedModel, Supernet, Sequence[int]], PreTrainedModel]
@@ -324,7 +324,7 @@ def greedy(model: PreTrainedModel, ids: Tensor, **settings: Any) -> Tensor:
 def assert_export_is(
     model: PreTrainedModel, stock: bool, ids: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    export(model, tokenizer, folder, lambda _: "")
+    export(model, tokenizer, folder)
     assert isinstance(model, PrunedMixin) != stock
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not stock)
     assert type(loaded).__name__ == type(model).__name__

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from search.budgets import costs
 from search.budgets.costs import CostTable
 from search.budgets.from_settings import make_budget
-from search.export.huggingface import Wanted, export, rounded
+from search.export.rounding import rounded
 from supernet.errors import InputError
 from supernet.models.assemble import assemble
 from supernet.space import Space
 from supernet.store import Supernet
+from tests.exports import export
 
 pytestmark = pytest.mark.usefixtures("remote_code_stays_here")
 
@@ -102,7 +103,7 @@ def test_what_is_promised_is_in_the_file(
         pruned = rounded(assemble(model, supernet, allocation), dtype)
         folder = tmp_path / str(index)
         tokenizer: Any = NoTokenizer()
-        export(pruned, tokenizer, folder, lambda _: "", Wanted(dtype))
+        export(pruned, tokenizer, folder, dtype=dtype)
         found = of_file(folder, kind, ids)
         for limit in promised.keys() - set(refused):
             table = promised[limit]

@@ -1,0 +1,104 @@
+"""The stage `evaluate`: the dense, the uniform and the searched model on held-out text."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import transformers
+
+from search.budgets.knapsack import uniform
+from search.budgets.settings import given_limits
+from search.evaluate.held_out import HeldOut, Metrics, difference, streamed
+from search.report.warnings import warn_if_missed
+from search.run.progress import track
+from search.run.rounds import Found
+from search.run.shared import Run, sparsest
+from supernet.store import Supernet
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.json"
+
+
+class Evaluate:
+    """Measures what was found, and writes `metrics.json`."""
+
+    name: ClassVar[str] = "evaluate"
+    needs: ClassVar[tuple[str, ...]] = ("search",)
+
+    def done(self, run: Run) -> bool:
+        """Whether `metrics.json` is there."""
+        return run.directory.read(METRICS) is not None
+
+    def run(self, run: Run) -> None:
+        """Build the uniform and the searched model along their allocations, measure them, and write."""
+        found = run.rounds.found(run.rounds.searched())
+        space = run.rounds.finest.space
+        even = uniform(space, run.budget(space))
+        supernets = {
+            "uniform": run.supernets.rebuilt(space.kept(even), "uniform"),
+            "searched": run.supernets.rebuilt(found.kept, "searched"),
+        }
+        with run.directory.stage("evaluate"):
+            blocks = run.inputs.resources.resident == "blocks"
+            measured = (_measured_by_blocks if blocks else _measured)(run, supernets)
+        metrics = _metrics(run, found, supernets, measured)
+        if "speedup" in given_limits(run.config.budget):
+            model = run.assembled(supernets["searched"])
+            metrics["latency"] = run.latencies.speedup(model, found.space, found.allocation)
+            warn_if_missed(metrics["latency"])
+        run.directory.write(METRICS, metrics)
+
+
+def _metrics(
+    run: Run, found: Found, supernets: Mapping[str, Supernet], measured: Mapping[str, Metrics]
+) -> dict[str, Any]:
+    """The content of `metrics.json`, without a latency."""
+    models: dict[str, Any] = {"dense": measured["dense"].to_json() | {"kept": 1.0}}
+    for name, supernet in supernets.items():
+        kept = supernet.space.lowest_cost / supernet.space.dense_cost
+        models[name] = measured[name].to_json() | {"kept": kept}
+    return models | {
+        "searched_minus_uniform": difference(measured["searched"], measured["uniform"]),
+        "evaluation_tokens": run.inputs.tokens["evaluation"].ids.numel(),
+        "search_forward_tokens": found.tokens,
+        "stages": run.directory.costs(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _measured(run: Run, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
+    """The dense model and those of last rebuilds, as they will be exported."""
+    inputs, batch = run.inputs, int(run.config.evaluate.batch)
+    text = inputs.tokens["evaluation"]
+    targets = inputs.resources.teacher_targets()
+    held_out = HeldOut(inputs.model_on_device(), text.ids, batch, track, text.unscored, targets)
+    found = {"dense": held_out.dense}
+    for name, supernet in supernets.items():  # one assembled model at a time
+        found[name] = held_out.measure(run.assembled(supernet), name)
+    return found
+
+
+def _measured_by_blocks(run: Run, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
+    """The same where the device has room for no more than the block at work."""
+    inputs = run.inputs
+    model, text = inputs.model_on_device(), inputs.tokens["evaluation"]
+    if torch.finfo(run.export_dtype).eps > torch.finfo(model.dtype).eps:
+        log.warning("measured in %s; the export's weights are rounded to %s after that", model.dtype, run.export_dtype)
+    measure = partial(streamed, model, ids=text.ids, resources=inputs.resources, unscored=text.unscored)
+    found = {}
+    for name, supernet in supernets.items():
+        units = supernet.space.units
+        if "dense" not in found:
+            found["dense"] = measure(supernet, (0,) * len(units), counted=model)
+        found[name] = measure(supernet, sparsest(supernet), counted=run.assembled(supernet))
+    return found
