@@ -1,4 +1,4 @@
-"""What a run tells its user: the table at its end, and what it writes of its allocation.
+"""What a run tells its user: the table at its end, warnings, and what it writes of its allocation.
 
 May import `search.budgets`; the run and the exports import it.
 """

@@ -1,1 +1,5 @@
-"""Ways to find an allocation, one file each. All meet `search.strategies.base.Strategy`."""
+"""Ways to find an allocation, one file each. All meet `search.strategies.base.Strategy`.
+
+May import `search.evaluation`, `search.budgets`, `local_prune` and `supernet`. The run imports it, and the
+configuration names its classes.
+"""

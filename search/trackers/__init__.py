@@ -1,4 +1,4 @@
-"""Copies of a run's history for tools that people watch runs with.
+"""Tools that people watch runs with: each is shown a copy of what the run's directory has (`search.trackers.base`).
 
-May import `supernet`; the run imports it.
+May import `supernet`, and no other folder of `search`; the run imports it.
 """
