@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.methods.gblm import GblmPruner
 from local_prune.methods.shared.blockwise import WORKING
-from local_prune.methods.shared.members import member_layers
-from local_prune.methods.taylor import TaylorPruner
 from local_prune.pruner import Calibration, Pruner
 from local_prune.statistics import LeastSquares
 from local_prune.text.dense_stream import DenseStream
@@ -119,7 +115,7 @@ def estimate(
         device=_block_bytes(model) + max((working_bytes(place, pruner, space, short) for place in here), default=0),
         streams=streams,
         model=sum(parameter.nbytes for parameter in model.parameters()),
-        survey=survey_bytes(pruner, [place.part for place in places(model, space)]),
+        survey=pruner.survey_bytes([place.part for place in places(model, space)]),
         states=states,
     )
 
@@ -186,14 +182,3 @@ def _pruning_bytes(dense: Tensor, pruner: Pruner, unit: Unit, fits: bool) -> flo
     per_level = throughout + in_block * min(1.0, getattr(pruner, "block", d_in) / d_in)
     finished = (len(levels) - at_work) * d_out * d_in * (1 + dense.element_size())
     return HESSIANS * hessian + FITTED * weight + at_work * per_level * weight + finished
-
-
-def survey_bytes(pruner: Pruner, parts: Sequence[SubBlock]) -> int:
-    """Of the gradients that a survey keeps: one float32 copy of all layers that are pruned."""
-    if isinstance(pruner, GblmPruner):
-        layers = [(part, layer) for part in parts for stage in part.stages for layer in stage]
-    elif isinstance(pruner, TaylorPruner):
-        layers = [(part, layer) for part in parts for layer in member_layers(part)]
-    else:
-        return 0
-    return sum(4 * part.weight(layer).numel() for part, layer in layers)

@@ -91,11 +91,15 @@ class NoSurvey:
     def survey(
         self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
     ) -> Mapping[str, Tensor]:
-        """See `Pruner`."""
+        """No scores."""
         return {}
 
     def survey_tokens(self, calibration: Calibration) -> int:
-        """See `Pruner`."""
+        """No tokens."""
+        return 0
+
+    def survey_bytes(self, parts: Sequence[SubBlock]) -> int:
+        """No bytes worth a word; a survey that keeps gradients says how many."""
         return 0
 
 
@@ -126,6 +130,10 @@ class Pruner(Protocol):
 
     def survey_tokens(self, calibration: Calibration) -> int:
         """About how many forward tokens the survey costs (a backward pass counts as two); 0 where there is none."""
+        ...
+
+    def survey_bytes(self, parts: Sequence[SubBlock]) -> int:
+        """Bytes in main memory that the survey of a model with these sub-blocks keeps; 0 where they are few."""
         ...
 
     def statistics(self, dense: Tensor, width: int) -> Statistics | None:

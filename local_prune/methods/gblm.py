@@ -6,7 +6,7 @@ sequences' losses. It is compared among the weights of one output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -90,6 +90,10 @@ class GblmPruner(ScoredPruner):
     def survey_tokens(self, calibration: Calibration) -> int:
         """One gradient of the whole text."""
         return COST * calibration.ids.numel()
+
+    def survey_bytes(self, parts: Sequence[SubBlock]) -> int:
+        """A float32 number for each weight of the linear layers."""
+        return sum(4 * part.weight(layer).numel() for part in parts for stage in part.stages for layer in stage)
 
     def scores(self, task: Task) -> Tensor:
         """|W_ij| (||X_j||_2 + gradient_weight |g_ij|), times the root of the number of sequences."""

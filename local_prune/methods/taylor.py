@@ -77,3 +77,7 @@ class TaylorPruner(SurveyedPruner):
     def survey_tokens(self, calibration: Calibration) -> int:
         """One gradient of the whole text."""
         return COST * calibration.ids.numel()
+
+    def survey_bytes(self, parts: Sequence[SubBlock]) -> int:
+        """A float32 number for each weight of the layers that lose rows or columns."""
+        return sum(4 * part.weight(layer).numel() for part in parts for layer in member_layers(part))

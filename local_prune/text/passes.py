@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from local_prune.text.devices import moved, on_device
@@ -108,13 +109,15 @@ def recorded(part: SubBlock) -> Iterator[dict[str, Tensor]]:
     """What the linear layers of a sub-block get while it runs, (tokens, d_in) by name."""
     seen: dict[str, Tensor] = {}
 
-    def recorder(layers: Sequence[str]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def record(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            seen.update(dict.fromkeys(layers, arguments[0].flatten(0, -2)))
+    def hooked(layers: Sequence[str]) -> RemovableHandle:
+        layer = part.layer(layers[0])
 
-        return record
+        def record(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen.update(dict.fromkeys(layers, part.receive(layer, *arguments, **named)))
 
-    handles = [part.module.get_submodule(stage[0]).register_forward_pre_hook(recorder(stage)) for stage in part.stages]
+        return layer.module.register_forward_pre_hook(record, with_kwargs=True)
+
+    handles = [hooked(stage) for stage in part.stages]
     try:
         yield seen
     finally:
