@@ -1,100 +1,30 @@
 """What is loaded is what is in the checkpoint, or one line says why not: bad, hostile and quantised folders."""
 
 import json
-import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import LlamaForCausalLM
 
-from search.inputs.models import from_pretrained, random_llama
-from search.inputs.models.checks import check_config
+from search.inputs.models import from_pretrained
 from supernet.errors import InputError
-from supernet.models.families import FAMILIES, family_of_config
-from supernet.models.forward import check_walk
-
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-IDS = torch.arange(24).view(2, 12)
-Change = Callable[[Path], None]
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound folder: a tiny Llama with a head of its own, and the tokenizer of bytes. Not to be changed."""
-    path = tmp_path_factory.mktemp("sound")
-    loaded = random_llama(seed=0, **SIZES, dtype=torch.float32)
-    loaded.model.save_pretrained(path)
-    loaded.tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def folder(sound: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(sound, tmp_path / "model")
-
-
-def config(**changes: Any) -> Change:
-    def change(folder: Path) -> None:
-        kept = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(kept | changes))
-
-    return change
-
-
-def text(name: str, contents: str) -> Change:
-    return lambda folder: (folder / name).write_text(contents) and None
-
-
-def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
-    def changed(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-    return changed
-
-
-def tensor(name: str, value: torch.Tensor | None) -> Change:
-    return weights(lambda tensors: tensors.pop(name) if value is None else tensors.__setitem__(name, value))
-
-
-def pickled(name: str) -> Change:
-    def change(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        (folder / "model.safetensors").unlink()
-        torch.save(tensors, folder / name)
-
-    return change
-
-
-def element(name: str, value: float) -> Change:
-    return weights(lambda tensors: tensors[name].view(-1).__setitem__(3, value))
-
-
-def sharded(shard: str) -> Change:
-    def change(folder: Path) -> None:
-        names = load_file(folder / "model.safetensors")
-        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-        index = {"weight_map": dict.fromkeys(names, shard)}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-    return change
+from tests.search.inputs.changes import (
+    HEAD,
+    IDS,
+    Q_PROJ,
+    Change,
+    config,
+    element,
+    pickled,
+    sharded,
+    tensor,
+    text,
+    weights,
+)
 
 
 def tokens_beyond(folder: Path) -> None:
@@ -113,7 +43,6 @@ def adapter_only(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
-Q_PROJ, HEAD = "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 BAD: dict[str, tuple[Change, str]] = {
     # Quantised, each as its own tools write it.
@@ -338,138 +267,3 @@ def test_a_model_of_the_hub(sound: Path, tmp_path: Path, monkeypatch: pytest.Mon
     config(quantization_config={"quant_method": "gptq"})(snapshot)
     with pytest.raises(InputError, match=r"model.path=org/name is quantised \(gptq\)"):
         from_pretrained("org/name", dtype=torch.float32)
-
-
-def saved(folder: Path, **changes: Any) -> Path:
-    """The same folder with a model of another config."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=257, **SIZES | changes)).save_pretrained(folder)
-    return folder
-
-
-def test_a_head_that_differs_from_tied_embeddings_stays(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    saved(folder, tie_word_embeddings=True)
-    head = torch.randn(257, 16)
-    tensor(HEAD, head)(folder)
-    with caplog.at_level(logging.INFO):
-        model = from_pretrained(str(folder), dtype=torch.float32).model
-    assert "its head differs from its embeddings" in caplog.text
-    assert torch.equal(model.lm_head.weight, head)
-    assert model.config.tie_word_embeddings is False
-    model.tie_weights()  # as whatever copies a model does
-    model.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(again.lm_head.weight, head) and torch.equal(again(IDS).logits, model(IDS).logits)
-
-
-def test_a_tied_head_that_is_in_the_file_too_stays_tied(folder: Path) -> None:
-    saved(folder, tie_word_embeddings=True)
-    weights(lambda tensors: tensors.update({HEAD: tensors["model.embed_tokens.weight"].clone()}))(folder)
-    model = from_pretrained(str(folder), dtype=torch.float32).model
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.config.tie_word_embeddings is True
-
-
-def test_an_old_gpt2_with_masks_in_its_file(folder: Path) -> None:
-    sizes = {"vocab_size": 257, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
-    AutoModelForCausalLM.from_config(GPT2Config(**sizes)).save_pretrained(folder)
-    tensors = {
-        name.removeprefix("transformer."): value for name, value in load_file(folder / "model.safetensors").items()
-    }
-    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 32, 32), "h.0.attn.masked_bias": torch.tensor(-1e4)}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    check_walk(from_pretrained(str(folder), dtype=torch.float32).model)
-
-
-def test_zeros_that_are_there_already_are_counted_and_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def halve(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[Q_PROJ][:12] = 0
-        tensors["model.layers.0.mlp.down_proj.weight"][:, ::2] = 0
-        tensors["model.embed_tokens.weight"][:100] = 0  # no linear layer of a block
-
-    with caplog.at_level(logging.INFO):
-        from_pretrained(str(folder), dtype=torch.float32)
-        assert "zero already" not in caplog.text
-        weights(halve)(folder)
-        from_pretrained(str(folder), dtype=torch.float32)
-    told = (
-        "10.0 % of the weights of its linear layers are zero already, most in model.layers.1.self_attn.q_proj (75.0 %)"
-    )
-    assert told in caplog.text
-
-
-def test_the_folder_is_known(folder: Path) -> None:
-    assert from_pretrained(str(folder), dtype=torch.float32).folder == folder
-
-
-def test_special_tokens_may_lie_beyond_the_embeddings(folder: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.save_pretrained(folder)
-    assert len(from_pretrained(str(folder), dtype=torch.float32).tokenizer) == 258
-
-
-def test_a_file_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "model.safetensors")
-    with pytest.raises(InputError, match=r"model\.safetensors cannot be read \(permission denied\); make it readable"):
-        from_pretrained(str(folder), dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"path": 5}, "model.path=5 must be a folder or a hub id"),
-        ({"path": "\0"}, "cannot be"),
-        ({"path": "x" * 5000}, "cannot be read"),
-        ({"path": "a/b", "revision": 3}, "model.revision=3 must be a branch"),
-        ({"path": "a/b", "trust_remote_code": "yes"}, "model.trust_remote_code=yes must be true or false"),
-    ],
-)
-def test_arguments_of_the_wrong_kind(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        from_pretrained(**settings, dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_key_value_heads": 3}, "model.num_key_value_heads=3 must divide model.num_attention_heads=4"),
-        (
-            {"num_attention_heads": 3, "num_key_value_heads": 1},
-            "model.num_attention_heads=3 must divide model.hidden_size=16",
-        ),
-        ({"num_hidden_layers": 0}, "model.num_hidden_layers=0 must be a whole number from 1"),
-        ({"num_hidden_layers": 10**9}, "model.num_hidden_layers=1000000000 must be a whole number from 1 to 1,000"),
-        ({"hidden_size": "16"}, "model.hidden_size=16 must be a whole number"),
-        ({"intermediate_size": 2.5}, "model.intermediate_size=2.5 must be a whole number"),
-        ({"seed": -1}, "model.seed=-1 must be a whole number"),
-        ({"tie_word_embeddings": "yes"}, "model.tie_word_embeddings=yes must be true or false"),
-        ({"hidden_size": 12}, "into heads of an even size"),
-    ],
-)
-def test_a_random_llama_that_cannot_be(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        random_llama(**{"seed": 0} | SIZES | settings, dtype=torch.float32)
-
-
-def test_every_causal_language_model_of_transformers_is_known_or_told() -> None:
-    """Of the config alone: multimodal ones have no vocab_size, nor anything else that a text model has."""
-    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raw = {"model_type": model_type}
-        if model_type in FAMILIES:
-            assert check_config(raw, "model") == raw
-            continue
-        with pytest.raises(InputError, match=f"architecture '{model_type}' is not known"):
-            check_config(raw, "model")
-        with pytest.raises(InputError, match=f"architecture '{model_type}' is not known"):
-            family_of_config(SimpleNamespace(model_type=model_type))
-    assert set(FAMILIES) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
-def test_a_multimodal_model_is_told_before_its_config_is_used() -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3"))
-    with pytest.raises(InputError, match="architecture 'gemma3' is not known"):
-        check_walk(model)

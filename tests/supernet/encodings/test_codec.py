@@ -1,6 +1,6 @@
 """Candidates of every kind come back bit for bit, and take no more room than what they say."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,138 +13,18 @@ from torch import Generator, Tensor
 
 from supernet.candidates import Candidate, Dropped, Members, Quantised, Weights, count
 from supernet.encodings.codec import decode, encode
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHARED = {"order", "shape"}  # tensors that all levels need
-
-
-def decoded(tensors: dict[str, Tensor], level: int) -> Candidate:
-    return decode(tensors.__getitem__, list(tensors), level)
-
-
-def same_bits(found: Tensor | None, expected: Tensor | None) -> bool:
-    """Whether two tensors are alike in dtype, shape and every bit: zeros have signs, and NaN is not NaN."""
-    if found is None or expected is None:
-        return found is expected
-    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
-        return False
-    return torch.equal(
-        found.contiguous().flatten().view(torch.uint8), expected.contiguous().flatten().view(torch.uint8)
-    )
-
-
-def assert_same(found: Candidate, expected: Candidate) -> None:
-    assert type(found) is type(expected)
-    for name, value in vars(expected).items():
-        got = getattr(found, name)
-        assert same_bits(got, value) if isinstance(value, Tensor) or value is None else got == value, name
-
-
-def assert_round_trip(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
-    tensors = encode(candidates)
-    assert all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors.values())
-    for level, candidate in enumerate(candidates, start=1):
-        assert_same(decoded(tensors, level), candidate)
-    return tensors
-
-
-def size(tensors: dict[str, Tensor]) -> int:
-    """Bytes of what is stored, without names and shapes."""
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def random_bits(shape: Sequence[int], dtype: torch.dtype, generator: Generator) -> Tensor:
-    """Any floats that there are, with infinities, NaN and zeros of both signs."""
-    length = int(torch.tensor(shape).prod()) * dtype.itemsize
-    return torch.randint(256, (length,), generator=generator, dtype=torch.uint8).view(dtype).view(*shape)
-
-
-# Candidates of every kind, at levels of rising sparsity
-
-D_OUT, WIDTH = 6, 3
-
-
-def has_weight(refitted: str, level: int) -> bool:
-    return refitted == "all" or (refitted == "some" and level % 2 == 0)
-
-
-def some_members(
-    generator: Generator,
-    refitted: str,
-    bias: bool = False,
-    nested: bool = True,
-    total: int = 16,
-    shares: Sequence[float] = (0.6, 0.3, 0.15),
-    dtype: torch.dtype = torch.bfloat16,
-) -> list[Candidate]:
-    ranking, made = torch.randperm(total, generator=generator), list[Candidate]()
-    for level, share in enumerate(sorted(shares, reverse=True)):
-        ranking = ranking if nested else torch.randperm(total, generator=generator)
-        kept = ranking[: round(share * total)].sort().values
-        weight = random_bits((D_OUT, len(kept) * WIDTH), dtype, generator) if has_weight(refitted, level) else None
-        made.append(Members(kept, weight, random_bits((D_OUT,), dtype, generator) if bias else None))
-    return made
-
-
-def with_masks(generator: Generator, masks: Sequence[Tensor], refitted: str, dtype: torch.dtype) -> list[Candidate]:
-    made = list[Candidate]()
-    for level, mask in enumerate(masks):
-        weight = (
-            random_bits(mask.shape, dtype, generator).masked_fill(~mask, 0) if has_weight(refitted, level) else None
-        )
-        made.append(Weights(mask, weight))
-    return made
-
-
-def some_weights(
-    generator: Generator,
-    refitted: str,
-    nested: bool = False,
-    shape: tuple[int, int] = (D_OUT, 64),
-    shares: Sequence[float] = (0.7, 0.4, 0.1),
-    dtype: torch.dtype = torch.bfloat16,
-) -> list[Candidate]:
-    scores, masks = torch.rand(shape, generator=generator), []
-    for share in sorted(shares, reverse=True):
-        scores = scores if nested else torch.rand(shape, generator=generator)
-        masks.append(scores < (2.0 if share == 1 else share))
-    return with_masks(generator, masks, refitted, dtype)
-
-
-def patterned(keep: int, of: int, shape: tuple[int, int], generator: Generator) -> Tensor:
-    """A random mask."""
-    scores = torch.rand(*shape, generator=generator).view(-1, of)
-    return (scores.argsort(1).argsort(1) < keep).view(*shape)
-
-
-def some_patterns(
-    generator: Generator,
-    refitted: str,
-    patterns: Sequence[tuple[int, int]],
-    shape: tuple[int, int] = (D_OUT, 64),
-    dtype: torch.dtype = torch.bfloat16,
-) -> list[Candidate]:
-    return with_masks(generator, [patterned(*pattern, shape, generator) for pattern in patterns], refitted, dtype)
-
-
-def some_codes(
-    generator: Generator,
-    symmetric: bool,
-    d_out: int = D_OUT,
-    groups: int = 4,
-    group: int = 16,
-    bits: Sequence[int] = range(2, 9),
-    dtype: torch.dtype = torch.float16,
-) -> list[Candidate]:
-    made = list[Candidate]()
-    for width in sorted(bits, reverse=True):
-        codes, zero = (
-            torch.randint(2**width, (d_out, size), generator=generator).byte() for size in (groups * group, groups)
-        )
-        zero = torch.full_like(zero, 2 ** (width - 1)) if symmetric else zero
-        made.append(Quantised(codes, random_bits((d_out, groups), dtype, generator), zero, width))
-    return made
-
+from tests.supernet.encodings.made import (
+    DTYPES,
+    SHARED,
+    assert_round_trip,
+    assert_same,
+    decoded,
+    same_bits,
+    some_codes,
+    some_members,
+    some_patterns,
+    some_weights,
+)
 
 # The contract of every encoding
 
@@ -420,88 +300,3 @@ def test_any_number_of_levels_round_trips(levels: int) -> None:
     ranking = torch.randperm(levels + 1, generator=Generator().manual_seed(0)).view(1, -1)
     assert_round_trip([Weights(ranking > level, None) for level in range(levels)])
     assert_round_trip([Members((ranking[0] > level).nonzero().flatten(), None) for level in range(levels)])
-
-
-# What is stored
-
-
-def test_members_are_stored_as_kept_members_and_their_columns_alone() -> None:
-    weight = torch.arange(12.0).view(4, 3).T  # not contiguous
-    tensors = encode([Members(torch.tensor([0, 1, 4, 7]), weight), Members(torch.tensor([4]), weight[:, 2:3])])
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        "1.kept": (4,),
-        "1.weight": (3, 4),
-        "1.contents": (4, 2, 0),
-        "2.kept": (1,),
-        "2.weight": (3, 1),
-        "2.contents": (1, 2, 0),
-    }
-    assert all(tensor.is_contiguous() for tensor in tensors.values())
-    assert torch.equal(tensors["1.weight"], weight)
-
-
-@pytest.mark.parametrize(("levels", "bits"), [(1, 1), (2, 2), (3, 2), (4, 3), (7, 3), (8, 4), (15, 4), (31, 5)])
-def test_an_order_takes_as_many_bits_a_weight_as_tell_its_levels_apart(levels: int, bits: int) -> None:
-    ranking = torch.randperm(32 * 40, generator=Generator().manual_seed(0)).view(32, 40)
-    chosen = encode([Weights(ranking >= level * 30, None) for level in range(1, levels + 1)])
-    assert chosen.keys() == {"order", "shape", *(f"{level}.contents" for level in range(1, levels + 1))}
-    assert size(chosen) == bits * 32 * 40 // 8  # ceil(log2(levels + 1)) bits a weight for all levels together
-    members = encode([Members((ranking[0] >= level * 30).nonzero().flatten(), None) for level in range(1, levels + 1)])
-    assert size(members) <= bits * 40 // 8
-
-
-def test_masks_that_are_not_nested_take_a_bit_a_weight_and_level() -> None:
-    mask = torch.rand(32, 40, generator=Generator().manual_seed(0)) < 0.5
-    assert size(encode([Weights(mask, None), Weights(~mask, None)])) == 2 * 32 * 40 // 8
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_new_values_take_a_bit_a_weight_and_the_values_that_stay(dtype: torch.dtype) -> None:
-    mask = torch.rand(32, 40, generator=Generator().manual_seed(0)) < 0.3
-    weight = torch.ones(32, 40, dtype=dtype) * mask
-    assert size(encode([Weights(mask, weight)])) == 32 * 40 // 8 + int(mask.sum()) * dtype.itemsize
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_codes_take_their_width(bits: int) -> None:
-    codes = torch.full((16, 64), 2**bits - 1, dtype=torch.uint8)
-    scale, zero = torch.ones(16, 4, dtype=torch.bfloat16), torch.zeros(16, 4, dtype=torch.uint8)
-    tensors = encode([Quantised(codes, scale, zero, bits)])
-    assert size(tensors) == bits * 16 * 64 // 8 + 16 * 4 * (2 + 1)  # with a scale and a zero for each group
-    symmetric = encode([Quantised(codes, scale, torch.full_like(zero, 2 ** (bits - 1)), bits)])
-    assert size(symmetric) == bits * 16 * 64 // 8 + 16 * 4 * 2  # zeros in the middle go without saying
-
-
-@pytest.mark.parametrize(
-    ("pattern", "bits"), [((1, 2), 1), ((2, 4), 3), ((1, 4), 2), ((3, 4), 2), ((4, 8), 7), ((8, 16), 14)]
-)
-def test_patterns_take_as_many_bits_a_group_as_tell_its_sets_apart(pattern: tuple[int, int], bits: int) -> None:
-    mask = patterned(*pattern, (32, 80), Generator().manual_seed(0))
-    taken = bits * 32 * 80 // pattern[1] // 8
-    assert size(encode([Weights(mask, None)])) == taken
-    assert size(encode([Weights(mask, torch.ones(32, 80) * mask)])) == taken + 32 * 80 * pattern[0] // pattern[1] * 4
-
-
-def test_levels_are_told_by_one_order_only_where_that_is_smaller() -> None:
-    scores = torch.rand(32, 80, generator=Generator().manual_seed(0)).view(-1, 4)
-    ranks = scores.argsort(1).argsort(1).view(32, 80)
-    nested = [Weights(ranks < keep, None) for keep in (3, 2)]
-    assert "order" not in assert_round_trip(nested)  # 2 and 3 bits for four weights, where an order takes 8
-    assert "order" in assert_round_trip([Weights(ranks < 3, None)] * 2 + [Weights(ranks < 2, None)] * 4)
-    assert "order" in assert_round_trip([Members(torch.arange(kept), None) for kept in (60, 40)])
-    assert "order" not in assert_round_trip([Members(torch.tensor([999]), None)])
-
-
-def test_dropped_takes_nothing() -> None:
-    assert size(encode([Dropped()])) == 0
-
-
-def test_what_is_stored_is_not_what_is_at_work() -> None:
-    """Changing a decoded candidate changes no other level."""
-    tensors = encode(
-        [Weights(torch.ones(2, 3, dtype=torch.bool), None), Weights(torch.eye(2, 3, dtype=torch.bool), None)]
-    )
-    first = decoded(tensors, 1)
-    assert isinstance(first, Weights)
-    first.mask.zero_()
-    assert_same(decoded(tensors, 1), Weights(torch.ones(2, 3, dtype=torch.bool), None))
