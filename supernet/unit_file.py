@@ -55,7 +55,7 @@ class UnitFile:
 
         Args:
             path: The file.
-            entry: Of the unit in the manifest.
+            entry: The unit's entry in the manifest.
 
         Raises:
             InputError: It cannot be read, or is not the one that was written.

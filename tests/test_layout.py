@@ -18,7 +18,7 @@ LAYERS = {
         *("errors", "system", "space", "candidates", "encodings", "cache", "manifest", "unit_file", "uses", "store"),
         *("models", "admin", "__main__"),
     ),
-    "local_prune": ("statistics", "pruner", "text", "methods", "walk", "identity", "estimate"),
+    "local_prune": ("statistics", "regression", "pruner", "text", "methods", "walk", "identity", "estimate"),
     "search": (
         *("errors", "paths", "values", "inputs", "budgets", "evaluation", "strategies", "evaluate", "report"),
         *("export", "trackers", "run", "cli", "__main__"),

@@ -45,7 +45,7 @@ class Shape:
     """What the pruned model is built from.
 
     Attributes:
-        config: That of the family's own class; where that cannot hold the model, one of those in
+        config: A config of the family's own class; where that cannot hold the model, of one of the classes in
             `supernet.models.modeling_pruned`, with `per_layer_config`.
         blocks: The blocks of the dense model that are left, in order.
     """

@@ -89,8 +89,8 @@ class Family:
         `dataclasses.replace`. What concerns the whole model (`blocks`, `final_norm`, `free_heads`) must stay the same.
 
         Args:
-            config: Of the model.
-            index: Of the block, from 0.
+            config: The model's config.
+            index: The block's number, from 0.
         """
         return self
 

@@ -22,7 +22,7 @@ def refit(hessian: Tensor, target: Tensor, mask: Tensor, weights: Tensor, steps:
         target: T, (d_in, d_out), where the error is 0.
         mask: (d_in, levels, d_out) bool.
         weights: (d_in, levels, d_out), contiguous, zero where the mask is False; changed in place.
-        steps: Of conjugate gradients.
+        steps: How many steps of conjugate gradients to take.
 
     Returns:
         `weights`.

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from local_prune.methods.bonsai import kendall_tau
+from local_prune.regression import kendall_tau
 from search.budgets.budget import costs_of
 from search.budgets.knapsack import relaxed
 from search.strategies.base import Problem

@@ -4,8 +4,8 @@ measured.
 Sub-models around the start are measured in pairs, one of which is sparser where the other is denser, in many units at
 once. The differences within pairs are regressed on the differences in cost by ridge regression, towards a prior that
 all parameters are worth the same and with a strength chosen by Kendall's tau over pairs left out
-(`local_prune.methods.bonsai`). The allocation is the knapsack's optimum of the losses so predicted. Pairs are measured
-in portions, between which a killed run can be resumed.
+(`local_prune.regression`). The allocation is the knapsack's optimum of the losses so predicted. Pairs are measured in
+portions, between which a killed run can be resumed.
 
 Different from the paper: it takes 5 % of all members a round; here the units are what the space has, and a linear
 prediction is trusted no further than sub-models were measured, `reach` levels from the start.
@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from local_prune.methods.bonsai import ridge, strength_of
+from local_prune.regression import ridge, strength_of
 from search.budgets.budget import Costs
 from search.strategies.base import HistoryRow, Problem, StrategyDefaults
 from search.strategies.checks import check_whole

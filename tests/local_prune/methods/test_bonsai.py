@@ -9,19 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from local_prune.methods.bonsai import (
-    BonsaiPruner,
-    kendall_tau,
-    loss_without,
-    order_scores,
-    pool_of,
-    priors,
-    ridge,
-    sample,
-    strength_of,
-)
+from local_prune.methods.bonsai import BonsaiPruner, loss_without, order_scores, pool_of, priors, sample
 from local_prune.methods.wanda_sp import wanda_sp
 from local_prune.pruner import Calibration, Task
+from local_prune.regression import kendall_tau, ridge, strength_of
 from search.inputs.models import LoadedModel
 from supernet.errors import InputError
 from supernet.models.architecture import sub_blocks
