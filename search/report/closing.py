@@ -40,7 +40,8 @@ def tasted(continuations: Mapping[str, str]) -> str:
     lines = [f'How each goes on with "{continuations["prompt"]}":']
     for name, text in continuations.items():
         if name != "prompt":
-            shown = " ".join(text.split()) or "(nothing)"
+            # A model may write anything, also what a terminal would take for commands.
+            shown = "".join(one if one.isprintable() else "?" for one in " ".join(text.split())) or "(nothing)"
             lines += textwrap.wrap(shown, WIDTH, initial_indent=f"{name:10}", subsequent_indent=" " * 10)
     return "\n".join(lines)
 

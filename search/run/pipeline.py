@@ -11,6 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 
+from search.report.closing import NEXT, reading, tasted
 from search.report.table import metrics_table
 from search.report.warnings import warn_if_worse
 from search.run.directory import RunDirectory, locked
@@ -114,11 +115,16 @@ def _summarise(run: Run) -> None:
     metrics, costs = run.directory.read(METRICS), run.directory.costs()
     if metrics is not None:
         log.info("on %s held-out tokens:\n%s", f"{metrics['evaluation_tokens']:,}", metrics_table(metrics))
+        log.info("%s", reading(metrics))
         if run.components.fitness.is_divergence:
             warn_if_worse(metrics, run.components.strategy.is_rule)
+        if "continuations" in metrics:
+            log.info("%s", tasted(metrics["continuations"]))
         for tracker in run.components.trackers:
             tracker.metrics(metrics)
     seconds = ", ".join(f"{name} {clock(cost['seconds'])}" for name, cost in costs.items())
     peak = max((cost["peak_memory_bytes"] for cost in costs.values()), default=0)
     log.info("%s; peak memory %.2f GB", seconds, peak / 1e9)
     log.info("results are in %s", run.directory.path)
+    if metrics is not None:
+        log.info("%s", NEXT)

@@ -76,6 +76,9 @@ def _check_words(config: DictConfig) -> None:
         value = _value(config, key)
         if type(value) is not str or not value:
             raise InputError(f"{key}={value} must be {example}")
+    prompt = _value(config, "evaluate.prompt")
+    if prompt is not None and (type(prompt) is not str or not prompt.strip()):
+        raise InputError(f"evaluate.prompt={prompt} must be a few words to go on with, or null for none")
     root = _value(config, "supernet.root")
     if root is not None and (type(root) is not str or not root):
         raise InputError(f"supernet.root={root} must be a folder, or null for the cache")
@@ -100,6 +103,8 @@ def without_effect(config: DictConfig, typed: Collection[str]) -> Iterator[str]:
     if "evaluate.batch" in typed and config.evaluator.resident == "blocks":
         streamed = "evaluator.resident=blocks, where text moves through the model as memory allows"
         yield f"evaluate.batch has no effect with {streamed}"
+    if "evaluate.prompt" in typed and config.evaluator.resident == "blocks":
+        yield "evaluate.prompt has no effect with evaluator.resident=blocks: no whole model is there to generate with"
 
 
 def settings_record(config: DictConfig) -> dict[str, Any]:

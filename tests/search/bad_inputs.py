@@ -296,6 +296,7 @@ SETTINGS: dict[str, list[str]] = {
     "data=local data.source.path=/dev/zero": ["/dev/zero", "a device"],
     "data=local data.source.path={bad}/text.bin": ["text.bin", ".jsonl"],
     "evaluate.batch=1000000000000": ["evaluate.batch=1000000000000", "at most"],
+    "evaluate.prompt=3": ["evaluate.prompt=3", "a few words", "null"],
     "evaluate.batch=1.5": ["evaluate.batch=1.5", WHOLE],
     "evaluator.resident=null": ["evaluator.resident=None", "model, blocks"],
     "evaluator.memory=[1]": ["evaluator.memory=[1]", "4GB"],

@@ -106,7 +106,7 @@ def finished(shared: Path, run_search: Callable[..., CompletedProcess[str]]) -> 
             patch.setenv("OMP_NUM_THREADS", "1")
             process = run_search(folder, "+experiment=smoke")
             assert (process.returncode, process.stderr) == (0, "")
-            for row in ("dense", "uniform", "searched", "peak memory"):
+            for row in ("dense", "uniform", "searched", "Look at the KL", "How each goes on", "For your own model"):
                 assert row in process.stdout
             done.touch()
     return folder

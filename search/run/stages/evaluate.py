@@ -13,6 +13,7 @@ import transformers
 
 from search.budgets.knapsack import uniform
 from search.budgets.settings import given_limits
+from search.evaluate.continuations import continuation
 from search.evaluate.held_out import HeldOut, Metrics, difference, streamed
 from search.report.warnings import warn_if_missed
 from search.run.progress import track
@@ -52,6 +53,8 @@ class Evaluate:
             model = run.assembled(supernets["searched"])
             metrics["latency"] = run.latencies.speedup(model, found.space, found.allocation)
             warn_if_missed(metrics["latency"])
+        if run.config.evaluate.prompt is not None and not blocks:
+            metrics["continuations"] = _continuations(run, supernets)
         run.directory.write(METRICS, metrics)
 
 
@@ -85,6 +88,20 @@ def _measured(run: Run, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]
     found = {"dense": held_out.dense}
     for name, supernet in supernets.items():  # one assembled model at a time
         found[name] = held_out.measure(run.assembled(supernet), name)
+    return found
+
+
+def _continuations(run: Run, supernets: Mapping[str, Supernet]) -> dict[str, str]:
+    """The prompt of `evaluate.prompt`, and how each model goes on with it."""
+    inputs, prompt = run.inputs, str(run.config.evaluate.prompt)
+    text = inputs.tokens["evaluation"]
+    leading = text.ids[0, : text.leading].tolist()
+    found = {
+        "prompt": prompt,
+        "dense": continuation(inputs.model_on_device(), inputs.loaded.tokenizer, prompt, leading),
+    }
+    for name, supernet in supernets.items():
+        found[name] = continuation(run.assembled(supernet), inputs.loaded.tokenizer, prompt, leading)
     return found
 
 

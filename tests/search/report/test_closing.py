@@ -28,10 +28,10 @@ def test_nothing_is_nearer_than_a_uniform_model_that_lost_nothing() -> None:
 
 
 def test_each_continuation_has_its_line_and_long_ones_are_broken() -> None:
-    shown = tasted({"prompt": "One two", "dense": " three\n\nfour", "uniform": "", "searched": "word " * 60})
+    shown = tasted({"prompt": "One two", "dense": " three\n\nfo\x1bur", "uniform": "", "searched": "word " * 60})
     assert shown.splitlines()[:3] == [
         'How each goes on with "One two":',
-        "dense     three four",
+        "dense     three fo?ur",
         "uniform   (nothing)",
     ]
     assert max(map(len, shown.splitlines())) <= 118
