@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from search.budgets import costs
 from search.budgets.budget import Budget, Limit
 from search.budgets.costs import CostTable
-from search.budgets.latency import Request, check_faster
+from search.budgets.latency import check_faster
 from search.budgets.settings import DETAILS, given_limits
+from search.budgets.timing import Request
 from search.values import read_bytes
 from supernet.errors import InputError
 from supernet.models.assemble import slices_query_heads

@@ -1,36 +1,28 @@
-"""How long a model takes, measured on the user's device: what each unit takes at each level, and the speed-up in the
-end.
+"""What each unit takes at each level, measured on the user's device and kept in the cache for later runs and rounds.
 
-A model's latency is taken for a rest and a sum over its units. Whole models are measured, as only these have real
-caches and real
-overhead: all units of a class (of one kind and size) keep the same number of members, and the difference from the dense
-    model,
-timed in turns with it, is shared out among them. What the model takes without any unit is measured, too, and the units'
-times are scaled to add up to the rest of the dense model's. Measurements are kept in the cache for later runs and
-rounds.
+The latency of a model is taken for a rest and a sum over its units. Whole models are timed, because only these have
+real caches and real overhead: in each, all units of a class (of one kind and size) keep the same number of members, and
+the difference from the dense model, which is timed in turns with it, is shared out among them. The model without any
+unit is timed, too, and the units' times are scaled so that they add up, with that rest, to the dense model's.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import platform
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from pathlib import Path
-from statistics import median
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 import xxhash
 from filelock import FileLock
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from search.budgets.costs import CostTable
+from search.budgets.timing import Request, Seconds, Timer, compare, machine, time_once, warn_if_busy
 from search.inputs.data import longest_sequence
 from search.paths import cache_dir
 from supernet.candidates import Candidate, Dropped, Members
@@ -45,140 +37,26 @@ from supernet.system.atomic import make_folder, write_atomic
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-FEWEST, MOST, ENOUGH = 5, 30, 1.0  # repetitions, and the seconds of them after which the fewest will do
-BUSY = 1.5  # times as long as before the dense model may take until the user is told
-STEPS = 8  # decoded tokens that are timed in a repetition
 
-Track = Callable[[Sequence["Point"], str], Iterable["Point"]]
+Track = Callable[[Sequence["ModelToTime"], str], Iterable["ModelToTime"]]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is timed: `batch` sequences of `prompt` tokens at once, and then `generated` more tokens of each, one by
-    one.
+class ModelToTime:
+    """A pruned model whose latency is wanted.
+
+    Attributes:
+        unit_class: The class whose units are pruned, all alike; "" for all units there are.
+        kept: Members that each of them keeps.
     """
 
-    batch: int = 1
-    prompt: int = 512
-    generated: int = 0
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Of the prompt, and of each generated token."""
-
-    prefill: float
-    decode: float
-
-    def total(self, request: Request) -> float:
-        """Of the whole request."""
-        return self.prefill + request.generated * self.decode
-
-
-Timer = Callable[[PreTrainedModel, Tensor, int], Seconds]
-
-
-@torch.no_grad()
-def time_once(model: PreTrainedModel, ids: Tensor, generated: int) -> Seconds:
-    """One forward pass over the prompt and, where tokens are to be generated, a few steps behind it with its cache."""
-    start = _now(ids)
-    output: Any = model(input_ids=ids, use_cache=generated > 0, logits_to_keep=1)
-    middle = _now(ids)
-    steps = min(generated, STEPS)
-    if not steps:
-        return Seconds(middle - start, 0.0)
-    name = "cache_params" if "cache_params" in output else "past_key_values"
-    for _ in range(steps):
-        output = model(input_ids=ids[:, -1:], use_cache=True, **{name: output[name]})
-    return Seconds(middle - start, (_now(ids) - middle) / steps)
-
-
-def _now(ids: Tensor) -> float:
-    if ids.is_cuda:
-        torch.cuda.synchronize(ids.device)
-    return time.perf_counter()
-
-
-def compare(
-    dense: PreTrainedModel, other: PreTrainedModel, request: Request, timer: Timer = time_once
-) -> tuple[Seconds, Seconds]:
-    """What the dense model takes, and the other one's share of that: medians over repetitions in turns.
-
-    The two passes of a repetition lie side by side, so that work of others on the machine slows both.
-    """
-    ids = torch.zeros(request.batch, request.prompt, dtype=torch.int64, device=dense.device)
-    for model in (dense, other):  # buffers, kernels and caches: a first pass is always slower
-        timer(model, ids, request.generated)
-    taken: list[Seconds] = []
-    shares: list[Seconds] = []
-    spent = 0.0
-    while len(taken) < MOST and (len(taken) < FEWEST or spent < ENOUGH):
-        pair = (dense, other) if len(taken) % 2 == 0 else (other, dense)
-        first, second = (timer(model, ids, request.generated) for model in pair)
-        ours, its = (first, second) if pair[0] is dense else (second, first)
-        taken.append(ours)
-        decode = its.decode / ours.decode if ours.decode else 1.0
-        shares.append(Seconds(its.prefill / ours.prefill, decode))
-        spent += sum(one.prefill + min(request.generated, STEPS) * one.decode for one in (first, second))
-    return _median(taken), _median(shares)
-
-
-def _median(found: Sequence[Seconds]) -> Seconds:
-    return Seconds(median(one.prefill for one in found), median(one.decode for one in found))
-
-
-def speedup(
-    dense: PreTrainedModel, pruned: PreTrainedModel, request: Request, timer: Timer = time_once
-) -> dict[str, Any]:
-    """How much faster a pruned model is than the dense one, as `metrics.json` has it."""
-    taken, share = compare(dense, pruned, request, timer)
-    pruned_seconds = Seconds(taken.prefill * share.prefill, taken.decode * share.decode).total(request)
-    of_dense = taken.total(request)
-    return machine(dense.device) | {
-        **asdict(request),
-        "dense_seconds": round(of_dense, 6),
-        "searched_seconds": round(pruned_seconds, 6),
-        "speedup": round(of_dense / pruned_seconds, 4),
-    }
-
-
-def warn_if_busy(seen: Sequence[float], remedy: str = "") -> None:
-    """Tell the user where the dense model took very different times."""
-    if seen and max(seen) > BUSY * min(seen):
-        found = f"the dense model took between {min(seen):.3g} and {max(seen):.3g} s"
-        log.warning("latency: %s: other work on this machine may have spoilt the measurements%s", found, remedy)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What timings depend on besides the model."""
-    if device.type == "cuda":
-        return {"machine": platform.node(), "device": torch.cuda.get_device_name(device)}
-    return {"machine": platform.node(), "device": _processor(), "threads": torch.get_num_threads()}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-# The table
-
-
-@dataclass(frozen=True)
-class Point:
-    """Something to measure: all units of a class keeping so many members; all units there are where none is named."""
-
-    of: str
+    unit_class: str
     kept: int
 
 
 @dataclass
-class Class:
-    """Units that take the same time, and what has been measured of them.
+class UnitClass:
+    """Units of one kind and size, which take the same time, and what has been measured of them.
 
     Attributes:
         units: Their number.
@@ -234,39 +112,41 @@ class LatencyTable:
         self.path = cache_dir() / "latency" / name
         self.dense: Seconds | None = None
         self.rest: Seconds | None = None  # without any unit
-        self.classes: dict[str, Class] = {}
+        self.classes: dict[str, UnitClass] = {}
         if self.path.exists():
             self._load()
 
-    def missing(self, space: Space) -> list[Point]:
+    def missing(self, space: Space) -> list[ModelToTime]:
         """What is not measured yet of the levels of a space; of each class also how long it takes without its units."""
-        asked: dict[Point, None] = {}
-        nothing = [Point("", 0)] if self.rest is None else []
+        asked: dict[ModelToTime, None] = {}
+        nothing = [ModelToTime("", 0)] if self.rest is None else []
         for name, unit in zip(self._names(space), space.units, strict=True):
             for kept in (0, *(level.kept for level in unit.levels[1:])):
-                asked[Point(name, kept)] = None
+                asked[ModelToTime(name, kept)] = None
         return nothing + [
-            point
-            for point in asked
-            if point.of not in self.classes or point.kept not in self.classes[point.of].measured
+            wanted
+            for wanted in asked
+            if wanted.unit_class not in self.classes or wanted.kept not in self.classes[wanted.unit_class].measured
         ]
 
     def measure(self, space: Space, track: Track) -> None:
         """Measure what is missing, keeping each result at once, so that a killed run need not do it again."""
         names = self._names(space)
         for name in dict.fromkeys(names):
-            self.classes.setdefault(name, Class(names.count(name)))
+            self.classes.setdefault(name, UnitClass(names.count(name)))
         seen: list[float] = []
-        for point in track(self.missing(space), "latency"):
-            units = [unit if point.of in ("", name) else None for name, unit in zip(names, space.units, strict=True)]
-            pruned = assemble(self.model, *sliced(space, units, point.kept))
+        for wanted in track(self.missing(space), "latency"):
+            units = [
+                unit if wanted.unit_class in ("", name) else None for name, unit in zip(names, space.units, strict=True)
+            ]
+            pruned = assemble(self.model, *sliced(space, units, wanted.kept))
             taken, share = compare(self.model, pruned, self.request, self.timer)
             del pruned
             self.dense = self.dense or taken
-            if point.of:
-                each = self.classes[point.of]
+            if wanted.unit_class:
+                each = self.classes[wanted.unit_class]
                 prefill, decode = self.dense.prefill * (1 - share.prefill), self.dense.decode * (1 - share.decode)
-                each.measured[point.kept] = Seconds(prefill / each.units, decode / each.units)
+                each.measured[wanted.kept] = Seconds(prefill / each.units, decode / each.units)
             else:
                 self.rest = Seconds(self.dense.prefill * share.prefill, self.dense.decode * share.decode)
             seen.append(taken.total(self.request))
@@ -313,7 +193,7 @@ class LatencyTable:
                     {int(kept): Seconds(**one) for kept, one in found[which].items()}
                     for which in ("measured", "settled")
                 )
-                own = self.classes.setdefault(name, Class(int(found["units"])))
+                own = self.classes.setdefault(name, UnitClass(int(found["units"])))
                 own.measured, own.settled = (
                     {**ours, **its} for ours, its in zip((own.measured, own.settled), points, strict=True)
                 )
@@ -357,7 +237,7 @@ class LatencyTable:
         write_atomic(self.path, json.dumps(content, indent=1).encode())
 
 
-def settle(each: Class) -> None:
+def settle(each: UnitClass) -> None:
     """Make what is new of a class monotone, between what was settled before: the fewer members stay, the more
     is saved.
     """

@@ -74,7 +74,5 @@ def _latency_line(latency: Mapping[str, Any]) -> str:
         f" + {latency['generated']}" if latency["generated"] else ""
     )
     taken = f"{latency['searched_seconds']:.3g} instead of {latency['dense_seconds']:.3g} s for {tokens} tokens"
-    # a run of an earlier version did not say
-    asked = f"{latency['asked']:.2f} asked for, " if "asked" in latency else ""
-    expected = f"{asked}{latency['promised']:.2f} expected"
+    expected = f"{latency['asked']:.2f} asked for, {latency['promised']:.2f} expected"
     return f"{latency['speedup']:.2f} times as fast as dense ({expected}): {taken} on {latency['device']}"

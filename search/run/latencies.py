@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from search.budgets.costs import CostTable
 from search.budgets.from_settings import request_of
-from search.budgets.latency import LatencyTable, Point, check_faster, speedup, warn_if_busy
+from search.budgets.latency import LatencyTable, ModelToTime, check_faster
 from search.budgets.settings import given_limits
+from search.budgets.timing import speedup, warn_if_busy
 from search.run.directory import RunDirectory
 from search.run.inputs import Inputs
 from search.run.progress import track
@@ -41,7 +42,7 @@ class Latencies:
         model = self._inputs.loaded.model
         return LatencyTable(model, request_of(self._budget), self._inputs.device, model.dtype)
 
-    def unmeasured(self, space: Space) -> list[Point]:
+    def unmeasured(self, space: Space) -> list[ModelToTime]:
         """What `costs` would have to measure for a space first; nothing where no speed-up is asked for."""
         given = given_limits(self._budget)
         if "speedup" not in given:

@@ -21,7 +21,8 @@ from local_prune.methods.taylor import TaylorPruner
 from local_prune.methods.wanda import WandaPruner
 from local_prune.pruner import Calibration, Pruner
 from local_prune.walk import build
-from search.budgets.latency import LatencyTable, Request
+from search.budgets.latency import LatencyTable
+from search.budgets.timing import Request
 from search.evaluation.fitness import KlDivergence
 from search.evaluation.generation import GenerationEvaluator, Resources
 from search.paths import CACHE_VARIABLE

@@ -20,19 +20,8 @@ from search.budgets.budget import Budget
 from search.budgets.costs import CostTable
 from search.budgets.from_settings import make_budget
 from search.budgets.knapsack import uniform
-from search.budgets.latency import (
-    Class,
-    LatencyTable,
-    Point,
-    Request,
-    Seconds,
-    check_faster,
-    compare,
-    rising,
-    settle,
-    sliced,
-    speedup,
-)
+from search.budgets.latency import LatencyTable, ModelToTime, UnitClass, check_faster, rising, settle, sliced
+from search.budgets.timing import Request, Seconds, compare, speedup
 from search.inputs.models import LoadedModel
 from supernet.errors import InputError
 from supernet.models.architecture import sub_blocks
@@ -78,7 +67,7 @@ class FakeTimer:
         return Seconds(prefill, prefill / 16 if generated else 0.0)
 
 
-def untracked(items: Sequence[Point], title: str) -> Sequence[Point]:
+def untracked(items: Sequence[ModelToTime], title: str) -> Sequence[ModelToTime]:
     return items
 
 
@@ -160,7 +149,7 @@ def test_a_later_round_measures_its_new_levels_alone_and_moves_no_old_cost(model
 def test_a_killed_measurement_goes_on_where_it_was(model: PreTrainedModel) -> None:
     space, timer = space_of(model, KEPT), FakeTimer()
 
-    def killed(items: Sequence[Point], title: str) -> Any:
+    def killed(items: Sequence[ModelToTime], title: str) -> Any:
         yield from items[:2]
         raise KeyboardInterrupt
 
@@ -302,7 +291,7 @@ BATCHES = st.lists(st.dictionaries(st.integers(0, 12), st.floats(-5, 5), max_siz
 
 @given(BATCHES)
 def test_settled_savings_never_fall_nor_move(batches: list[dict[int, float]]) -> None:
-    each = Class(1)
+    each = UnitClass(1)
     for batch in [batches[0] | {0: 1.0}, *batches[1:]]:
         before = dict(each.settled)
         each.measured |= {kept: Seconds(saved, -saved) for kept, saved in batch.items() if kept not in each.measured}
