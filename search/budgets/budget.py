@@ -58,35 +58,38 @@ class Limit:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """The costs as (units, most levels) int64; behind a unit's last level that level's again."""
+        """The costs as (units, most levels) int64; a unit with fewer levels repeats the cost of its last one."""
         most = max(len(row) for row in self.costs)
         return np.array([[*row, *[row[-1]] * (most - len(row))] for row in self.costs], dtype=np.int64)
 
     @cached_property
     def smallest_step(self) -> int:
-        """The smallest difference there is between neighbouring levels of a unit, but no less than the slack."""
+        """The smallest difference in cost between neighbouring levels of any unit, or the slack where that is more."""
         steps = -np.diff(self.table, axis=1)
         return max(self.slack, int(steps[steps > 0].min(initial=self.dense or 1)))
 
     @cached_property
     def lowest(self) -> int:
-        """The least that an allocation takes."""
+        """The cost of the sparsest allocation."""
         return sum(row[-1] for row in self.costs)
 
     def cost(self, allocation: Sequence[int]) -> int:
-        """What an allocation takes."""
+        """Return the cost of an allocation."""
         return sum(row[level] for row, level in zip(self.costs, allocation, strict=True))
 
 
 @dataclass(frozen=True)
 class Budget:
-    """All limits are kept. The first one is the one that people speak of (`allocation.json`)."""
+    """The limits of a run, all of which an allocation must keep. `allocation.json` reports the first one."""
 
     limits: tuple[Limit, ...]
 
     @classmethod
     def from_sparsity(cls, sparsity: float, space: Space, kind: str = "parameters") -> Budget:
-        """Remove the fraction `sparsity` of the prunable parameters or bits; InputError where this space cannot."""
+        """Return a budget that removes the fraction `sparsity` of the prunable parameters, or bits.
+
+        The target is rounded down to a whole number of them. InputError where even the sparsest allocation keeps more.
+        """
         check_sparsity(sparsity)
         # as typed: 0.55 of 20 leaves 9, not 8.99...
         target = math.floor(space.dense_cost * (1 - Fraction(str(float(sparsity)))))
@@ -101,38 +104,42 @@ class Budget:
 
     @property
     def first(self) -> Limit:
-        """The limit that people speak of."""
+        """The limit that reports and tables show."""
         return self.limits[0]
 
     @property
     def leading(self) -> Limit:
-        """The limit that asks most of the dense model."""
+        """The limit whose target is the smallest share of the dense model."""
         return min(self.limits, key=lambda limit: limit.target / limit.dense)
 
     def left(self, allocation: Sequence[int]) -> float:
-        """What is left of the tightest limit, in its smallest steps; negative where a limit is exceeded."""
+        """Return what an allocation leaves of the tightest limit, counted in that limit's smallest steps. It is
+        negative where a limit is exceeded.
+        """
         return min((limit.target - limit.cost(allocation)) / limit.smallest_step for limit in self.limits)
 
     def fits(self, allocation: Sequence[int]) -> bool:
-        """No limit is exceeded."""
+        """Whether an allocation exceeds no limit."""
         return self.left(allocation) >= 0
 
     def met(self, allocation: Sequence[int]) -> bool:
-        """No limit is exceeded, and less than one smallest step is left of one of them."""
+        """Whether an allocation exceeds no limit, and leaves less than one smallest step of at least one of them."""
         return 0 <= self.left(allocation) < 1
 
     def allows(self, allocation: Sequence[int], beside: Allocation) -> bool:
-        """Whether it is met, or, where nothing comes that near, at least as nearly as by an allocation that fits."""
+        """Whether an allocation meets the budget, or, where none can, comes at least as near to it as `beside`, which
+        fits.
+        """
         return 0 <= (left := self.left(allocation)) and (left < 1 or left <= self.left(beside))
 
 
 def costs_of(space: Space) -> Costs:
-    """What the space itself counts (parameters, or bits), level by level."""
+    """Return what each level of each unit costs as the space itself counts: in parameters, or in bits."""
     return tuple(tuple(level.cost for level in unit.levels) for unit in space.units)
 
 
 def _unreachable(sparsity: float, space: Space, kind: str) -> str:
-    """Why the space has nothing as sparse, and what to do."""
+    """Say why no allocation of the space is as sparse as that, and what would help."""
     least = space.lowest_cost / space.dense_cost
     if kind == "bits":
         dense = space.units[0].total
@@ -148,7 +155,7 @@ def _unreachable(sparsity: float, space: Space, kind: str) -> str:
 
 
 def check_sparsity(sparsity: float) -> None:
-    """InputError for a sparsity that no space could have. With 0 nothing is removed: a check of the pipeline itself."""
+    """InputError for a sparsity that no space could have. 0 is allowed: removing nothing checks the pipeline."""
     if not 0.0 <= sparsity < 1.0:
         raise InputError(
             f"budget.sparsity={sparsity:g} must be at least 0 and below 1; 0.5 removes half of the prunable "

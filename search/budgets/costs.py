@@ -22,19 +22,19 @@ from supernet.space import ATTENTION, WEIGHTS, Space, Unit
 
 @dataclass(frozen=True)
 class CostTable:
-    """Costs of units, which never rise from level to level, and the rest of the dense model."""
+    """What each level of each unit takes, never rising from level to level, and what the dense model takes besides."""
 
     costs: Costs
     rest: int
 
     @property
     def dense(self) -> int:
-        """Of the whole dense model."""
+        """The cost of the whole dense model."""
         return self.rest + sum(row[0] for row in self.costs)
 
     @property
     def lowest(self) -> int:
-        """Of the whole model with every unit at its last level."""
+        """The cost of the whole model with every unit at its sparsest level."""
         return self.rest + sum(row[-1] for row in self.costs)
 
 
@@ -44,7 +44,7 @@ Amounts = Callable[
 
 
 def parameters(model: PreTrainedModel, space: Space) -> CostTable:
-    """Parameters, tied ones once; single weights that are zero do not count."""
+    """Count parameters, tied ones once. Single weights that are zero do not count."""
 
     def amounts(part: SubBlock, layer: str | None, unit: Unit) -> list[int]:
         if layer is not None:
@@ -60,7 +60,7 @@ def parameters(model: PreTrainedModel, space: Space) -> CostTable:
 
 
 def size(model: PreTrainedModel, space: Space, dtype: torch.dtype) -> CostTable:
-    """Bytes of the parameters in the exported file, tied ones once.
+    """Count the bytes of the parameters in the exported file, tied ones once.
 
     Single weights and bit widths are written at full size, whatever their level.
 
@@ -85,8 +85,8 @@ def size(model: PreTrainedModel, space: Space, dtype: torch.dtype) -> CostTable:
 
 
 def flops(model: PreTrainedModel, space: Space, tokens: int) -> CostTable:
-    """FLOPs of the forward pass of one sequence: two for each multiply-add of linear layers, convolutions, attention
-    and head.
+    """Count the FLOPs of the forward pass of one sequence: two for each multiply-add of linear layers, convolutions,
+    attention and head.
 
     Full attention counts every pair of tokens, which is what its matrix products do though a mask hides half of them.
     In a layer with a sliding window each token counts as many others as the window holds. Queries, keys and values of a
@@ -125,7 +125,7 @@ def _table(model: PreTrainedModel, space: Space, whole: int, amounts: Amounts) -
 
 
 def _own(part: SubBlock) -> list[nn.Parameter]:
-    """All that goes with the whole sub-block: the module's parameters and its norms'."""
+    """Return all parameters that go when the whole sub-block goes: the module's and its norms'."""
     modules = [module for module in (part.module, part.norm, part.post_norm) if module is not None]
     return [parameter for module in modules for parameter in module.parameters()]
 
@@ -135,7 +135,7 @@ def _size(part: SubBlock, layer: str) -> int:
 
 
 def _multiplied(module: nn.Module) -> int:
-    """Weights that every token is multiplied with."""
+    """Return how many weights every token is multiplied with."""
     kinds = nn.Linear | Conv1D | nn.Conv1d
     return sum(found.weight.numel() for found in module.modules() if isinstance(found, kinds))
 
@@ -145,12 +145,12 @@ def _flops(part: SubBlock, tokens: int) -> int:
 
 
 def _attention_flops(part: SubBlock, channels: int, tokens: int) -> int:
-    """Of scores and of weighted values, for so many channels of query heads."""
+    """Return the FLOPs of attention scores and weighted values, for query heads of so many channels together."""
     return 4 * tokens * _seen(part, tokens) * channels if part.kind == ATTENTION else 0
 
 
 def _seen(part: SubBlock, tokens: int) -> int:
-    """Tokens that each token looks at: all of them, or those of a sliding window."""
+    """Return how many tokens each token attends to: all of them, or those in a sliding window."""
     config = getattr(part.module, "config", None)
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if types is not None:
@@ -161,7 +161,7 @@ def _seen(part: SubBlock, tokens: int) -> int:
 
 
 def _member_flops(part: SubBlock, tokens: int) -> int:
-    """That go with one member; 0 where there are none, and a unit is there or is not."""
+    """Return the FLOPs that go with one member; 0 for a sub-block without members."""
     if part.groups is None:
         return 0
     weights = part.weight(part.column).shape[0] * part.groups.width

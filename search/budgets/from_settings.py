@@ -24,7 +24,7 @@ Latencies = Callable[[Space], CostTable]  # measured, in nanoseconds
 
 
 def request_of(budget: Mapping[str, Any]) -> Request:
-    """What latency is measured of."""
+    """Return the request whose latency is measured, from the settings."""
     return Request(**{name: budget[name] for name in DETAILS["speedup"] if name in budget})
 
 
@@ -35,7 +35,7 @@ def make_budget(
     latencies: Latencies,
     dtype: torch.dtype | None = None,
 ) -> Budget:
-    """All limits that are given; InputError for one that the space cannot keep, or that it cannot do anything for.
+    """Return the limits that the settings give.
 
     Args:
         budget: The settings.
@@ -93,7 +93,7 @@ def _counts_bits(space: Space) -> bool:
 
 
 def _of_share(name: str, value: float, space: Space) -> Limit:
-    """A fraction of what the space itself counts, or an average bit width."""
+    """Return a limit on a fraction of what the space itself counts, or on the average bit width."""
     if name == "sparsity":
         return Budget.from_sparsity(value, space, "bits" if _counts_bits(space) else "parameters").first
     if not _counts_bits(space):
@@ -105,7 +105,7 @@ def _of_share(name: str, value: float, space: Space) -> Limit:
 
 
 def _of_whole(kind: str, said: str, value: float, table: CostTable, space: Space) -> Limit:
-    """What the whole model may have."""
+    """Return a limit on what the whole model may have; InputError where the units cannot make up for the rest."""
     if not value < table.dense:
         raise InputError(f"{said} is no less than the {table.dense:,} {kind} of the dense model; ask for fewer")
     if value < table.rest:
@@ -122,7 +122,7 @@ def _of_whole(kind: str, said: str, value: float, table: CostTable, space: Space
 
 
 def _of_speedup(said: str, value: float, table: CostTable, space: Space) -> Limit:
-    """How many times as fast the whole model must be."""
+    """Return a limit on the latency of the whole model; InputError where even the sparsest one is slower."""
     target = int(table.dense / value) - table.rest
     if target < table.lowest - table.rest:
         fastest = table.dense / max(1, table.lowest)

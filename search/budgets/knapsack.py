@@ -32,7 +32,7 @@ Losses = Sequence[np.ndarray]  # of each level of each unit
 
 
 def uniform(space: Space, budget: Budget) -> Allocation:
-    """The allocation that gives every unit the same sparsity, as evenly as its levels allow.
+    """Return the allocation that gives every unit the same sparsity, as evenly as its levels allow.
 
     Where the wanted sparsity falls between two levels, units of a kind and size take turns over depth so that their
     running total follows the wanted one; the knapsack then moves as little as it can to meet the budget. Sparsity is
@@ -53,7 +53,7 @@ def uniform(space: Space, budget: Budget) -> Allocation:
 
 
 def _in_turns(space: Space, costs: Costs, sparsity: float) -> Allocation:
-    """Of each unit a level near a sparsity, so that those of units of a kind and size are that on average."""
+    """Choose for each unit a level near the sparsity, so that units of one kind and size have it on average."""
     found = [0] * len(space.units)
     owed: dict[tuple[str, int], float] = defaultdict(float)
     for index, (unit, row) in enumerate(zip(space.units, costs, strict=True)):
@@ -67,8 +67,7 @@ def _in_turns(space: Space, costs: Costs, sparsity: float) -> Allocation:
 
 
 def closest(wish: Allocation, budget: Budget) -> Allocation:
-    """The allocation nearest to `wish` that meets the budget (or, where none comes within a step of it, the fullest
-    below it).
+    """Return the allocation nearest to `wish` that meets the budget, or the fullest one that fits where none meets it.
 
     Distance is the sum over units of the squared difference in what the leading limit counts.
     """
@@ -81,12 +80,13 @@ def _chosen(costs: Costs, allocation: Sequence[int]) -> list[float]:
 
 
 def _distances(costs: Costs, dense: int, wanted: Sequence[float]) -> list[np.ndarray]:
-    """For each unit the squared distance of each of its levels from a cost, as a share of the dense model's."""
+    """Return for each unit the squared distance of each level's cost from a wanted one, as shares of the dense cost."""
     return [((np.array(row) - cost) / dense) ** 2 for row, cost in zip(costs, wanted, strict=True)]
 
 
 def knapsack(losses: Losses, budget: Budget) -> Allocation:
-    """The allocation of least total loss among those that meet the budget, or the fullest one where none does.
+    """Return the allocation of least total loss among those that meet the budget, or the fullest that fits where none
+    does.
 
     With one limit it is exact unless costs had to be rounded and too many allocations come near the best for telling
     them apart; then, and with several limits, it is near that.
@@ -102,7 +102,11 @@ def knapsack(losses: Losses, budget: Budget) -> Allocation:
 
 
 def _of_several(losses: Losses, budget: Budget) -> Allocation:
-    """By prices; where that leaves too much of the budget, for one limit after the other at the prices of the rest."""
+    """Solve for several limits by their prices.
+
+    Where that leaves too much of the budget, each limit in turn is solved exactly at the prices of the others, and the
+    best result is taken.
+    """
     found = [relaxed(losses, budget)]
     if not budget.met(found[0]):
         padded, prices = _padded(losses), _prices(losses, budget)
@@ -117,8 +121,9 @@ def _of_several(losses: Losses, budget: Budget) -> Allocation:
 
 
 def _of_one(losses: Losses, budget: Budget) -> Allocation:
-    """Dynamic programming over a table of costs; where these are rounded, over all sums of costs if they are few
-    enough.
+    """Solve for one limit by dynamic programming over a table of costs.
+
+    Where costs had to be rounded for the table, all sums of costs are listed instead, if they are few enough.
     """
     limit = budget.first
     divisor = max(1, gcd(*(cost for costs in limit.costs for cost in costs)))
@@ -135,7 +140,7 @@ def _of_one(losses: Losses, budget: Budget) -> Allocation:
 
 
 def _by_table(losses: Losses, budget: Budget, cell: int) -> Allocation:
-    """The least loss at each cost, in whole cells: a unit's cost is rounded up to them."""
+    """Fill a table with the least loss at each cost, in cells of `cell`; a unit's cost is rounded up to whole cells."""
     limit = budget.first
     cells = limit.target // cell
     best = np.full(cells + 1, np.inf)
@@ -160,9 +165,7 @@ def _by_table(losses: Losses, budget: Budget, cell: int) -> Allocation:
 
 
 def _fullest(best: np.ndarray, window: int) -> int | None:
-    """The cell of least loss within the window, or the fullest reachable cell below it; None where rounding leaves no
-    cell.
-    """
+    """Return the cell of least loss from `window` on, or the fullest one below it; None where none can be reached."""
     if np.isfinite(best[window:]).any():
         return window + int(best[window:].argmin())
     reachable = np.flatnonzero(np.isfinite(best))
@@ -183,7 +186,7 @@ def _total(losses: Losses, allocation: Allocation) -> float:
 
 
 def relaxed(losses: Losses, budget: Budget) -> Allocation:
-    """Least total loss by Lagrange multipliers, then greedily to within one smallest step where that can be reached.
+    """Return an allocation of nearly least total loss, by Lagrange multipliers and then greedily.
 
     A unit's level is never better than what the prices make of it, so only convex trade-offs are found: near the
     optimum, and thousands of times as fast as dynamic programming. Arguments as for `knapsack`.
@@ -196,7 +199,7 @@ def relaxed(losses: Losses, budget: Budget) -> Allocation:
 
 
 def _prices(losses: Losses, budget: Budget) -> list[float]:
-    """Of each limit, at which the cheapest levels keep it."""
+    """Return for each limit a price at which the levels that are cheapest, price included, keep it."""
     padded = _padded(losses)
     prices = [0.0] * len(budget.limits)
     scale = float(np.ptp(padded[np.isfinite(padded)])) or 1.0
@@ -210,14 +213,14 @@ def _prices(losses: Losses, budget: Budget) -> list[float]:
 
 
 def _priced(padded: np.ndarray, budget: Budget, prices: Sequence[float]) -> np.ndarray:
-    """Losses with what the levels take of each limit at its price."""
+    """Return the losses with what each level takes of each limit added at that limit's price."""
     for price, limit in zip(prices, budget.limits, strict=True):
         padded = padded + price * limit.table / limit.dense
     return padded
 
 
 def _price(losses: np.ndarray, table: np.ndarray, target: float, highest: float) -> float:
-    """The lowest price, within rounding, at which the cheapest levels keep a limit."""
+    """Return the lowest price, within rounding, at which the cheapest levels keep a limit."""
     units = np.arange(len(losses))
 
     def keeps(price: float) -> bool:
@@ -233,7 +236,7 @@ def _price(losses: np.ndarray, table: np.ndarray, target: float, highest: float)
 
 
 def _padded(losses: Losses) -> np.ndarray:
-    """(units, most levels), infinite where a unit has no such level."""
+    """Return the losses as (units, most levels), infinite where a unit has no such level."""
     padded = np.full((len(losses), max(len(loss) for loss in losses)), np.inf)
     for row, loss in zip(padded, losses, strict=True):
         row[: len(loss)] = loss
@@ -260,7 +263,7 @@ def spend_rest(losses: Losses, allocation: Allocation, budget: Budget) -> Alloca
 
 
 def _denser(padded: np.ndarray, levels: np.ndarray, budget: Budget) -> Change | None:
-    """The unit and denser level of least loss that the budget allows."""
+    """Return the unit and denser level that cost least loss among those the budget still allows; None where none is."""
     units = np.arange(len(levels))
     able = np.arange(padded.shape[1]) < levels[:, None]
     for limit in budget.limits:
@@ -273,8 +276,9 @@ def _denser(padded: np.ndarray, levels: np.ndarray, budget: Budget) -> Change | 
 
 
 def _exchange(padded: np.ndarray, levels: np.ndarray, budget: Budget) -> Change | None:
-    """Two units' levels that together leave less of the budget: of least loss if they meet it, else those that leave
-    least.
+    """Return new levels of two units that together leave less of the budget.
+
+    Those of least loss where a pair meets the budget, else the pair that leaves least; None where none leaves less.
     """
     units = np.arange(len(levels))
     worse = padded - padded[units, levels][:, None]

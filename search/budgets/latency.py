@@ -70,9 +70,7 @@ class UnitClass:
 
 
 class LatencyTable:
-    """What the units of a model take on this machine at each level; what is not in the cache yet is measured on
-    demand.
-    """
+    """The latency of each unit of a model at each level on this machine. What the cache lacks is measured on demand."""
 
     def __init__(
         self,
@@ -117,7 +115,10 @@ class LatencyTable:
             self._load()
 
     def missing(self, space: Space) -> list[ModelToTime]:
-        """What is not measured yet of the levels of a space; of each class also how long it takes without its units."""
+        """Return the models that must be timed before the levels of a space have costs.
+
+        First comes the one without any unit; each class also needs the one without any of its own units.
+        """
         asked: dict[ModelToTime, None] = {}
         nothing = [ModelToTime("", 0)] if self.rest is None else []
         for name, unit in zip(self._names(space), space.units, strict=True):
@@ -130,7 +131,7 @@ class LatencyTable:
         ]
 
     def measure(self, space: Space, track: Track) -> None:
-        """Measure what is missing, keeping each result at once, so that a killed run need not do it again."""
+        """Time the models that are missing. Each result is written at once, so that a killed run need not repeat it."""
         names = self._names(space)
         for name in dict.fromkeys(names):
             self.classes.setdefault(name, UnitClass(names.count(name)))
@@ -155,7 +156,7 @@ class LatencyTable:
         self._save(settled=True)
 
     def costs(self, space: Space) -> CostTable:
-        """Nanoseconds of each level of each unit; all must have been measured."""
+        """Return the nanoseconds of each level of each unit; everything must have been measured."""
         assert self.dense is not None and self.rest is not None
         names = self._names(space)
         whole, rest = self.dense.total(self.request), self.rest.total(self.request)
@@ -171,7 +172,7 @@ class LatencyTable:
         return CostTable(tuple(costs), round(1e9 * whole) - sum(row[0] for row in costs))
 
     def _names(self, space: Space) -> list[str]:
-        """The class of each unit."""
+        """Return the name of the class of each unit."""
         words: list[list[str]] = [[f"{unit.kind} of {unit.total}"] for unit in space.units]
         for place in places(self.model, space):
             for index, _ in place.units:
@@ -179,9 +180,7 @@ class LatencyTable:
         return [", ".join(of_unit) for of_unit in words]
 
     def _load(self) -> None:
-        """Take over what the file has. Where another process measured the same, the file's counts: it may be in use
-        already.
-        """
+        """Take over what the file has, in place of what this process measured: the file may be in use already."""
         try:
             content = json.loads(self.path.read_text())
             if content["format"] != FORMAT or content["key"] != self.key:
@@ -238,8 +237,9 @@ class LatencyTable:
 
 
 def settle(each: UnitClass) -> None:
-    """Make what is new of a class monotone, between what was settled before: the fewer members stay, the more
-    is saved.
+    """Make the new measurements of a class monotone: the fewer members stay, the more time is saved.
+
+    What was settled before stays as it is, and bounds what is new.
     """
     for bound in sorted({0, *each.settled}):  # members down to `bound`, up to the next settled number above it
         above = [kept for kept in each.settled if kept > bound]
@@ -256,7 +256,7 @@ def settle(each: UnitClass) -> None:
 
 
 def rising(values: Sequence[float]) -> list[float]:
-    """The sequence nearest in least squares that never falls (pool adjacent violators)."""
+    """Return the sequence that never falls and is nearest to `values` in least squares (pool adjacent violators)."""
     pools: list[tuple[float, int]] = []  # mean and number
     for value in values:
         pools.append((value, 1))
@@ -267,7 +267,7 @@ def rising(values: Sequence[float]) -> list[float]:
 
 
 def _shape(part: SubBlock, model: PreTrainedModel) -> str:
-    """Of a sub-block: all that its latency depends on."""
+    """Return, as text, all of a sub-block that its latency depends on."""
     layers = dict.fromkeys(layer for stage in part.stages for layer in stage)
     words = [f"{layer} {'x'.join(map(str, part.weight(layer).shape))}" for layer in layers]
     types = getattr(model.config, "layer_types", None)
@@ -278,7 +278,7 @@ def _shape(part: SubBlock, model: PreTrainedModel) -> str:
 
 @dataclass(frozen=True)
 class _Sliced:
-    """A supernet to assemble from that needs no candidates: the first members stay as they are in the dense model."""
+    """A stand-in for a supernet, whose candidates are the first members of each unit as they are in the dense model."""
 
     space: Space
 
@@ -288,7 +288,7 @@ class _Sliced:
 
 
 def sliced(space: Space, units: Sequence[Unit | None], kept: int) -> tuple[Supernet, tuple[int, ...]]:
-    """A supernet and an allocation of it in which these units keep so many members, and all others are dense."""
+    """Return a supernet and an allocation in which some units keep `kept` members and all others are dense."""
     levels = [
         (Level(unit.total, unit.total), *([Level(kept, kept)] if chosen else []))
         for unit, chosen in zip(space.units, units, strict=True)
@@ -299,7 +299,7 @@ def sliced(space: Space, units: Sequence[Unit | None], kept: int) -> tuple[Super
 
 
 def check_faster(space: Space, given: str) -> None:
-    """InputError where pruned layers take as long as dense ones."""
+    """InputError for units whose pruned layers take as long as dense ones."""
     if not {unit.kind for unit in space.units} <= {ATTENTION, MLP, MIXER, BLOCK}:
         raise InputError(
             f"{given} is for pruning that makes layers smaller; single weights, query heads and bit widths are as "

@@ -52,7 +52,7 @@ class Half:
     counts: list[int]
 
     def levels(self, at: int) -> list[int]:
-        """The levels that a sum comes from."""
+        """Return the level of each unit that the sum at index `at` comes from."""
         found = []
         for kept, count in zip(reversed(self.taken), reversed(self.counts), strict=True):
             at, level = divmod(int(kept[at]), count)
@@ -61,8 +61,9 @@ class Half:
 
 
 def least(losses: Sequence[np.ndarray], costs: Sequence[Sequence[int]], wanted: Wanted) -> Allocation | None:
-    """The allocation of least loss from `floor` to `target`, or else the fullest below; None where there are too many
-    sums.
+    """Return the allocation of least loss whose cost lies between `floor` and `target`.
+
+    Where there is none, the one of highest cost below `floor`; None where the sums are too many to list.
 
     Args:
         losses: For each unit the loss of each of its levels.
@@ -80,7 +81,7 @@ def least(losses: Sequence[np.ndarray], costs: Sequence[Sequence[int]], wanted: 
 
 
 def _half(losses: Sequence[np.ndarray], rows: Sequence[np.ndarray], units: range, wanted: Wanted) -> Half | None:
-    """The sums of some of the units that the others can still make something of.
+    """List the sums of costs of some of the units, without those that no choice for the other units can make use of.
 
     Left out are those from which the others cannot come between floor and target (where something is known to), and
     those whose loss is too high even if all others took the levels that are cheapest at the price: the Lagrangian
@@ -108,7 +109,7 @@ def _half(losses: Sequence[np.ndarray], rows: Sequence[np.ndarray], units: range
 
 
 def _meet(first: Half, second: Half, wanted: Wanted) -> tuple[int, int] | None:
-    """Which sum of each half makes the best allocation."""
+    """Return the index of the sum in each half that together make the best allocation; None where nothing fits."""
     last = np.searchsorted(second.sums, wanted.target - first.sums, side="right")  # behind the last that goes with each
     begin = np.searchsorted(second.sums, wanted.floor - first.sums, side="left")
     if (begin < last).any():

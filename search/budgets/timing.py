@@ -24,7 +24,7 @@ STEPS = 8  # decoded tokens that are timed in a repetition
 
 @dataclass(frozen=True)
 class Request:
-    """What is timed: `batch` sequences of `prompt` tokens at once, and then `generated` more tokens of each, one by
+    """The work that is timed: `batch` sequences of `prompt` tokens at once, then `generated` tokens of each, one by
     one.
     """
 
@@ -35,13 +35,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of the prompt, and of each generated token."""
+    """The time for the prompt, and for each generated token."""
 
     prefill: float
     decode: float
 
     def total(self, request: Request) -> float:
-        """Of the whole request."""
+        """Return the time of a whole request."""
         return self.prefill + request.generated * self.decode
 
 
@@ -50,7 +50,7 @@ Timer = Callable[[PreTrainedModel, Tensor, int], Seconds]
 
 @torch.no_grad()
 def time_once(model: PreTrainedModel, ids: Tensor, generated: int) -> Seconds:
-    """One forward pass over the prompt and, where tokens are to be generated, a few steps behind it with its cache."""
+    """Time one forward pass over the prompt and, where tokens are to be generated, a few steps with its cache."""
     start = _now(ids)
     output: Any = model(input_ids=ids, use_cache=generated > 0, logits_to_keep=1)
     middle = _now(ids)
@@ -72,7 +72,7 @@ def _now(ids: Tensor) -> float:
 def compare(
     dense: PreTrainedModel, other: PreTrainedModel, request: Request, timer: Timer = time_once
 ) -> tuple[Seconds, Seconds]:
-    """What the dense model takes, and the other one's share of that: medians over repetitions in turns.
+    """Return the times of the dense model, and those of the other one as shares of them: medians over repetitions.
 
     The two passes of a repetition lie side by side, so that work of others on the machine slows both.
     """
@@ -100,7 +100,7 @@ def _median(found: Sequence[Seconds]) -> Seconds:
 def speedup(
     dense: PreTrainedModel, pruned: PreTrainedModel, request: Request, timer: Timer = time_once
 ) -> dict[str, Any]:
-    """How much faster a pruned model is than the dense one, as `metrics.json` has it."""
+    """Return how much faster a pruned model is than the dense one, as `metrics.json` has it."""
     taken, share = compare(dense, pruned, request, timer)
     pruned_seconds = Seconds(taken.prefill * share.prefill, taken.decode * share.decode).total(request)
     of_dense = taken.total(request)
@@ -113,14 +113,14 @@ def speedup(
 
 
 def warn_if_busy(seen: Sequence[float], remedy: str = "") -> None:
-    """Tell the user where the dense model took very different times."""
+    """Tell the user where the dense model took very different times from one moment to another."""
     if seen and max(seen) > BUSY * min(seen):
         found = f"the dense model took between {min(seen):.3g} and {max(seen):.3g} s"
         log.warning("latency: %s: other work on this machine may have spoilt the measurements%s", found, remedy)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What timings depend on besides the model."""
+    """Return what timings depend on besides the model: the machine, its processor, and the threads."""
     if device.type == "cuda":
         return {"machine": platform.node(), "device": torch.cuda.get_device_name(device)}
     return {"machine": platform.node(), "device": _processor(), "threads": torch.get_num_threads()}

@@ -22,7 +22,7 @@ GATHERED = ".aside"
 
 
 def move_aside(path: Path) -> None:
-    """Move a run's files to the first free `<path>.old-<n>`, from where they refer to their supernets again."""
+    """Move a run's files to the first free folder `<path>.old-<n>`, and note there which supernets the run uses."""
     gathered = path / GATHERED
     try:
         gathered.mkdir(exist_ok=True)
@@ -38,7 +38,7 @@ def move_aside(path: Path) -> None:
 
 
 def finish_moving(path: Path) -> None:
-    """Do the rest of a move that was begun; where that cannot be done, everything goes back to where it was."""
+    """Finish a move that a killed process began. Where that fails, put everything back where it was."""
     gathered = path / GATHERED
     if not gathered.is_dir():
         return
@@ -64,9 +64,7 @@ def finish_moving(path: Path) -> None:
 
 
 def _refer_from(target: Path, gathered: Path) -> None:
-    """Note that the run uses its supernets from where it will be; before it is there, so that none is ever without a
-    user.
-    """
+    """Note that the run uses its supernets from its new folder, before it is there, so that none is ever unused."""
     listed = Path(CHECKPOINT) / "supernets.json"
     try:
         supernets = read_record(gathered / listed) or {}

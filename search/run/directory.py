@@ -56,10 +56,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other processes out of a run's directory; InputError where one is at work. The kernel frees a dead one's
-    lock.
+    """Keep other processes out of a run's directory, and first finish or sweep away what a killed process left half
+    done.
 
-    What a process that was killed here left half done is finished or swept away first.
+    InputError where another process is at work there. The kernel frees the lock of a process that died.
     """
     make_folder(path)
     lock = FileLock(path / ".lock")
@@ -81,7 +81,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class RunDirectory:
-    """Files of one run. Every write is atomic."""
+    """The files of one run, each written atomically."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any], fresh: bool) -> None:
         """Open the directory for a run with these settings.
@@ -129,7 +129,9 @@ class RunDirectory:
         move_aside(self.path)
 
     def identifier(self) -> str:
-        """What tells the run from others of the same name; made when first asked for, and moved aside with the run."""
+        """Return what tells this run from others of the same name. It is made when first asked for, and moved aside
+        with the run.
+        """
         record = self.read(IDENTIFIER)
         if record is None:
             self.write(IDENTIFIER, record := {"run": uuid.uuid4().hex})
@@ -137,13 +139,13 @@ class RunDirectory:
 
     @property
     def _holds_a_run(self) -> bool:
-        """Whether there is something to lose."""
+        """Whether the directory holds a run that could be lost."""
         names = (SETTINGS, COSTS, HISTORY)
         return any((self.path / name).exists() for name in names) or any(self.path.glob(ROUND.format("*")))
 
     def _goes_on(self) -> bool:
-        """Whether the same command with fresh=true began the run here and was killed: it is not to lose again what it
-        did.
+        """Whether this same command, with fresh=true, began the run here and was killed: then it goes on instead of
+        starting over.
         """
         try:
             if self.read(FRESH) is None or self.read(SETTINGS) != self.settings:
@@ -157,12 +159,12 @@ class RunDirectory:
         return True
 
     def finish(self) -> None:
-        """Note that all stages are done: fresh=true starts over from now on."""
+        """Note that all stages are done, so that fresh=true starts over from now on."""
         with suppress(OSError):
             (self.path / FRESH).unlink(missing_ok=True)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """The content of a JSON file, or None where it is not there; InputError where it is not what was written."""
+        """Return the content of a JSON file, None where there is none; InputError where it is not what was written."""
         file = self.path / name
         try:
             return read_record(file)
@@ -170,11 +172,14 @@ class RunDirectory:
             raise _damaged(file, str(error)) from error
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file, an object, with its checksum."""
+        """Write an object to a JSON file, with its checksum."""
         write_record(self.path / name, content)
 
     def latencies(self, space: Space) -> CostTable | None:
-        """What the units of a space took when the run measured them: its limit must not move when it is resumed."""
+        """Return the latencies that this run measured for a space; None where it measured none.
+
+        They are kept with the run because its limit must not move when it is resumed.
+        """
         name = LATENCY.format(space.fingerprint)
         # of a directory that is not claimed it may be of other settings
         content = self.read(name) if self._claimed else None
@@ -202,11 +207,11 @@ class RunDirectory:
         return self.read(f"{CHECKPOINT}/{file.name}")
 
     def keep_latencies(self, space: Space, table: CostTable) -> None:
-        """Keep them for that."""
+        """Write the latencies of a space, for `latencies` to return."""
         self.write(LATENCY.format(space.fingerprint), asdict(table))
 
     def note_supernet(self, fingerprint: str, path: Path) -> Path:
-        """Add to the supernets that the run uses; the file that lists them, for `Supernet.note_use`.
+        """Note that the run uses a supernet, and return the file that lists all it uses, for `Supernet.note_use`.
 
         The list of a directory that is not claimed yet may be of other settings: it starts anew.
         """
@@ -215,7 +220,7 @@ class RunDirectory:
         return self.path / SUPERNETS
 
     def uses(self, fingerprint: str) -> bool:
-        """Whether this supernet is noted as one that the run uses."""
+        """Whether the run noted that it uses the supernet of this fingerprint."""
         return fingerprint in self._listed()
 
     def _listed(self) -> dict[str, str]:
@@ -226,7 +231,7 @@ class RunDirectory:
     def load_state(
         self, round_index: int, space: Space, generations: int, state_class: type[State] = State
     ) -> State | None:
-        """Where the search of a round stands, None where it did not begin.
+        """Return where the search of a round stands; None where it did not begin.
 
         Args:
             round_index: Of the round.
@@ -262,7 +267,7 @@ class RunDirectory:
         return state
 
     def _check_not_begun(self, round_index: int) -> None:
-        """InputError where a round without a checkpoint was further than its first generation: the file is lost."""
+        """InputError where a round has no checkpoint although its history goes beyond the first generation."""
         history = self.history()
         later = history["iteration"] > round_index
         further = (history["iteration"] == round_index) & (history["generation"] > 0)
@@ -270,7 +275,7 @@ class RunDirectory:
             raise _missing(self.path / ROUND.format(round_index))
 
     def save_state(self, round_index: int, space: Space, state: State, rows: list[HistoryRow]) -> None:
-        """Add a generation's rows to the history, then move the checkpoint on, which knows the rows that it stands for.
+        """Add a generation's rows to the history, then write the checkpoint, which knows how many rows it stands for.
 
         In this order, so that a kill in between leaves rows of a generation that is done again: they are replaced then.
         """
@@ -284,7 +289,7 @@ class RunDirectory:
         self.write(ROUND.format(round_index), {"format": ROUND_FORMAT, "state": state.to_json()} | noted)
 
     def history(self) -> pd.DataFrame:
-        """All rows so far."""
+        """Return all rows so far."""
         file = self.path / HISTORY
         if not file.exists():
             return _table(0, [])
@@ -297,7 +302,7 @@ class RunDirectory:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the seconds of a stage to those of earlier runs of it, and note the most memory that was held in it.
+        """Time a stage: its seconds are added to those of earlier runs, and the most memory that it held is kept.
 
         `peak_memory_of` is `process` where the system cannot tell the stage's peak (macOS): then it is the process's so
         far.
@@ -319,7 +324,7 @@ class RunDirectory:
         self.write(COSTS, self.costs() | {name: largest | {"peak_memory_of": "stage" if of_stage else "process"}})
 
     def costs(self) -> dict[str, Any]:
-        """For each stage its seconds, and the most memory that was held in it."""
+        """Return for each stage its seconds, and the most memory that it held."""
         found = self.read(COSTS) or {}
         for cost in found.values():
             numbers = [cost.get(key) for key in ("seconds", "peak_memory_bytes")] if isinstance(cost, dict) else [None]
@@ -332,9 +337,7 @@ class RunDirectory:
         return (self.path / SETTINGS).exists()
 
     def _claim(self) -> None:
-        """Note whose run this is. Not before there is something to lose: a mistaken setting must be free to be
-        corrected.
-        """
+        """Note whose run this is, once there is something to lose: until then a mistaken setting may be corrected."""
         if not self._claimed:
             if self._fresh:
                 self.write(FRESH, {})
@@ -358,9 +361,7 @@ def _missing(file: Path) -> InputError:
 
 
 def _checksum(table: pd.DataFrame) -> str:
-    """Hash of what rows say but for the seconds, which no two runs share; an exception where they are not those of a
-    history.
-    """
+    """Return a hash of the rows without their seconds, which no two runs share; raise where the table is no history."""
     if list(table.columns) != list(COLUMNS):
         raise ValueError("its columns are not those of a history")
     hashed = xxhash.xxh3_128()
@@ -381,7 +382,7 @@ def _table(round_index: int, rows: list[HistoryRow]) -> pd.DataFrame:
 
 
 def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:
-    """Paths of the values that differ, with both values."""
+    """Return the dotted names of the values that differ, each with both values."""
     if isinstance(before, dict) and isinstance(after, dict):
         kinds = before.get("_target_"), after.get("_target_")
         if kinds[0] != kinds[1]:  # then all its settings differ, too

@@ -19,9 +19,7 @@ ACCUMULATIONS = ("none", "chosen", "expectation")
 
 @dataclass(frozen=True)
 class Window:
-    """The space of a round, and the units whose window of levels holds the dense one (which every unit has in any
-    case).
-    """
+    """The space of a round, and the units whose dense level lies in the window and was not only added to it."""
 
     space: Space
     dense: frozenset[str]
@@ -29,7 +27,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Grid:
-    """Levels of all rounds.
+    """The levels of all rounds.
 
     Attributes:
         levels: Levels a unit has in a round, before those that round to the same number of members are merged.
@@ -51,11 +49,11 @@ class Grid:
             raise InputError(f"supernet.lowest={self.lowest} must be at least 0 and below 1; {usual}")
 
     def first(self, prunables: Sequence[Prunable]) -> Window:
-        """The coarse grid: sparsities lowest, lowest + step, lowest + 2 step, ... up to at most 1."""
+        """Return the coarse grid: sparsities lowest, lowest + step, lowest + 2 step, ... up to at most 1."""
         return _window(prunables, range(self.levels), self.step, {p.name: self.lowest for p in prunables})
 
     def around(self, prunables: Sequence[Prunable], kept: Mapping[str, int], refinement: int) -> Window:
-        """The grid of a later round: as many levels, spaced step / 2^refinement, around the members kept so far."""
+        """Return the grid of a later round: as many levels, spaced step / 2^refinement, around what was kept so far."""
         half = self.levels // 2
         centres = {p.name: 1.0 - kept[p.name] / p.total for p in prunables}
         return _window(prunables, range(-half, half + 1), self.step / 2**refinement, centres)
@@ -80,7 +78,7 @@ def _unit(one: Prunable, counts: Sequence[int]) -> Unit:
 
 
 def mixture(window: Window, accumulation: str, around: Allocation) -> Mixture:
-    """The weight of every level in what the next sub-block sees.
+    """Return the weight of every level in what the next sub-block sees while candidates are built.
 
     Args:
         window: The units and their levels.
@@ -99,7 +97,7 @@ def mixture(window: Window, accumulation: str, around: Allocation) -> Mixture:
 
 
 def check_accumulation(accumulation: str) -> None:
-    """InputError for a name that is not known."""
+    """InputError for an accumulation that is not known."""
     if accumulation not in ACCUMULATIONS:
         raise InputError(f"prune.accumulation={accumulation} is not known; choose one of {', '.join(ACCUMULATIONS)}")
 
@@ -109,9 +107,7 @@ def _on(level: int, levels: int) -> tuple[float, ...]:
 
 
 def _expectation(counts: Sequence[int], with_dense: bool) -> tuple[float, ...]:
-    """Weights in proportion to what levels keep; the dense level, which every unit has, only where the window
-    holds it.
-    """
+    """Return weights in proportion to what levels keep. A dense level that was only added to the window has none."""
     weights = [float(count) for count in counts]
     if not with_dense:
         weights[0] = 0.0
@@ -121,10 +117,10 @@ def _expectation(counts: Sequence[int], with_dense: bool) -> tuple[float, ...]:
 
 
 def exact(prunables: Sequence[Prunable], kept: Mapping[str, int], accumulation: str) -> tuple[Space, Mixture]:
-    """A space with one allocation to choose, and its exact error accumulation as mixture: for the last rebuild along
-    it.
+    """Return a space with one allocation to choose, and the mixture that is its exact error accumulation.
 
-    Without accumulation the candidates of the rebuild see the dense model's activations, as those of the rounds did.
+    For the last rebuild along an allocation. Without accumulation its candidates see the dense model's activations, as
+    those of the rounds did.
     """
     units = []
     for one in prunables:

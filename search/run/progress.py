@@ -17,7 +17,7 @@ LINES = 10  # a step's plain lines at most, besides the first
 
 
 def track(items: Sequence[Item], title: str, before: int = 0) -> Iterator[Item]:
-    """The items, one by one, with progress drawn under `title`; `before` of them were done in an earlier run."""
+    """Yield the items and draw progress under `title`; `before` more items were done in an earlier run."""
     if sys.stderr.isatty():
         yield from tqdm(items, desc=title, dynamic_ncols=True, initial=before, total=before + len(items))
         return
@@ -33,7 +33,7 @@ def track(items: Sequence[Item], title: str, before: int = 0) -> Iterator[Item]:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 0:07, 12:34 or 1:23:45."""
+    """Format seconds as 0:07, 12:34 or 1:23:45."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
