@@ -35,8 +35,8 @@ CONFIG_DIRS = ("--config-dir", "-cd")
 
 
 def prepared(arguments: Sequence[str], conf: Path) -> list[str]:
-    """Flags first, paths quoted as Hydra wants them, and `model=<folder or hub id>` as the model that is loaded from
-    there.
+    """Return the arguments as Hydra wants them: flags first, paths quoted, and a model's folder or hub id as
+    `model.path`.
     """
     flags, settings = _parted(arguments)
     sweep = "-m" in flags or "--multirun" in flags
@@ -58,7 +58,7 @@ def prepared(arguments: Sequence[str], conf: Path) -> list[str]:
 
 
 def _parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Flags with their values, and settings."""
+    """Part the arguments into flags, with their values, and settings."""
     flags, settings, rest = list[str](), list[str](), list(arguments)
     while rest:
         one = rest.pop(0)
@@ -80,7 +80,7 @@ def _parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _model(value: str, known: set[str], sweep: bool) -> list[str]:
-    """A choice by name as it is; a folder or hub id as the model that is loaded from there."""
+    """Return the choice of a model: by name as it is, a folder or hub id as the model that is loaded from there."""
     plain = _unquoted(value)
     each = (
         [_unquoted(one) for one in _elements(value)]
@@ -99,7 +99,7 @@ def _model(value: str, known: set[str], sweep: bool) -> list[str]:
 
 
 def _paths(value: str, sweep: bool) -> str:
-    """A path in quotes, or several of a sweep; null and what holds an interpolation stay as they are."""
+    """Return a path in quotes, or several of a sweep; null and what holds an interpolation stay as they are."""
     if value == "null" or "${" in value or not value:
         return value
     plain = _unquoted(value)
@@ -109,19 +109,19 @@ def _paths(value: str, sweep: bool) -> str:
 
 
 def _elements(value: str) -> list[str]:
-    """What a sweep goes through: parted at commas that stand outside quotes."""
+    """Part the value of a sweep at the commas that stand outside quotes."""
     return [found for found in re.findall(r"""((?:'[^']*'|"[^"]*"|[^,])*)(?:,|$)""", value) if found] or [value]
 
 
 def _unquoted(value: str) -> str:
-    """Without the quotes that Hydra would take away."""
+    """Return a value without the quotes that Hydra would take away."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         return value[1:-1].replace(f"\\{value[0]}", value[0])
     return value
 
 
 def _quoted(value: str) -> str:
-    """In quotes for Hydra: a backslash counts there before a quote alone."""
+    """Return a value in quotes for Hydra, where a backslash counts only before a quote."""
     escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", value)
     backslashes = len(escaped) - len(escaped.rstrip("\\"))
     return f"'{escaped}{backslashes * chr(92)}'"
@@ -140,7 +140,7 @@ def check_choices(arguments: Sequence[str], conf: Path) -> None:
 
 
 def _names(folders: Sequence[Path], group: str) -> set[str]:
-    """What can be chosen of a configuration group."""
+    """Return the names that can be chosen of a configuration group."""
     return {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
 
 
@@ -157,7 +157,10 @@ def _check_additions(arguments: Sequence[str], groups: Sequence[str]) -> None:
 
 
 def _group_choices(arguments: Sequence[str], groups: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Group and value of each choice, those of a list or a sweep one by one; functions such as glob(*) are Hydra's."""
+    """Yield the group and value of each choice, those of a list or a sweep one by one.
+
+    Values that are functions, such as glob(*), are left to Hydra.
+    """
     for argument in arguments:
         key, equals, values = argument.partition("=")
         if equals and key.lstrip("+") in groups and "(" not in values:
@@ -166,7 +169,7 @@ def _group_choices(arguments: Sequence[str], groups: Sequence[str]) -> Iterator[
 
 
 def _extra_folders(arguments: Sequence[str]) -> Iterator[Path]:
-    """Folders given with Hydra's --config-dir."""
+    """Yield the folders given with Hydra's --config-dir."""
     for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name in CONFIG_DIRS:

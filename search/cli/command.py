@@ -56,7 +56,7 @@ def _run(config: DictConfig) -> None:
 
 
 def _raise(record: logging.LogRecord) -> NoReturn:
-    """In place of the traceback that logging prints where a stream cannot be written: called while that is handled."""
+    """Raise the error at hand, where logging would print a traceback because a stream cannot be written."""
     raise  # noqa: PLE0704
 
 
@@ -79,7 +79,7 @@ def _user_errors() -> Iterator[None]:
 
 
 def _kept(error: Exception) -> str:
-    """The traceback, in a file where that can be written."""
+    """Write the traceback to a file and return its name; the traceback itself where no file can be written."""
     text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile("w", prefix="sparsity-search-", suffix=".log", delete=False) as file:

@@ -28,8 +28,7 @@ COMPONENTS = {  # what is made of a class by its `_target_`, and how one is chos
 
 
 def check_declared(config: DictConfig, hydra: HydraConf) -> None:
-    """InputError for the first setting of a composed configuration that is declared nowhere, or is declared and not
-    there.
+    """InputError for the first setting that no chosen file declares, or that a file declares and is not there.
 
     An experiment may set what its own choices declare and those do not that are made instead of them in the command.
 
@@ -58,13 +57,15 @@ def check_declared(config: DictConfig, hydra: HydraConf) -> None:
 
 
 def _choices(hydra: HydraConf) -> dict[str, Any]:
-    """What was chosen of each group; a list, such as `tracker=[optuna]`, as it was typed: Hydra does not note those."""
+    """Return what was chosen of each group. Lists, such as `tracker=[optuna]`, are as they were typed: Hydra keeps
+    none.
+    """
     typed = (override.partition("=") for override in hydra.overrides.task)
     return {**hydra.runtime.choices, **{key: value for key, _, value in typed if value.startswith("[")}}
 
 
 def _declared(choices: Mapping[str, Any]) -> DictConfig:
-    """The configuration of the files that were chosen, without experiment and overrides."""
+    """Return the configuration of the chosen files, without experiment and overrides."""
     groups = [next(iter(entry)) for entry in OmegaConf.load(conf_dir() / "search.yaml").defaults if entry != "_self_"]
     chosen = [f"{group}={choices[group]}" for group in groups if choices.get(group) is not None]
     return compose("search", chosen)  # by the Hydra that is at work: it knows the folders of --config-dir
@@ -77,7 +78,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _strange(given: Mapping[str, Any], known: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Keys that are in the one and not in the other mapping, with what that has beside them."""
+    """Yield the keys that only the first mapping has, each with the keys that the second one has beside it."""
     for key, value in given.items():
         if key not in known:
             yield f"{path}{key}", list(known)

@@ -43,7 +43,7 @@ class Metrics:
 
     @property
     def perplexity(self) -> float:
-        """Exp of the mean loss."""
+        """Exponential of the mean loss."""
         with np.errstate(over="ignore"):
             return float(np.exp(self.losses.mean()))
 
@@ -53,7 +53,7 @@ class Metrics:
         return float(self.divergences.mean())
 
     def to_json(self) -> dict[str, Any]:
-        """As `metrics.json` has it: `*_error` are standard errors over sequences.
+        """Return the model's entry in `metrics.json`, where `*_error` are standard errors over sequences.
 
         They are null for a single sequence, and where a loss is not finite. That of the perplexity is to first order:
         the perplexity times that of the mean loss.
@@ -70,9 +70,7 @@ class Metrics:
 
 
 def difference(a: Metrics, b: Metrics) -> dict[str, Any]:
-    """By how much a model is worse than another one on the same sequences, with the standard errors of paired
-    differences.
-    """
+    """Return by how much model `a` is worse than model `b` on the same sequences, with paired standard errors."""
     found: dict[str, Any] = {}
     for name, one, other in (("kl_divergence", a.divergences, b.divergences), ("log_perplexity", a.losses, b.losses)):
         with np.errstate(invalid="ignore"):  # of two that are not finite
@@ -81,7 +79,7 @@ def difference(a: Metrics, b: Metrics) -> dict[str, Any]:
 
 
 def error_of_mean(values: np.ndarray) -> float | None:
-    """Standard error of a mean over sequences, (sequences,); None for a single one, or where one is not finite."""
+    """Return the standard error of a mean over sequences; None for a single one, or where one is not finite."""
     if len(values) < 2 or not np.isfinite(values).all():
         return None
     return float(values.std(ddof=1) / len(values) ** 0.5)
@@ -117,7 +115,7 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model: PreTrainedModel, title: str) -> Metrics:
-        """Metrics of a model. The first one measured is the dense one, which the others are compared with."""
+        """Measure a model. The first one is taken for the dense model, which the others are compared with."""
         head = head_of(model)
         losses, divergences = list[Tensor](), list[Tensor]()
         for index, ids in enumerate(self.track(self.batches, f"{title} model on held-out text")):
@@ -141,7 +139,7 @@ def streamed(
     counted: PreTrainedModel,
     unscored: int = 0,
 ) -> Metrics:
-    """Metrics of an allocation whose model need not fit on the device: measured as the search does, block by block.
+    """Measure an allocation block by block, as the search does, so that its model need not fit on the device.
 
     Args:
         model: The dense model.
@@ -160,7 +158,7 @@ def streamed(
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Final hidden states (batch, tokens, hidden), behind the last norm."""
+    """Return the final hidden states (batch, tokens, hidden), behind the last norm."""
     output = model.base_model(input_ids=ids.to(model.device), use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden

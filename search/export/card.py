@@ -32,7 +32,7 @@ INHERITED = ("license", "license_name", "license_link", "language")  # from the 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run did.
+    """What the card says of a run.
 
     Attributes:
         name: Of the dense model.
@@ -56,7 +56,7 @@ class Facts:
 
 
 def removed_things(units: Sequence[Mapping[str, Any]]) -> str:
-    """What was pruned, in words."""
+    """Say in words what was pruned."""
     if all(unit["total"] == 1 for unit in units):
         return "whole blocks" if units[0]["kind"] == BLOCK else "attentions, MLPs or mixers as a whole"
     return " and ".join(dict.fromkeys(REMOVED[unit["kind"]] for unit in units))
@@ -65,7 +65,7 @@ def removed_things(units: Sequence[Mapping[str, Any]]) -> str:
 def model_card(
     facts: Facts, metrics: Mapping[str, Any] | None, allocation: Mapping[str, Any], checked: Checked | None = None
 ) -> str:
-    """README.md of an exported model.
+    """Return the README.md of an exported model.
 
     Args:
         facts: What was done.
@@ -161,7 +161,7 @@ def _metadata(facts: Facts) -> ModelCardData:
 
 
 def _of_source(source: Path | None) -> dict[str, Any]:
-    """The metadata of the dense model's own card; nothing where there is none, or none that can be read."""
+    """Return the metadata of the dense model's own card; nothing where there is none, or none that can be read."""
     try:
         card = ModelCard.load(source / "README.md", ignore_metadata_errors=True) if source is not None else None
         return {} if card is None else dict(card.data.to_dict())
@@ -170,7 +170,7 @@ def _of_source(source: Path | None) -> dict[str, Any]:
 
 
 def program() -> str:
-    """Version of this program, and its commit where it runs from a checkout."""
+    """Return name and version of this program, with its commit where it runs from a checkout."""
     name = "sparsity-search"
     try:
         name += f" {metadata.version(name)}"
@@ -188,7 +188,7 @@ def program() -> str:
 
 
 def kept_table(units: Sequence[Mapping[str, Any]]) -> str:
-    """A markdown table of what each block keeps: a row a block, a column for each of its units."""
+    """Return a Markdown table of what each block keeps: a row for a block, a column for each of its units."""
     rows: dict[str, dict[str, str]] = {}
     for unit in units:
         words = unit["name"].split(".")

@@ -31,7 +31,7 @@ CODE = {".py", ".pyc", ".so", ".sh"}  # of strangers: is not ours to pass on
 
 
 def carry(source: Path | None, folder: Path) -> None:
-    """Copy what is to be carried along from the dense model's folder, but for what lies in ours already."""
+    """Copy the licence and tokenizer files of the dense model's folder into ours, except those that ours has."""
     for file in _files(source) if source is not None and source.is_dir() else ():
         target = folder / file.name if file.parent == source else folder / TEMPLATES / file.name
         if not target.exists():
@@ -48,9 +48,7 @@ def _files(source: Path) -> Iterator[Path]:
 
 
 def drop_foreign_code(folder: Path) -> None:
-    """Take the names of strangers' code out of all settings but config.json's, which `supernet.models.assemble` makes
-    anew.
-    """
+    """Remove the names of strangers' code from all settings but config.json's, which `assemble` makes anew."""
     for file in sorted(folder.glob("*_config.json")):
         settings = json.loads(file.read_text())
         if isinstance(settings, dict) and settings.keys() & set(FOREIGN):

@@ -73,12 +73,12 @@ class Checked:
 
 
 def tolerance(*dtypes: torch.dtype) -> float:
-    """How much two losses of one model may differ, relatively: the coarsest dtype's rounding, and no less than 1e-4."""
+    """Return how much two losses of one model may differ, relatively: the coarsest dtype's rounding, at least 1e-4."""
     return max(1e-4, *(torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def check_assembled(model: PreTrainedModel, sample: Sample) -> list[float]:
-    """Losses of the model in memory; InputError if they are not those that the search's way of measuring gives.
+    """Return the losses of the model in memory; InputError where the search's way of measuring gave others.
 
     The two ways add up in another order, and weights may have been rounded between them, hence four times the
     tolerance.
@@ -99,7 +99,7 @@ def check_assembled(model: PreTrainedModel, sample: Sample) -> list[float]:
 def check_folder(
     folder: Path, model: PreTrainedModel, dtype: torch.dtype, losses: Sequence[float], sample: Sample
 ) -> Checked:
-    """Load a folder in a fresh process; InputError if that fails, or gives another model than the one in memory.
+    """Load a folder in a fresh process and compare; InputError where that fails or gives another model.
 
     Args:
         folder: What was written.
@@ -163,7 +163,7 @@ def _reload(folder: Path, model: PreTrainedModel, dtype: torch.dtype, sample: Sa
 
 
 def _environment(place: Path) -> dict[str, str]:
-    """Environment of this process, without a way to the hub, or to our own modules where they are not installed."""
+    """Return this process's environment without a way to the hub, or to our own modules unless they are installed."""
     own = Path(supernet.__file__).resolve().parents[1]
     ways = [way for way in sys.path if way and (Path(way).resolve() != own or (own / "transformers").is_dir())]
     return os.environ | {

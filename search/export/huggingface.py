@@ -44,7 +44,7 @@ class HuggingFace:
             )
 
     def dtype_of(self, dense: LoadedModel) -> torch.dtype:
-        """The dtype that was asked for, else the checkpoint's."""
+        """Return the dtype that was asked for, else the checkpoint's."""
         if self.dtype is None:
             return dense.stored_dtype or dense.model.dtype
         return DTYPES[self.dtype]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 @torch.no_grad()
 def sequence_losses(model: Any, ids: Tensor, unscored: int) -> list[float]:
-    """Mean negative log likelihood of the tokens of each sequence, one sequence at a time.
+    """Return the mean negative log likelihood of the tokens of each sequence, computed one sequence at a time.
 
     Args:
         model: A causal language model of transformers.
@@ -36,7 +36,7 @@ def sequence_losses(model: Any, ids: Tensor, unscored: int) -> list[float]:
 
 
 def load(request: dict[str, Any]) -> Any:
-    """The model of the folder; an error where its weights are not all there."""
+    """Return the model of the folder; raise where weights are missing, left over, or of other shapes."""
     # Any: what transformers declares leaves out the pair that output_loading_info makes of the result.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         request["folder"],
@@ -53,7 +53,7 @@ def load(request: dict[str, Any]) -> Any:
 
 
 def main(path: str) -> None:
-    """Load, measure, write."""
+    """Load the folder that the request names, measure it, and write the result."""
     request = json.loads(Path(path).read_text())
     model, ids = load(request), load_file(request["ids"])["ids"]
     try:

@@ -10,8 +10,7 @@ from supernet.errors import InputError
 
 @torch.no_grad()
 def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model, its weights rounded to what a file of another dtype can hold, so that what is measured is what is
-    written.
+    """Round the model's weights, in place, to what a file of another dtype can hold, and return it.
 
     Weights that do not change keep sharing their memory with the dense model.
     """

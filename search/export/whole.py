@@ -40,7 +40,7 @@ def whole(folder: Path) -> Iterator[Path]:
 
 
 def _clear(folder: Path, draft: Path, older: Path) -> None:
-    """Take away what a process that was killed left behind; an older export that it had set aside comes back."""
+    """Remove what a killed process left behind; an older folder that it had set aside comes back."""
     shutil.rmtree(draft, ignore_errors=True)
     if older.exists() and not folder.exists():
         os.replace(older, folder)
@@ -48,7 +48,7 @@ def _clear(folder: Path, draft: Path, older: Path) -> None:
 
 
 def _swap(draft: Path, folder: Path, older: Path) -> None:
-    """Put the draft in the place of the folder; what was there is gone only when the draft is in place."""
+    """Put the draft in the place of the folder. What was there is gone only when the draft is in place."""
     if folder.exists():
         os.replace(folder, older)
     try:

@@ -13,7 +13,7 @@ SPARSE = 0.99  # share of parameters that are not zero, below which it is told
 
 
 def allocation_json(space: Space, allocation: Allocation, budget: Budget, model: Mapping[str, str]) -> dict[str, Any]:
-    """The content of `allocation.json`; a limit's `rest` is what the whole dense model takes besides its units."""
+    """Return the content of `allocation.json`. A limit's `rest` is what the dense model takes besides its units."""
     units = []
     for unit, level in zip(space.units, allocation, strict=True):
         chosen = unit.levels[level]
@@ -39,9 +39,9 @@ def allocation_json(space: Space, allocation: Allocation, budget: Budget, model:
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Dense, uniform and searched model side by side; `kept` is the share of the prunable parameters, or bits, that is
-    left.
+    """Show the dense, the uniform and the searched model side by side, a row each.
 
+    `kept` is the share that is left of the prunable parameters, or bits.
     Behind each number that has one stands its standard error over sequences. Where many parameters are zero, those that
     are not are told, too.
     """
@@ -63,9 +63,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
 
 
 def _with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
-    """A number with its standard error, where there is one: 14.05 ± 0.31. What rounds to 0 has no sign of its own
-    (`z`).
-    """
+    """Format a number with its standard error, where there is one: 14.05 ± 0.31. What rounds to 0 has no sign (`z`)."""
     return f"{value:{sign}z.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 

@@ -25,8 +25,7 @@ def warn_if_missed(latency: Mapping[str, Any]) -> None:
 
 
 def warn_if_worse(metrics: Mapping[str, Any], rule: bool) -> None:
-    """Tell the user where the allocation found, by a rule or a search, is worse than the uniform one, by more than
-    chance.
+    """Warn where the allocation found, by a rule or a search, is worse than the uniform one by more than chance.
 
     That is by more than the standard error of the difference on the same sequences; one sequence proves nothing.
     """

@@ -53,7 +53,7 @@ def mend(file: Path, alone: bool) -> None:
 
 
 def _end_of_lines(descriptor: int, end: int) -> int:
-    """Where the last whole line of a file of so many bytes ends."""
+    """Return where the last whole line of the first `end` bytes of a file ends."""
     while end:
         start = max(0, end - BLOCK)
         found = os.pread(descriptor, end - start, start).rfind(b"\n")
@@ -77,5 +77,5 @@ def is_readable(file: Path) -> bool:
 
 
 def set_aside(file: Path) -> Path:
-    """Rename a journal that cannot be read."""
+    """Rename a journal that cannot be read, and return its new name."""
     return file.rename(first_free(file, "damaged"))

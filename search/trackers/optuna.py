@@ -76,9 +76,7 @@ class OptunaTracker:
         log.info("trials are kept in the study %s of %s", self._study.study_name, self._shown)
 
     def _opened(self, folder: Path) -> BaseStorage:
-        """The storage; a journal of the run's own that cannot be read is set aside, as the history has all that
-        it had.
-        """
+        """Open the storage. A journal of the run's own that cannot be read is set aside: the history has all it had."""
         if not self._is_journal:
             return _database(self._setting, folder)
         # else it would become a journal with a misleading name
@@ -116,7 +114,7 @@ class OptunaTracker:
         """Nothing: each trial was written at once."""
 
     def _has(self, number: int) -> bool:
-        """Whether there is a trial of this number: counting trials would read all of them from a database."""
+        """Whether the study has a trial of this number. Counting its trials would read all of them from a database."""
         try:
             self._storage.get_trial_id_from_study_id_trial_number(self._number, number)
         except KeyError:
@@ -125,7 +123,7 @@ class OptunaTracker:
 
 
 def trial(row: dict[str, Any], space: Space) -> FrozenTrial:
-    """A row of the history as a completed trial. Sparsities, as levels differ between rounds."""
+    """Return a row of the history as a completed trial, with sparsities, because levels differ between rounds."""
     levels = map(int, row["allocation"].split())
     params = {unit.name: unit.sparsity(level) for unit, level in zip(space.units, levels, strict=True)}
     distributions: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in params}
@@ -151,7 +149,7 @@ def _database(study: str, folder: Path) -> BaseStorage:
 
 
 def _own(storage: BaseStorage, name: str, identity: str) -> optuna.Study:
-    """The run's study: by its name, or by that with the first number that no other run's study has."""
+    """Return the run's study: of its name, or of its name with the first number that no other run's study has."""
     number = 1
     while True:
         tried = name if number == 1 else f"{name}-{number}"
