@@ -137,7 +137,7 @@ def _seconds_per_token(model: PreTrainedModel, calibration: Calibration, device:
         begun = time.perf_counter()
         for part in walk.parts:
             if part.block == 0:
-                hidden = part(hidden, walk.context(part, hidden))
+                hidden = part(hidden, walk.context(part, hidden.shape[1]))
         float(hidden.flatten()[0])  # waits for the device
         return (time.perf_counter() - begun) / calibration.ids.numel()
 

@@ -94,7 +94,7 @@ class DenseStream:
         if self._at[index] == number + 1 or self._known(number + 1, index):
             return self.before(number + 1, index)
         hidden = self.before(number, index)
-        behind = part(hidden, self.walk.context(part, hidden))
+        behind = part(hidden, self.walk.context(part, hidden.shape[1]))
         assert self._states is not None
         self._states[index] = behind
         self._at[index] = number + 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,35 +51,62 @@ def gradients(model: PreTrainedModel, ids: Tensor, device: torch.device, visit: 
     if not math.isfinite(loss):
         raise _not_finite("the loss on the calibration text")
     for part in walk.lent(backwards=True):
-        hidden = streams.pop().to(device)
-        gradient, found = part_gradients(part, hidden, walk.context(part, hidden), gradient)
-        visit(part, {layer: _mean(g, count, f"{part.name}.{layer}") for layer, g in found.items()})
+        weights = {layer: part.weight(layer) for stage in part.stages for layer in stage}
+        found = backward(part, weights, streams.pop().to(device), walk.context(part, ids.shape[1]), gradient)
+        gradient = found.before
+        visit(part, {layer: _mean(g, count, f"{part.name}.{layer}") for layer, g in found.weights.items()})
     return loss
 
 
-def part_gradients(
-    part: SubBlock, hidden: Tensor, context: Context, behind: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Backward:
     """One sub-block backwards.
+
+    Attributes:
+        before: Gradient at its input, (batch, tokens, hidden).
+        weights: Gradients of the weights (d_out, d_in) that were asked for, by layer.
+        bias: Gradient of the bias (d_out,) of the layer that ends it, if that was asked for.
+        change: What the sub-block adds to the residual stream.
+    """
+
+    before: Tensor
+    weights: dict[str, Tensor]
+    bias: Tensor | None
+    change: Tensor
+
+
+def backward(
+    part: SubBlock,
+    weights: Mapping[str, Tensor],
+    hidden: Tensor,
+    context: Context,
+    behind: Tensor,
+    bias: Tensor | None = None,
+) -> Backward:
+    """Compute one sub-block once more with autograd on some weights alone, and take the gradient through it.
 
     Args:
         part: On the device of the tensors.
+        weights: Weights (d_out, d_in) by layer whose gradients are asked for; they stand for the module's own.
         hidden: (batch, tokens, hidden) residual stream before the sub-block.
         context: What its block's attention gets besides.
         behind: Gradient of the loss at its output, of the same shape.
-
-    Returns:
-        The gradient at its input, and those of the weights (d_out, d_in) by layer.
+        bias: The bias of the layer that ends it, which stands for its own; None where its gradient is not asked for.
     """
-    leaves = {layer: part.weight(layer).detach().requires_grad_() for stage in part.stages for layer in stage}
+    leaves = {layer: weight.detach().requires_grad_() for layer, weight in weights.items()}
     before = hidden.detach().requires_grad_()
-    weights: dict[str, Tensor] = {}
+    wanted = [before, *leaves.values()]
+    own: dict[str, Tensor] = {}
     with torch.enable_grad():
+        if bias is not None:
+            bias = bias.detach().requires_grad_()
+            wanted.append(bias)
         for layer, leaf in leaves.items():
-            weights |= part.replaced(layer, leaf)
-        output = part(before, context, weights)
-    first, *rest = torch.autograd.grad(output, [before, *leaves.values()], behind, materialize_grads=True)
-    return first, dict(zip(leaves, rest, strict=True))
+            own |= part.replaced(layer, leaf, bias if layer == part.column else None)
+        change = part.change(before, context, own)
+    first, *rest = torch.autograd.grad(change, wanted, behind.to(change.dtype), materialize_grads=True)
+    of_weights = dict(zip(leaves, rest, strict=False))
+    return Backward(behind + first.to(behind.dtype), of_weights, None if bias is None else rest[-1], change.detach())
 
 
 def _mean(gradient: Tensor, count: int, where: str) -> Tensor:

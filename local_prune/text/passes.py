@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,6 +19,7 @@ from supernet.errors import InputError
 from supernet.models.architecture import SubBlock, blocks, sub_blocks
 from supernet.models.families import family_of
 from supernet.models.forward import entry, final_norm_and_head, head_of
+from supernet.system.memory import give_back_freed_memory
 
 PREDICTIONS = 128  # whose logits exist at a time: with a vocabulary of 128k they take 64 MiB
 
@@ -56,9 +57,15 @@ class TextWalk:
         parts: The model's sub-blocks, in the order of the forward pass.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        """Bind to a model, wherever it lies, and the device that does the work."""
-        self.model, self.device = model, device
+    def __init__(self, model: PreTrainedModel, device: torch.device, give_back: bool = False) -> None:
+        """Bind to a model.
+
+        Args:
+            model: Wherever it lies.
+            device: Does the work.
+            give_back: Whether the system gets back what is freed, behind every block: where memory is short.
+        """
+        self.model, self.device, self.give_back = model, device, give_back
         self.parts = sub_blocks(model)
         self._contexts: dict[int, list[dict[str, Any]]] = {}  # by length of the sequences, for each block
 
@@ -69,19 +76,21 @@ class TextWalk:
             self._contexts[ids.shape[1]] = moved(entry(self.model, ids[:1])[1], self.device)
         return entry(self.model, ids)[0].to(self.device)
 
-    def context(self, part: SubBlock, hidden: Tensor) -> Context:
-        """What the attention of the sub-block's block gets besides hidden states (batch, tokens, hidden).
+    def context(self, part: SubBlock, length: int) -> Context:
+        """What the attention of a sub-block's block gets besides hidden states of sequences of this length.
 
         Text of that length has entered before.
         """
-        return self._contexts[hidden.shape[1]][part.block]
+        return self._contexts[length][part.block]
 
-    def lent(self, backwards: bool = False) -> Iterator[SubBlock]:
+    def lent(self, backwards: bool = False) -> Generator[SubBlock, None, None]:
         """The sub-blocks one after the other, or the other way round; the block of each is on the device meanwhile."""
         layers = blocks(self.model)
         for index, group in groupby(reversed(self.parts) if backwards else self.parts, key=lambda part: part.block):
             with on_device(layers[index], self.device):
                 yield from group
+            if self.give_back:
+                give_back_freed_memory()
 
     def steps(
         self, ids: Tensor, replaced: Callable[[SubBlock], Replaced] | None = None, record: bool = False
@@ -96,7 +105,7 @@ class TextWalk:
         hidden = self.enter(ids)
         for part in self.lent():
             weights = replaced(part) if replaced else {}
-            context, behind, inputs = self.context(part, hidden), hidden, dict[str, Tensor]()
+            context, behind, inputs = self.context(part, hidden.shape[1]), hidden, dict[str, Tensor]()
             if weights is not None:
                 with recorded(part) if record else nullcontext(inputs) as inputs:
                     behind = part(hidden, context, weights)
@@ -133,7 +142,7 @@ def next_token_loss(model: PreTrainedModel, hidden: Tensor, ids: Tensor, unscore
         ids: (batch, tokens).
         unscored: First positions of each sequence that are left out; see `Calibration`.
     """
-    with torch.no_grad(), _lent_head(model, hidden.device):
+    with torch.no_grad(), lent_head(model, hidden.device):
         total = sum(float(_summed_loss(model, *chunk)) for chunk in _predictions(hidden, ids, unscored))
     return total / predictions(ids, unscored)
 
@@ -141,7 +150,7 @@ def next_token_loss(model: PreTrainedModel, hidden: Tensor, ids: Tensor, unscore
 def loss_gradient(model: PreTrainedModel, hidden: Tensor, ids: Tensor, unscored: int = 0) -> tuple[float, Tensor]:
     """The mean loss, and the gradient of the *summed* loss at the hidden states; arguments as for `next_token_loss`."""
     total, found = 0.0, list[Tensor]()
-    with torch.enable_grad(), _lent_head(model, hidden.device):
+    with torch.enable_grad(), lent_head(model, hidden.device):
         for states, following in _predictions(hidden.detach(), ids, unscored):
             states = states.detach().requires_grad_()
             loss = _summed_loss(model, states, following)
@@ -176,6 +185,7 @@ def _summed_loss(model: PreTrainedModel, hidden: Tensor, following: Tensor) -> T
 
 
 @contextmanager
-def _lent_head(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+def lent_head(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Lend what turns the residual stream into logits to the device: the final norm and the head."""
     with on_device(model.get_submodule(family_of(model).final_norm), device), on_device(head_of(model).linear, device):
         yield

@@ -100,7 +100,7 @@ class Streams:
 
         def computed(index: int) -> tuple[Tensor, Tensor | None]:
             hidden, own = self.pruned[index].to(self.device), self.workers.own(part)
-            X = own.inputs(layers[0], hidden, self.walk.context(part, hidden), replaced)
+            X = own.inputs(layers[0], hidden, self.walk.context(part, hidden.shape[1]), replaced)
             return X, self._target(own, layers, dense, index)
 
         kept = 0
@@ -122,7 +122,7 @@ class Streams:
         number = self._numbers[part.name]
         if self.fit == "dense":
             hidden = self.dense.before(number, index)
-            return part.inputs(layers[0], hidden, self.walk.context(part, hidden)) @ dense.T
+            return part.inputs(layers[0], hidden, self.walk.context(part, hidden.shape[1])) @ dense.T
         if not self._at_residual(part, layers):
             return None
         behind = self.dense.behind(part, number, index)
@@ -142,7 +142,7 @@ class Streams:
                 hidden = self.pruned[index].to(self.device)
                 X = self._inputs.pop(index, None)
                 if X is None:
-                    change = own.change(hidden, self.walk.context(part, hidden), replaced)
+                    change = own.change(hidden, self.walk.context(part, hidden.shape[1]), replaced)
                 else:
                     change = own.ended(X.view(*hidden.shape[:2], -1), replaced)
                 self.pruned[index] = hidden + (change if present == 1.0 else present * change)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from local_prune.text.attention import blocked_attention
-from local_prune.text.devices import moved, on_device
+from local_prune.text.passes import Context, TextWalk, lent_head
 from local_prune.text.workers import Workers
 from search.evaluation.fitness import NO_LABEL, Fitness, Targets, targets, token_slices
 from search.evaluation.gradient import Scorer, loss_gradient, part_gradient, presence
@@ -31,13 +31,11 @@ from search.evaluation.teacher import TeacherTargets
 from supernet.cache import CandidateCache, Key
 from supernet.candidates import Candidate, Members
 from supernet.errors import InputError
-from supernet.models.architecture import blocks
-from supernet.models.families import family_of
-from supernet.models.forward import entry, final_norm_and_head, head_of
+from supernet.models.forward import final_norm_and_head
 from supernet.models.placement import Place, is_absent, places, together
 from supernet.space import Allocation
 from supernet.store import Supernet
-from supernet.system.memory import available, give_back_freed_memory, is_out_of_memory
+from supernet.system.memory import available, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +154,7 @@ class GenerationEvaluator:
         cache = int(free * CANDIDATES) if self.resources.resident == "model" else 0
         self.cache = CandidateCache(self._read, cache if self.resources.cache is None else self.resources.cache)
         self.workers = Workers(self.device)
+        self.text = TextWalk(model, self.device, self.resources.resident == "blocks")
         self._batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         self._targets = self.resources.teacher_targets()
         self._overflowed = False  # whether the user has been told that something did
@@ -199,18 +198,14 @@ class GenerationEvaluator:
         found = [np.zeros(len(unit.levels)) for unit in self.supernet.space.units]
         inputs: list[list[Tensor]] = []
         (states,) = self._final_states([allocation], rows, self._batch_tokens, inputs)
-        with self._head_on_device():
+        with lent_head(self.model, self.device):
             behind = self.workers.map(
                 lambda pair: self._loss_gradient(*pair),
                 list(zip(states, rows, strict=True)),
             )
-        contexts = self._contexts()
-        for block, group in groupby(reversed(self.places), key=lambda place: place.part.block):
-            with self._block_on_device(block):
-                for place in group:
-                    behind = self._backward(place, allocation, inputs.pop(), behind, contexts[block], found)
-            if self.resources.resident == "blocks":
-                give_back_freed_memory()
+        with closing(self.text.lent(backwards=True)) as lent:
+            for place, _ in zip(reversed(self.places), lent, strict=True):
+                behind = self._backward(place, allocation, inputs.pop(), behind, found)
         return found
 
     def _loss_gradient(self, state: Tensor, row: int) -> Tensor:
@@ -222,10 +217,10 @@ class GenerationEvaluator:
         allocation: Allocation,
         states: Sequence[Tensor],
         behind: Sequence[Tensor],
-        context: dict[str, Any],
         found: list[np.ndarray],
     ) -> list[Tensor]:
         """The gradients (tokens, hidden) before a sub-block; what its levels change is added to `found`."""
+        context = self.text.context(place.part, self.sequence_length)
         size = max(1, self._batch_tokens // self.sequence_length)
         batches = [(states[i : i + size], behind[i : i + size]) for i in range(0, len(states), size)]
         now = {unit: self._candidate(unit, allocation[unit]) for unit, _ in place.units}
@@ -350,7 +345,7 @@ class GenerationEvaluator:
 
     def _targets_of(self, rows: Sequence[int]) -> list[Targets]:
         (states,) = self._final_states([self.dense], rows, self.sequence_length)
-        with self._head_on_device():
+        with lent_head(self.model, self.device):
             return self.workers.map(self._target, states)
 
     def _target(self, state: Tensor) -> Targets:
@@ -359,10 +354,6 @@ class GenerationEvaluator:
         if not bool(torch.isfinite(found.normaliser).all()):
             raise InputError("what the dense model predicts is not finite; check its weights, or use dtype=float32")
         return found
-
-    def _contexts(self) -> list[dict[str, Any]]:
-        """What blocks are told besides their inputs: the same for all sequences, as none is padded."""
-        return moved(entry(self.model, self.pool[:1].to(self.model.device))[1], self.device)
 
     def _final_states(
         self,
@@ -375,21 +366,15 @@ class GenerationEvaluator:
 
         Where `inputs` is given, the first allocation's stream before each sub-block is added to it, in main memory.
         """
-        texts = [self.pool[row : row + 1].to(self.model.device) for row in rows]
-        contexts = self._contexts()
-        paths: list[Row] = [[entry(self.model, text)[0][0].to(self.device) for text in texts]]
+        paths: list[Row] = [[self.text.enter(self.pool[row : row + 1])[0] for row in rows]]
         at = [0] * len(allocations)  # the path that each allocation is on
-        with blocked_attention(self.model):
-            for block, group in groupby(enumerate(self.places), key=lambda numbered: numbered[1].part.block):
-                with self._block_on_device(block):
-                    for index, place in group:
-                        if index + 1 < len(self.places):
-                            self.cache.prefetch(_keys(self.places[index + 1], allocations))
-                        if inputs is not None:
-                            inputs.append([state.to("cpu") for state in paths[at[0]]])
-                        paths, at = self._step(place, allocations, paths, at, contexts[block], batch_tokens)
-                if self.resources.resident == "blocks":
-                    give_back_freed_memory()
+        with blocked_attention(self.model), closing(self.text.lent()) as lent:
+            for index, (place, _) in enumerate(zip(self.places, lent, strict=True)):
+                if index + 1 < len(self.places):
+                    self.cache.prefetch(_keys(self.places[index + 1], allocations))
+                if inputs is not None:
+                    inputs.append([state.to("cpu") for state in paths[at[0]]])
+                paths, at = self._step(place, allocations, paths, at, batch_tokens)
         return [paths[path] for path in at]
 
     def _step(
@@ -398,10 +383,10 @@ class GenerationEvaluator:
         allocations: Sequence[Allocation],
         paths: list[Row],
         at: Sequence[int],
-        context: dict[str, Any],
         batch_tokens: int,
     ) -> tuple[list[Row], list[int]]:
         """All allocations behind a sub-block: the distinct paths, and which one each is on."""
+        context = self.text.context(place.part, self.sequence_length)
         chosen = [tuple(allocation[unit] for unit, _ in place.units) for allocation in allocations]
         moves = dict.fromkeys(sorted(zip(chosen, at, strict=True)))  # those with the same levels beside each other
         layers = self._layers(place, allocations)
@@ -430,7 +415,7 @@ class GenerationEvaluator:
             for unit, level in _keys(place, allocations)
         }
 
-    def _passed(self, place: Place, batch: Batch, context: dict[str, Any]) -> list[Tensor]:
+    def _passed(self, place: Place, batch: Batch, context: Context) -> list[Tensor]:
         """The states of a batch behind a sub-block."""
         if batch.weights is None:
             return batch.states
@@ -445,7 +430,7 @@ class GenerationEvaluator:
             slice(piece.start + self.unscored, piece.stop + self.unscored)
             for piece in token_slices(scored, len(finals), self.fitness.chunk_bytes // self.workers.count)
         ]
-        with self._head_on_device():
+        with lent_head(self.model, self.device):
             found = self.workers.map(
                 lambda work: self._loss([row_of[work[0]][work[2]] for row_of in finals], work[1], work[2]),
                 [(number, row, piece) for number, row in enumerate(rows) for piece in pieces],
@@ -461,15 +446,6 @@ class GenerationEvaluator:
 
     def _read(self, unit: int, level: int) -> Candidate:
         return self.supernet.candidate(unit, level, self.device)
-
-    def _block_on_device(self, block: int) -> AbstractContextManager[None]:
-        return on_device(blocks(self.model)[block], self.device)
-
-    @contextmanager
-    def _head_on_device(self) -> Iterator[None]:
-        norm = self.model.get_submodule(family_of(self.model).final_norm)
-        with on_device(norm, self.device), on_device(head_of(self.model).linear, self.device):
-            yield
 
 
 def _keys(place: Place, allocations: Sequence[Allocation]) -> list[Key]:

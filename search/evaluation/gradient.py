@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from local_prune.text.gradients import backward
 from search.evaluation.fitness import NO_LABEL, Fitness, Targets, token_slices_of_all_words
 from supernet.candidates import Candidate, Members, Quantised, Weights, member_columns
 from supernet.models.architecture import SubBlock
@@ -90,25 +91,12 @@ def part_gradient(
         behind: Gradient at its output, of the same shape.
         with_bias: Whether the bias of the layer that ends it is asked for.
     """
-    leaves = {name: _weight(part, name, candidate).detach().clone().requires_grad_() for name, candidate in now.items()}
-    bias = _bias(part, now.get(part.column)).detach().clone().requires_grad_() if with_bias else None
-    before = hidden.detach().requires_grad_()
-    weights: dict[str, Tensor] = {}
-    with torch.enable_grad():
-        for name, leaf in leaves.items():
-            weights |= part.replaced(name, leaf, bias if name == part.column else None)
-        change = part.change(before, context, weights)
-    wanted = [before, *leaves.values(), *([] if bias is None else [bias])]
-    toward = behind.to(change.dtype)
-    first, *rest = torch.autograd.grad(change, wanted, toward, materialize_grads=True)
-    presence = float((toward.float() * change.detach().float()).sum())
-    found = [gradient.float() for gradient in rest]
-    return Gradient(
-        behind + first.to(behind.dtype),
-        dict(zip(leaves, found, strict=False)),
-        found[-1] if with_bias else None,
-        presence,
-    )
+    weights = {name: _weight(part, name, candidate) for name, candidate in now.items()}
+    bias = _bias(part, now.get(part.column)) if with_bias else None
+    found = backward(part, weights, hidden, context, behind, bias)
+    presence = float((behind.to(found.change.dtype).float() * found.change.float()).sum())
+    of_weights = {name: gradient.float() for name, gradient in found.weights.items()}
+    return Gradient(found.before, of_weights, None if found.bias is None else found.bias.float(), presence)
 
 
 def _weight(part: SubBlock, layer: str, candidate: Candidate | None) -> Tensor:
