@@ -104,7 +104,7 @@ def finished(shared: Path, run_search: Callable[..., CompletedProcess[str]]) -> 
             patch.setenv(CACHE_VARIABLE, str(folder / "cache"))
             # As the tests have it: the order of sums, and so their last bits, depends on it.
             patch.setenv("OMP_NUM_THREADS", "1")
-            process = run_search(folder, "+experiment=smoke")
+            process = run_search(folder, "+experiment=smoke", "evaluate.prompt=to be")
             assert (process.returncode, process.stderr) == (0, "")
             for row in ("dense", "uniform", "searched", "Look at the KL", "How each goes on", "For your own model"):
                 assert row in process.stdout

@@ -58,7 +58,8 @@ def read(path: Path) -> Any:
 
 def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
     """What two runs share; `call` checks no export in a process of its own."""
-    return {key: value for key, value in metrics.items() if key not in ("stages", "export", "checksum")}
+    beside = ("stages", "export", "checksum", "continuations")  # the last are of a command that asked for them
+    return {key: value for key, value in metrics.items() if key not in beside}
 
 
 def history(folder: Path) -> pd.DataFrame:
