@@ -56,7 +56,10 @@ STRATEGIES: dict[str, Strategy] = {
         generations=6, candidates=16, points=4, tokens=[64, 160], reference="start"
     ),
 }
-BLIND = {"random"}  # need not find an optimum
+# A random search need not find an optimum, and Pareto works at several budgets: test_pareto.py says what holds of each.
+SEEING = {name: strategy for name, strategy in STRATEGIES.items() if name != "random"}
+OF_ONE_BUDGET = {name: strategy for name, strategy in STRATEGIES.items() if not isinstance(strategy, Pareto)}
+one_budget = pytest.mark.parametrize("strategy", OF_ONE_BUDGET.values(), ids=OF_ONE_BUDGET, indirect=True)
 
 
 @pytest.fixture
@@ -68,13 +71,6 @@ def problem(space_of: SpaceOf) -> Problem:
 @pytest.fixture(params=STRATEGIES.values(), ids=STRATEGIES)
 def strategy(request: pytest.FixtureRequest) -> Any:
     return request.param
-
-
-@pytest.fixture
-def one_budget(strategy: Strategy) -> None:
-    """For what holds where a generation works at the problem's budget alone."""
-    if isinstance(strategy, Pareto):
-        pytest.skip("works at several budgets; what holds of each is in test_pareto.py")
 
 
 class TestEveryStrategy:
@@ -144,7 +140,7 @@ class TestEveryStrategy:
         seen = [(row.generation, row.step, row.allocation) for row in rows]
         assert len(seen) == len(set(seen))
 
-    @pytest.mark.usefixtures("one_budget")
+    @one_budget
     def test_the_parent_stays_unless_it_is_beaten_on_the_same_tokens(
         self, strategy: Strategy, problem: Problem
     ) -> None:
@@ -180,7 +176,7 @@ class TestEveryStrategy:
             row.allocation for row in rows
         }
 
-    @pytest.mark.usefixtures("one_budget")
+    @one_budget
     def test_survivors_are_recorded_for_no_more_tokens_than_told(self, strategy: Strategy, problem: Problem) -> None:
         states, rows = run(strategy, problem)
         assert states[-1].tokens <= strategy.tokens_per_generation * strategy.generations * 1.2
@@ -188,7 +184,7 @@ class TestEveryStrategy:
             (survivor,) = [row.allocation for row in last_step(rows, generation) if row.survived]
             assert survivor == state.parent
 
-    @pytest.mark.usefixtures("one_budget")
+    @one_budget
     @pytest.mark.parametrize("target", ["lowest", "dense"])
     def test_a_space_of_one_point_ends_at_once(self, strategy: Strategy, space_of: SpaceOf, target: str) -> None:
         """Of the larger budget, every other allocation leaves more than a step."""
@@ -231,11 +227,8 @@ class TestEveryStrategy:
         assert strategy.begin(problem, 0).parent == problem.start
         assert synthetic(problem).calls == []
 
-    def test_the_optimum_is_found_where_the_space_is_small(
-        self, strategy: Strategy, space_of: SpaceOf, request: pytest.FixtureRequest
-    ) -> None:
-        if request.node.callspec.id in BLIND:
-            pytest.skip("not promised")
+    @pytest.mark.parametrize("strategy", SEEING.values(), ids=SEEING, indirect=True)
+    def test_the_optimum_is_found_where_the_space_is_small(self, strategy: Strategy, space_of: SpaceOf) -> None:
         space = space_of(*[(10, (4, 3, 2, 1, 0)), (0, (4,))] * 4)  # four units of a kind
         problem = make_problem(space, 0.5, seed=3)
         best = knapsack(synthetic(problem).losses, problem.budget)

@@ -68,8 +68,7 @@ class TestTowards:
         times = tuple(tuple(sorted(row, reverse=True)) for row in times)
         dense = sum(row[0] for row in times)
         budget = Budget((first, Limit("latency", int((1 - within_reach(space, 0.5)) * dense), dense, times)))
-        if any(limit.lowest > limit.target for limit in budget.limits):
-            pytest.skip("cannot be met")
+        assert all(limit.lowest <= limit.target for limit in budget.limits)
         everything = [
             a for a in itertools.product(*(range(len(unit.levels)) for unit in space.units)) if budget.fits(a)
         ]
@@ -94,9 +93,7 @@ class TestTowards:
 
         found = allowed(losses, problem)
         assert problem.allows(found)
-        if problem.allows(sparsest):
-            assert found == sparsest
-            return
+        assert not problem.allows(sparsest)
         assert total(found) <= total(problem.start)
         for other in itertools.product(*(range(len(unit.levels)) for unit in space.units)):
             if problem.allows(other) and sum(a != b for a, b in zip(other, found, strict=True)) <= 2:
