@@ -100,3 +100,41 @@ def test_the_demo_beats_uniform(
         reload(outcome.folder / "export", torch.arange(32).view(1, 32))["parameters"]
         == metrics["searched"]["parameters"]
     )
+
+
+TINY = (
+    "rounds=1",
+    "supernet.levels=3",
+    "supernet.step=0.25",
+    "data.sequence_length=128",
+    "data.sequences={calibration: 4, search: 8, evaluation: 4}",
+    "strategy.generations=1",
+    "strategy.offspring=2",
+    "strategy.proposal_tokens=256",
+    "strategy.tokens=512",
+    "hydra.run.dir=run",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "fixture"), [("smollm2", "smollm2"), ("gemma3_270m", "gemma")])
+def test_a_real_checkpoint_is_built_searched_and_exported(
+    model: str,
+    fixture: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    run_search: Callable[..., CompletedProcess[str]],
+    reload: Callable[..., dict[str, Any]],
+) -> None:
+    """With next to no text: that all stages hold for weights, tokenizer and activations as they are published."""
+    loaded: LoadedModel = request.getfixturevalue(fixture)
+    process = run_search(tmp_path, DEMO, f"model={model}", "budget.sparsity=0.1", *TINY, timeout=3600)
+    assert (process.returncode, process.stderr) == (0, ""), process.stderr
+    outcome = Outcome(tmp_path / "run", process.stdout)
+    budget, metrics = outcome.read("allocation.json")["budget"], outcome.read("metrics.json")
+    assert budget["achieved"] <= budget["target"] == int(0.9 * budget["dense"])
+    assert 3 < metrics["dense"]["perplexity"] < 100 and abs(metrics["dense"]["kl_divergence"]) < 0.01
+    assert 0 < metrics["searched"]["kl_divergence"] < 2
+    found = reload(outcome.folder / "export", torch.arange(32).view(1, 32))
+    assert found["parameters"] == metrics["searched"]["parameters"] < sum(p.numel() for p in loaded.model.parameters())
+    assert found["logits"].isfinite().all() and found["text"].strip()

@@ -28,6 +28,12 @@ def test_what_fits_exactly_is_within_the_budget(space_of: SpaceOf, percent: int)
     assert Budget.from_sparsity(percent / 100, space).first.target == 20 - percent // 5
 
 
+@pytest.mark.parametrize(("sparsity", "target"), [(0.51, 9), (0.54, 9), (0.01, 19), (0.0, 20)])
+def test_what_does_not_divide_is_rounded_to_what_fits(space_of: SpaceOf, sparsity: float, target: int) -> None:
+    """At least the sparsity that was asked for is removed, never less."""
+    assert Budget.from_sparsity(sparsity, space_of((1, tuple(range(20, -1, -1))))).first.target == target
+
+
 COSTS = {  # of members of 10 and 7, steps of 10 and 14
     (0, 0): 68,
     (0, 1): 54,
