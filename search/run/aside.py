@@ -8,6 +8,7 @@ files of the job that is at work stay: they are being written.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,12 +18,16 @@ from supernet.system.records import UnreadableError, read_record
 from supernet.uses import note_use
 
 CHECKPOINT = "checkpoint"  # the folder that makes a run
-RESULTS = ("history.parquet", "allocation.json", "front.json", "metrics.json", "export")
 GATHERED = ".aside"
 
 
-def move_aside(path: Path) -> None:
-    """Move a run's files to the first free folder `<path>.old-<n>`, and note there which supernets the run uses."""
+def move_aside(path: Path, results: Sequence[str]) -> None:
+    """Move a run's files to the first free folder `<path>.old-<n>`, and note there which supernets the run uses.
+
+    Args:
+        path: The run's directory.
+        results: Names of what stages leave in it, beside the checkpoint.
+    """
     gathered = path / GATHERED
     try:
         gathered.mkdir(exist_ok=True)
@@ -34,10 +39,10 @@ def move_aside(path: Path) -> None:
         with suppress(OSError):
             gathered.rmdir()
         raise _cannot(path, path / CHECKPOINT, error) from error
-    finish_moving(path)
+    finish_moving(path, results)
 
 
-def finish_moving(path: Path) -> None:
+def finish_moving(path: Path, results: Sequence[str]) -> None:
     """Finish a move that a killed process began. Where that fails, put everything back where it was."""
     gathered = path / GATHERED
     if not gathered.is_dir():
@@ -48,14 +53,14 @@ def finish_moving(path: Path) -> None:
         return
     file = gathered
     try:
-        for file in (path / name for name in RESULTS):
+        for file in (path / name for name in results):
             if file.exists():
                 file.rename(gathered / file.name)
         file, target = gathered, first_free(path, "old")
         _refer_from(target, gathered)
         gathered.rename(target)
     except OSError as error:
-        for name in (*RESULTS, CHECKPOINT):  # the checkpoint last: a kill in between must find it where it says so
+        for name in (*results, CHECKPOINT):  # the checkpoint last: a kill in between must find it where it says so
             with suppress(OSError):
                 (gathered / name).rename(path / name)
         with suppress(OSError):

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, results: Sequence[str] = ()) -> Iterator[None]:
     """Keep other processes out of a run's directory, and first finish or sweep away what a killed process left half
     done.
 
@@ -72,7 +72,7 @@ def locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot lock {path / '.lock'}: {error.strerror}; choose another hydra.run.dir") from error
     try:
-        finish_moving(path)
+        finish_moving(path, (HISTORY, *results))
         for folder in (path, path / CHECKPOINT):
             sweep(folder)
         yield
@@ -83,13 +83,14 @@ def locked(path: Path) -> Iterator[None]:
 class RunDirectory:
     """The files of one run, each written atomically."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], fresh: bool) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], fresh: bool, results: Sequence[str] = ()) -> None:
         """Open the directory for a run with these settings.
 
         Args:
             path: The directory; made if it is not there.
             settings: JSON-able; all that the result depends on.
             fresh: Move what is there aside first.
+            results: Names of what stages leave in the directory, which moves with the checkpoint.
 
         Raises:
             InputError: The directory holds a run with other settings; the message lists them.
@@ -97,10 +98,10 @@ class RunDirectory:
         self.path = path
         self.identity: Any = {}
         self.settings = json.loads(json.dumps(settings))
-        self._fresh = fresh
+        self._fresh, self._results = fresh, (HISTORY, *results)
         self._supernets: dict[str, str] | None = None
         if fresh and self._holds_a_run and not self._goes_on():
-            move_aside(path)
+            move_aside(path, self._results)
         before = self.read(SETTINGS)
         if before is None and self._holds_a_run:
             raise _missing(path / SETTINGS)
@@ -126,7 +127,7 @@ class RunDirectory:
             raise InputError(
                 f"{self.path} holds a run on another model or text ({changes}); start over with fresh=true"
             )
-        move_aside(self.path)
+        move_aside(self.path, self._results)
 
     def identifier(self) -> str:
         """Return what tells this run from others of the same name. It is made when first asked for, and moved aside

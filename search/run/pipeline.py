@@ -42,14 +42,15 @@ def run(config: DictConfig, path: Path, typed: Collection[str] = ()) -> None:
     for line in without_effect(config, typed):
         log.warning("%s", line)
     stages, record = _chosen(config), settings_record(config)
+    results = [name for stage in STAGES for name in stage.files]
     if config.dry_run:
         planned = Run.opened(config, stages, RunDirectory(path, record, fresh=False))
         _check_inputs(planned, typed)
         describe(planned)
         return
     keep_freed_memory()
-    with locked(path):  # first: fresh=true must not move a run that is at work
-        begun = Run.opened(config, stages, RunDirectory(path, record, bool(config.fresh)))
+    with locked(path, results):  # first: fresh=true must not move a run that is at work
+        begun = Run.opened(config, stages, RunDirectory(path, record, bool(config.fresh), results))
         begun.directory.identify(begun.inputs.identity)
         _check_inputs(begun, typed)
         _begin_trackers(begun)

@@ -17,10 +17,12 @@ class Stage(Protocol):
     Attributes:
         name: As `stages=` has it.
         needs: The names of the stages whose results it works on.
+        files: What it leaves in the run's directory beside the checkpoint: fresh=true moves it aside.
     """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
+    files: ClassVar[tuple[str, ...]]
 
     def done(self, run: Run) -> bool:
         """Whether the result is there, whole. This neither builds nor writes anything.

@@ -18,6 +18,7 @@ class Build:
 
     name: ClassVar[str] = "build"
     needs: ClassVar[tuple[str, ...]] = ()
+    files: ClassVar[tuple[str, ...]] = ()
 
     def done(self, run: Run) -> bool:
         """Whether that supernet is finished, or none is needed any more."""

@@ -31,6 +31,7 @@ class Evaluate:
 
     name: ClassVar[str] = "evaluate"
     needs: ClassVar[tuple[str, ...]] = ("search",)
+    files: ClassVar[tuple[str, ...]] = (METRICS,)
 
     def done(self, run: Run) -> bool:
         """Whether `metrics.json` is there."""

@@ -30,6 +30,7 @@ class Export:
 
     name: ClassVar[str] = "export"
     needs: ClassVar[tuple[str, ...]] = ("search",)
+    files: ClassVar[tuple[str, ...]] = (FOLDER,)
 
     def done(self, run: Run) -> bool:
         """Whether the folder is there, and the metrics know of it.

@@ -29,6 +29,7 @@ class Search:
 
     name: ClassVar[str] = "search"
     needs: ClassVar[tuple[str, ...]] = ()
+    files: ClassVar[tuple[str, ...]] = ("allocation.json", "front.json")
 
     def done(self, run: Run) -> bool:
         """Whether all rounds are searched, and the files say what was found."""

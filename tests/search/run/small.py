@@ -13,11 +13,12 @@ from supernet.space import Level, Space, Unit
 LEVELS = (Level(4, 8), Level(2, 4), Level(1, 2))
 SPACE = Space(tuple(Unit(f"unit.{index}", "mlp", 4, LEVELS) for index in range(2)))
 RNG: dict[str, Any] = np.random.PCG64(7).state  # type: ignore[assignment]
+RESULTS = ("allocation.json", "front.json", "metrics.json", "export")
 SETTINGS = {"seed": 0, "budget": {"sparsity": 0.5}, "strategy": {"tokens": [64, 256]}}
 
 
 def opened(path: Path, fresh: bool = False, **settings: Any) -> RunDirectory:
-    return RunDirectory(path, SETTINGS | settings, fresh)
+    return RunDirectory(path, SETTINGS | settings, fresh, RESULTS)
 
 
 def state(generation: int, parent: tuple[int, ...] = (1, 2)) -> State:

@@ -9,7 +9,7 @@ import pytest
 
 from search.run.directory import locked
 from supernet.errors import InputError
-from tests.search.run.small import SPACE, advance, opened, state
+from tests.search.run.small import RESULTS, SPACE, advance, opened, state
 
 
 def test_fresh_moves_each_run_aside(run: Path) -> None:
@@ -37,7 +37,7 @@ def test_fresh_has_nothing_to_move_in_a_new_directory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-NAMES = ("history.parquet", "allocation.json", "front.json", "metrics.json", "export", "checkpoint")
+NAMES = ("history.parquet", *RESULTS, "checkpoint")
 
 
 def with_results(run: Path) -> dict[str, str]:
@@ -69,9 +69,9 @@ def test_fresh_is_one_step_wherever_it_is_killed(
 
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
         patch.setattr(Path, "rename", or_dies)
-        with locked(run):
+        with locked(run, RESULTS):
             opened(run, fresh=True)
-    with locked(run):
+    with locked(run, RESULTS):
         directory = opened(run, fresh=again)
         if killed == 0 and not again:  # it had not begun: the old run goes on
             assert contents(run) == before | {".lock": ""}
@@ -108,7 +108,7 @@ def test_where_one_thing_cannot_be_moved_nothing_is(run: Path, monkeypatch: pyte
 def test_a_fresh_run_that_was_killed_goes_on(run: Path) -> None:
     """And does not start over each time, leaving .old-2, .old-3 and so on."""
     for generation in range(3):
-        with locked(run):
+        with locked(run, RESULTS):
             directory = opened(run, fresh=True, seed=1)
             found = directory.load_state(0, SPACE, 9)
             assert (found.generation if found else 0) == generation

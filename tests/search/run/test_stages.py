@@ -137,6 +137,18 @@ def test_a_stage_is_named_once_and_needs_those_before_it() -> None:
         assert set(stage.needs) <= set(names[:index])
 
 
+def test_what_stages_leave_is_moved_aside_by_fresh(finished: Path) -> None:
+    files = {name for stage in STAGES for name in stage.files}
+    ours = {path.name for path in (finished / RUN).iterdir()} - {
+        ".hydra",
+        ".lock",
+        "search.log",
+        "checkpoint",
+        "history.parquet",
+    }
+    assert ours <= files
+
+
 @pytest.mark.parametrize("stages", ["[]", "search", "[serch]", "{build: 1}", "[build,5]"])
 def test_stages_are_a_list_of_their_names(
     stages: str, call: Call, refusal: Callable[[CompletedProcess[str]], str]
