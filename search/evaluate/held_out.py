@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from search.evaluation.fitness import CrossEntropy, KlDivergence, kl_divergence, negative_log_likelihood, targets
-from search.evaluation.generation import GenerationEvaluator, Resources
+from search.evaluation.generation import GenerationEvaluator
+from search.evaluation.resources import Resources
 from search.evaluation.teacher import TeacherTargets
 from supernet.models.architecture import nonzero_count, parameter_count
 from supernet.models.forward import head_of
@@ -153,7 +154,7 @@ def streamed(
     every = np.arange(len(ids))
     with closing(GenerationEvaluator(model, supernet, ids, KlDivergence(), resources, unscored)) as evaluate:
         divergences = evaluate([allocation], every)[0]
-        evaluate.fitness = CrossEntropy()  # with the same targets
+        evaluate.use(CrossEntropy())  # with the same targets
         return Metrics(parameter_count(counted), nonzero_count(counted), evaluate([allocation], every)[0], divergences)
 
 

@@ -29,7 +29,7 @@ from supernet.models.placement import full_weight, is_absent
 
 
 @dataclass(frozen=True)
-class Gradient:
+class PartGradient:
     """Of the summed loss, at one sub-block, for some sequences.
 
     Attributes:
@@ -80,7 +80,7 @@ def part_gradient(
     context: Mapping[str, Any],
     behind: Tensor,
     with_bias: bool,
-) -> Gradient:
+) -> PartGradient:
     """One sub-block, which is present, backwards.
 
     Args:
@@ -88,7 +88,7 @@ def part_gradient(
         now: The candidates of its layers whose gradients are asked for, by name; None for a dense layer.
         hidden: (batch, tokens, hidden) residual stream before it.
         context: What its block's attention gets besides.
-        behind: Gradient at its output, of the same shape.
+        behind: PartGradient at its output, of the same shape.
         with_bias: Whether the bias of the layer that ends it is asked for.
     """
     weights = {name: _weight(part, name, candidate) for name, candidate in now.items()}
@@ -96,7 +96,7 @@ def part_gradient(
     found = backward(part, weights, hidden, context, behind, bias)
     presence = float((behind.to(found.change.dtype).float() * found.change.float()).sum())
     of_weights = {name: gradient.float() for name, gradient in found.weights.items()}
-    return Gradient(found.before, of_weights, None if found.bias is None else found.bias.float(), presence)
+    return PartGradient(found.before, of_weights, None if found.bias is None else found.bias.float(), presence)
 
 
 def _weight(part: SubBlock, layer: str, candidate: Candidate | None) -> Tensor:
@@ -140,7 +140,7 @@ class Scorer:
         self.bias: Tensor | None = None
         self.presence = 0.0
 
-    def add(self, gradients: Sequence[Gradient]) -> list[Tensor]:
+    def add(self, gradients: Sequence[PartGradient]) -> list[Tensor]:
         """Add up those of more batches of sequences; their gradients (tokens, hidden) before the sub-block, for each
         sequence.
         """
@@ -152,7 +152,7 @@ class Scorer:
             self.presence += one.presence
         return [before for one in gradients for before in one.inputs.unbind()]
 
-    def changes(self, layer: str | None, candidates: Iterable[Candidate | None], now: int) -> np.ndarray:
+    def effects(self, layer: str | None, candidates: Iterable[Candidate | None], now: int) -> np.ndarray:
         """What the summed loss changes by when a unit goes from level `now` to each of its levels, (levels,) float64.
 
         Args:

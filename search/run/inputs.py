@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from local_prune.pruner import Calibration, Pruner
 from local_prune.text.dense_stream import DenseStream
 from local_prune.text.passes import TextWalk
-from search.evaluation.generation import Resources
+from search.evaluation.resources import Resources
 from search.inputs.data import TokenSet, check_ids, check_sequence_length, prepare, split_record
 from search.inputs.models import LoadedModel, dtype_of
 from search.run.progress import track

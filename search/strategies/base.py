@@ -46,7 +46,7 @@ class Unmeasurable:
         """Never called, as the strategy said."""
         raise NotImplementedError("this strategy said that it needs no candidates")
 
-    def changes(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
+    def effects(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
         """Never called, as the strategy said."""
         raise NotImplementedError("this strategy said that it needs no candidates")
 

@@ -84,10 +84,10 @@ class Measured:
                 self.tokens += len(alike) * len(some) * self.problem.evaluate.sequence_length
         return np.array([[self._known[allocation][one] for one in wanted] for allocation in allocations])
 
-    def changes(self, allocation: Allocation, sequences: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """`Evaluator.changes`, counted as three passes over its tokens."""
+    def effects(self, allocation: Allocation, sequences: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """Take a gradient (`Evaluator.effects`), which counts as three passes over its tokens."""
         self.tokens += GRADIENT_COST * len(sequences) * self.problem.evaluate.sequence_length
-        return self.problem.evaluate.changes(allocation, np.asarray(sequences))
+        return self.problem.evaluate.effects(allocation, np.asarray(sequences))
 
     def known(self, allocation: Allocation) -> dict[int, float]:
         """The losses of an allocation on the sequences that it was measured on."""

@@ -40,7 +40,8 @@ from local_prune.walk import build
 from search.budgets.budget import Budget
 from search.budgets.knapsack import uniform
 from search.evaluation.fitness import CrossEntropy, Fitness, KlDivergence
-from search.evaluation.generation import GenerationEvaluator, Resources
+from search.evaluation.generation import GenerationEvaluator
+from search.evaluation.resources import Resources
 from search.inputs.models import LoadedModel
 from search.paths import cache_dir
 from search.run.levels import Grid, mixture

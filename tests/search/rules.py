@@ -51,7 +51,7 @@ class Smooth:
         ]
         return np.array([rates @ (1 - np.array(c)) + 0.01 * chosen for c in costs])
 
-    def changes(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
+    def effects(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
         raise NotImplementedError
 
 

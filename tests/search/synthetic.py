@@ -76,7 +76,7 @@ class Synthetic:
         found = np.array([[self.exact(a)] for a in allocations]) + np.array(shared) + np.array(own)
         return np.where(np.array([[a[0] > self.overflows] for a in allocations]), np.inf, found)
 
-    def changes(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
+    def effects(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
         """See `Evaluator`; exact but for `error`."""
         self.gradients.append(chosen.tolist())
         rng = np.random.default_rng([*allocation, *chosen.tolist()])

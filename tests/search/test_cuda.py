@@ -24,7 +24,8 @@ from local_prune.walk import build
 from search.budgets.latency import LatencyTable
 from search.budgets.timing import Request
 from search.evaluation.fitness import KlDivergence
-from search.evaluation.generation import GenerationEvaluator, Resources
+from search.evaluation.generation import GenerationEvaluator
+from search.evaluation.resources import Resources
 from search.paths import CACHE_VARIABLE
 from search.run.levels import Grid, mixture
 from supernet.candidates import Members, Quantised, Weights, count
@@ -115,9 +116,9 @@ def test_a_generation(
 def test_the_gradient(name: str, resident: str, model_of: ModelOf, random_supernet: SupernetMaker, ids: Tensor) -> None:
     model = model_of(name)
     supernet, chosen, allocation = random_supernet(model), np.array([3, 0, 4]), (1, 2, 0, 1, 2, 1)
-    expected = GenerationEvaluator(model, supernet, ids, KlDivergence()).changes(allocation, chosen)
+    expected = GenerationEvaluator(model, supernet, ids, KlDivergence()).effects(allocation, chosen)
     resources = Resources(torch.device(CUDA), resident)
-    found = GenerationEvaluator(model, supernet, ids, KlDivergence(), resources).changes(allocation, chosen)
+    found = GenerationEvaluator(model, supernet, ids, KlDivergence(), resources).effects(allocation, chosen)
     largest = max(float(np.abs(one).max()) for one in expected)
     assert largest > 1e-3
     np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), rtol=1e-3, atol=1e-3 * largest)

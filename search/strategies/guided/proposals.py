@@ -110,7 +110,7 @@ class GradientProposal:
         rng: np.random.Generator,
     ) -> tuple[list[Prediction], Pairs]:
         """Predict by a gradient; where it overflows, by the errors that the candidates had when they were built."""
-        changes = measured.changes(parent, sequences)
+        changes = measured.effects(parent, sequences)
         if not all(np.isfinite(one).all() for one in changes):
             log.warning(
                 "the gradient is not finite; this generation goes by the errors that candidates had when they were "

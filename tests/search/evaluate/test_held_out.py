@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from search.evaluate.held_out import HeldOut, Metrics, difference, streamed
-from search.evaluation.generation import RESIDENT, Resources
+from search.evaluation.resources import RESIDENT, Resources
 from supernet.models.architecture import parameter_count
 from supernet.models.assemble import assemble
 from supernet.store import Supernet

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from search.evaluation.generation import Resources
+from search.evaluation.resources import Resources
 from supernet.models.assemble import assemble
 from supernet.space import Allocation
 from supernet.store import Supernet

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import search.evaluation.generation
+import search.evaluation.backward
 from search.evaluation.fitness import CrossEntropy, Fitness, KlDivergence, TopKDivergence
-from search.evaluation.generation import GenerationEvaluator, Resources
-from search.evaluation.gradient import Gradient, part_gradient
+from search.evaluation.generation import GenerationEvaluator
+from search.evaluation.gradient import PartGradient, part_gradient
+from search.evaluation.resources import Resources
 from supernet.candidates import Candidate, Members
 from supernet.models.architecture import SubBlock, sub_blocks
 from supernet.space import Allocation, Space
@@ -73,11 +74,11 @@ def test_changes_are_those_of_the_whole_model(
     for allocation in ((*sparsest[:2], *drawn[2:]), sparsest, dense):
         if allocation == dense:
             fitness = CrossEntropy()  # the divergence does not change there to first order
-        found = GenerationEvaluator(model, supernet, ids, fitness).changes(allocation, CHOSEN)
+        found = GenerationEvaluator(model, supernet, ids, fitness).effects(allocation, CHOSEN)
         assert [one.dtype for one in found] == [np.dtype(np.float64)] * len(units)
         assert [len(one) for one in found] == [len(unit.levels) for unit in units]
         assert all(one[level] == 0 for one, level in zip(found, allocation, strict=True))
-        close(found, whole(model, supernet, fitness, ids).changes(allocation))
+        close(found, whole(model, supernet, fitness, ids).effects(allocation))
 
 
 @pytest.mark.sampled
@@ -88,7 +89,7 @@ def test_changes_are_those_of_every_fitness(
     evaluate = GenerationEvaluator(family_model, family_supernet, ids, fitness)
     for allocation in (MIXED, (1, 2, 0, 1, 2, 1)):
         close(
-            evaluate.changes(allocation, CHOSEN), whole(family_model, family_supernet, fitness, ids).changes(allocation)
+            evaluate.effects(allocation, CHOSEN), whole(family_model, family_supernet, fitness, ids).effects(allocation)
         )
 
 
@@ -102,7 +103,7 @@ def test_derivatives_of_the_whole_model_are_its_differences(
     supernet: Any = Handmade(model, kind)
     (allocation,) = random_allocations(supernet.space, 1, seed=3)
     exact = whole(model, supernet, KlDivergence(hidden_weight=0.5), ids)
-    expected = exact.changes(allocation)
+    expected = exact.effects(allocation)
     for unit in range(0, len(expected), 3):
         for level in range(len(expected[unit])):
             ends = []
@@ -133,7 +134,7 @@ def test_the_fitness_changes_as_told_where_levels_are_near(
 ) -> None:
     supernet: Any = Near(family_model, family_supernet.space, 3e-4)
     evaluate = GenerationEvaluator(family_model, supernet, ids, CrossEntropy())
-    found = evaluate.changes(MIXED, CHOSEN)
+    found = evaluate.effects(MIXED, CHOSEN)
     moved = [(*MIXED[:unit], level, *MIXED[unit + 1 :]) for unit in range(len(MIXED)) for level in range(4)]
     expected = evaluate(moved, CHOSEN).mean(1) - evaluate([MIXED], CHOSEN).mean(1)
     np.testing.assert_allclose(np.concatenate(found), expected, atol=0.03 * np.abs(expected).max())
@@ -143,7 +144,7 @@ def test_the_change_of_a_mean_is_the_mean_of_changes(
     llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor
 ) -> None:
     evaluate = GenerationEvaluator(llama, random_supernet(llama), ids, KlDivergence())
-    both, *each = (evaluate.changes(MIXED, np.array(rows)) for rows in ([0, 1], [0], [1]))
+    both, *each = (evaluate.effects(MIXED, np.array(rows)) for rows in ([0, 1], [0], [1]))
     close(both, [(a + b) / 2 for a, b in zip(*each, strict=True)], 1e-5)
     assert max(float(np.abs(a - b).max()) for a, b in zip(*each, strict=True)) > 1e-2
 
@@ -153,12 +154,12 @@ def test_first_positions_can_be_left_out(llama: PreTrainedModel, random_supernet
     supernet: Any = Near(llama, random_supernet(llama).space, 3e-4)
     for fitness in (CrossEntropy(), KlDivergence()):
         evaluate = GenerationEvaluator(llama, supernet, ids, fitness, unscored=3)
-        found = np.concatenate(evaluate.changes(MIXED, CHOSEN))
+        found = np.concatenate(evaluate.effects(MIXED, CHOSEN))
         assert not np.allclose(
-            found, np.concatenate(GenerationEvaluator(llama, supernet, ids, fitness).changes(MIXED, CHOSEN))
+            found, np.concatenate(GenerationEvaluator(llama, supernet, ids, fitness).effects(MIXED, CHOSEN))
         )
-    evaluate.fitness = CrossEntropy()
-    found = np.concatenate(evaluate.changes(MIXED, CHOSEN))
+    evaluate.use(CrossEntropy())
+    found = np.concatenate(evaluate.effects(MIXED, CHOSEN))
     moved = [(*MIXED[:unit], level, *MIXED[unit + 1 :]) for unit in range(len(MIXED)) for level in range(4)]
     expected = evaluate(moved, CHOSEN).mean(1) - evaluate([MIXED], CHOSEN).mean(1)
     np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
@@ -170,10 +171,10 @@ def test_a_sequence_may_pass_the_head_in_pieces(
 ) -> None:
     supernet = random_supernet(llama)
     pieces = copy.copy(fitness)
-    expected = GenerationEvaluator(llama, supernet, ids, fitness).changes(MIXED, CHOSEN)
+    expected = GenerationEvaluator(llama, supernet, ids, fitness).effects(MIXED, CHOSEN)
     # of five tokens, and autograd's
     object.__setattr__(pieces, "chunk_bytes", 2 * 5 * 4 * int(llama.config.vocab_size))
-    close(GenerationEvaluator(llama, supernet, ids, pieces).changes(MIXED, CHOSEN), expected, 1e-4)
+    close(GenerationEvaluator(llama, supernet, ids, pieces).effects(MIXED, CHOSEN), expected, 1e-4)
 
 
 @pytest.mark.parametrize("states", [1, 5, 20])
@@ -181,18 +182,18 @@ def test_any_memory_gives_the_same(
     llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor, states: int
 ) -> None:
     supernet = random_supernet(llama)
-    expected = GenerationEvaluator(llama, supernet, ids, KlDivergence()).changes(MIXED, np.arange(5))
+    expected = GenerationEvaluator(llama, supernet, ids, KlDivergence()).effects(MIXED, np.arange(5))
     memory = states * ids.shape[1] * int(llama.config.hidden_size) * llama.dtype.itemsize
     small = GenerationEvaluator(llama, supernet, ids, KlDivergence(), Resources(memory=memory, cache=0))
-    close(small.changes(MIXED, np.arange(5)), expected, 1e-5)
+    close(small.effects(MIXED, np.arange(5)), expected, 1e-5)
 
 
 def test_without_memory_half_as_many_sequences_move_together(
     llama: PreTrainedModel, random_supernet: SupernetMaker, ids: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluate = GenerationEvaluator(llama, random_supernet(llama), ids, KlDivergence())
-    expected = evaluate.changes(MIXED, np.arange(5))
-    final_states, tried = evaluate._final_states, []
+    expected = evaluate.effects(MIXED, np.arange(5))
+    final_states, tried = evaluate.forward.final_states, []
 
     def short(allocations: Sequence[Allocation], rows: Sequence[int], *others: Any) -> Any:
         tried.append(len(rows))
@@ -200,8 +201,8 @@ def test_without_memory_half_as_many_sequences_move_together(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return final_states(allocations, rows, *others)
 
-    evaluate._final_states = short  # type: ignore[method-assign, assignment]
-    close(evaluate.changes(MIXED, np.arange(5)), expected, 1e-5)
+    evaluate.forward.final_states = short  # type: ignore[method-assign, assignment]
+    close(evaluate.effects(MIXED, np.arange(5)), expected, 1e-5)
     assert tried == [5, 2, 2, 1]
     assert "going on with half" in caplog.text
 
@@ -216,11 +217,11 @@ def test_blocks_lent_one_by_one_give_the_same_and_are_put_back(
     model = model_of(name)
     supernet: Any = Handmade(model, kind)
     (allocation,) = random_allocations(supernet.space, 1, seed=3)
-    expected = GenerationEvaluator(model, supernet, ids, KlDivergence()).changes(allocation, CHOSEN)
+    expected = GenerationEvaluator(model, supernet, ids, KlDivergence()).effects(allocation, CHOSEN)
     before = [(tensor.data_ptr(), tensor.clone()) for tensor in model.state_dict().values()]
     streamed = GenerationEvaluator(model, supernet, ids, KlDivergence(), Resources(resident="blocks"))
-    close(streamed.changes(allocation, CHOSEN), expected, 1e-5)
-    assert streamed.cache.bytes == 0
+    close(streamed.effects(allocation, CHOSEN), expected, 1e-5)
+    assert streamed.forward.cache.bytes == 0
     for (pointer, value), tensor in zip(before, model.state_dict().values(), strict=True):
         assert tensor.data_ptr() == pointer and torch.equal(tensor, value)
 
@@ -237,11 +238,11 @@ def test_workers_side_by_side_give_the_same(
     (allocation,) = random_allocations(supernet.space, 1, seed=3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     evaluate = GenerationEvaluator(model, supernet, ids, KlDivergence())
-    assert evaluate.workers.count == 2
-    evaluate._batch_tokens = ids.shape[1]  # a batch each
-    found = evaluate.changes(allocation, CHOSEN)
-    close(found, whole(model, supernet, KlDivergence(), ids).changes(allocation))
-    np.testing.assert_array_equal(np.concatenate(evaluate.changes(allocation, CHOSEN)), np.concatenate(found))
+    assert evaluate.forward.workers.count == 2
+    evaluate.forward.batch_tokens = ids.shape[1]  # a batch each
+    found = evaluate.effects(allocation, CHOSEN)
+    close(found, whole(model, supernet, KlDivergence(), ids).effects(allocation))
+    np.testing.assert_array_equal(np.concatenate(evaluate.effects(allocation, CHOSEN)), np.concatenate(found))
 
 
 @pytest.mark.sampled
@@ -255,9 +256,9 @@ def test_the_model_is_left_as_it_was(
 ) -> None:
     model = model_of(name)
     supernet = random_supernet(model)
-    expected = GenerationEvaluator(model, supernet, ids, fitness).changes(MIXED, CHOSEN)
+    expected = GenerationEvaluator(model, supernet, ids, fitness).effects(MIXED, CHOSEN)
     model.requires_grad_(trainable)
-    close(GenerationEvaluator(model, supernet, ids, fitness).changes(MIXED, CHOSEN), expected, 1e-6)
+    close(GenerationEvaluator(model, supernet, ids, fitness).effects(MIXED, CHOSEN), expected, 1e-6)
     for parameter in model.parameters():
         assert parameter.requires_grad == trainable and parameter.grad is None
 
@@ -266,15 +267,15 @@ def test_the_model_is_left_as_it_was(
 def test_bfloat16_finds_the_same_within_its_rounding(name: str, model_of: ModelOf, ids: Tensor) -> None:
     model = model_of(name).bfloat16()
     supernet: Any = Handmade(model, "members")
-    found = GenerationEvaluator(model, supernet, ids, KlDivergence()).changes(MIXED, CHOSEN)
-    close(found, whole(model, supernet, KlDivergence(), ids).changes(MIXED), 0.1)
+    found = GenerationEvaluator(model, supernet, ids, KlDivergence()).effects(MIXED, CHOSEN)
+    close(found, whole(model, supernet, KlDivergence(), ids).effects(MIXED), 0.1)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_is_given_as_it_is(llama: PreTrainedModel, ids: Tensor, value: float) -> None:
     supernet: Any = Handmade(llama, "members")
     supernet.candidates[3][0] = Members(torch.arange(2), torch.full((int(llama.config.hidden_size), 2), value))
-    found = GenerationEvaluator(llama, supernet, ids, KlDivergence()).changes((1,) * 6, CHOSEN)
+    found = GenerationEvaluator(llama, supernet, ids, KlDivergence()).effects((1,) * 6, CHOSEN)
     assert not all(np.isfinite(one).all() for one in found)
 
 
@@ -293,11 +294,11 @@ def test_few_gradients_of_weights_exist_at_a_time(
     (allocation,) = random_allocations(supernet.space, 1, seed=3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     evaluate = GenerationEvaluator(llama, supernet, ids, KlDivergence())
-    evaluate._batch_tokens = ids.shape[1]  # a batch each
+    evaluate.forward.batch_tokens = ids.shape[1]  # a batch each
     made: list[tuple[str, weakref.ref[Tensor]]] = []
     most = 0
 
-    def watched(part: SubBlock, *others: Any) -> Gradient:
+    def watched(part: SubBlock, *others: Any) -> PartGradient:
         nonlocal most
         alive = [name for name, gradient in made if gradient() is not None]
         assert set(alive) <= {part.name}
@@ -306,6 +307,6 @@ def test_few_gradients_of_weights_exist_at_a_time(
         most = max(most, len(alive) // len(gradient.weights))
         return gradient
 
-    monkeypatch.setattr(search.evaluation.generation, "part_gradient", watched)
-    evaluate.changes(allocation, np.arange(5))
+    monkeypatch.setattr(search.evaluation.backward, "part_gradient", watched)
+    evaluate.effects(allocation, np.arange(5))
     assert made and most <= threads

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from search.evaluation.fitness import KlDivergence
-from search.evaluation.generation import GenerationEvaluator, Resources
+from search.evaluation.generation import GenerationEvaluator
+from search.evaluation.resources import Resources
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 from supernet.space import Allocation
@@ -55,7 +56,7 @@ def test_workers_side_by_side_find_the_same(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, generation: list[Allocation]
 ) -> None:
     evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
-    assert evaluate.workers.count == 2
+    assert evaluate.forward.workers.count == 2
     chosen = np.array([3, 0, 4])
     found = evaluate(generation, chosen)
     expected = [alone(family_model, family_supernet, allocation, ids[chosen]) for allocation in generation]
@@ -80,7 +81,7 @@ def test_only_blocks_at_work_and_any_cache_find_the_same(
     )
     for _ in range(2):
         np.testing.assert_array_equal(streamed(generation, chosen), whole)
-    assert streamed.cache.bytes <= (cache or 0)
+    assert streamed.forward.cache.bytes <= (cache or 0)
     assert [parameter.data_ptr() for parameter in family_model.parameters()] == pointers  # lent ones came back
 
 
@@ -89,8 +90,8 @@ class Exhausted:
 
     def __init__(self, evaluate: GenerationEvaluator, room: int, error: Exception) -> None:
         self.room, self.error, self.failed = room, error, 0
-        self.whole = evaluate._final_states
-        evaluate._final_states = self  # type: ignore[method-assign, assignment]
+        self.whole = evaluate.forward.final_states
+        evaluate.forward.final_states = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, allocations: Sequence[Allocation], rows: Sequence[int], *others: Any) -> Any:
         if len(allocations) * len(rows) > self.room:
@@ -171,9 +172,9 @@ def test_the_next_candidates_are_asked_for_while_a_sub_block_is_at_work(
     family_model: PreTrainedModel, family_supernet: Supernet, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence(), Resources(cache=0))
-    evaluate._learn_targets([0])
+    evaluate.comparison.learn([0])
     events: list[str] = []
-    prefetch, run = evaluate.cache.prefetch, SubBlock.__call__
+    prefetch, run = evaluate.forward.cache.prefetch, SubBlock.__call__
 
     def asked(keys: Sequence[tuple[int, int]]) -> None:
         events.append(f"ask {sorted(keys)}")
@@ -183,7 +184,7 @@ def test_the_next_candidates_are_asked_for_while_a_sub_block_is_at_work(
         events.append("run")
         return run(part, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluate.cache, "prefetch", asked)
+    monkeypatch.setattr(evaluate.forward.cache, "prefetch", asked)
     monkeypatch.setattr(SubBlock, "__call__", counted)
     evaluate([(1, 0, 2, 1, 0, 1)], np.array([0]))
     assert events == [

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from search.evaluate.held_out import HeldOut
 from search.evaluation.fitness import KlDivergence, Targets
-from search.evaluation.generation import GenerationEvaluator, Resources
+from search.evaluation.generation import GenerationEvaluator
+from search.evaluation.resources import Resources
 from search.evaluation.teacher import TeacherTargets
 from supernet.errors import InputError
 from supernet.store import Supernet
@@ -44,12 +45,12 @@ def test_no_result_depends_on_where_they_lie(
     allocations = [(1,) * len(family_supernet.space.units), (2,) * len(family_supernet.space.units)]
     in_memory = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
     in_files = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence(), Resources(scratch=tmp_path))
-    in_files._targets.limit = 0
+    in_files.comparison.targets.limit = 0
     every = np.arange(5)
     np.testing.assert_array_equal(in_files(allocations, every), in_memory(allocations, every))
-    for a, b in zip(in_files.changes(allocations[0], every), in_memory.changes(allocations[0], every), strict=True):
+    for a, b in zip(in_files.effects(allocations[0], every), in_memory.effects(allocations[0], every), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert in_files._targets.in_memory == 0 < in_files._targets.in_files
+    assert in_files.comparison.targets.in_memory == 0 < in_files.comparison.targets.in_files
 
 
 @pytest.mark.sampled(0)

@@ -106,7 +106,7 @@ class WholeModel:
     fitness: Fitness
     ids: Tensor
 
-    def changes(self, allocation: Allocation) -> list[np.ndarray]:
+    def effects(self, allocation: Allocation) -> list[np.ndarray]:
         """The derivatives by the steps that each unit takes towards each level, where none is taken."""
         steps = [step.requires_grad_() for step in self.no_steps()]
         with torch.enable_grad():
