@@ -51,3 +51,5 @@ def _describe_search(run: Run) -> None:
         return
     tokens = rounds * strategy.generations * strategy.tokens_per_generation
     log.info("search: about %s forward tokens, fewer where it ends early or the search text is short", f"{tokens:,}")
+    most = run.inputs.resources.total_bytes() / 1e9
+    log.info("search: up to %.1f GB besides the model (evaluator.memory and evaluator.cache set other limits)", most)

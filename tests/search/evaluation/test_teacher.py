@@ -72,3 +72,16 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         TeacherTargets(0, tmp_path / "file").add(0, made(0))
+
+
+def test_of_main_memory_no_more_is_taken_than_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is free; of little, a share; and of a GPU's memory, which nobody else uses, always a share."""
+    monkeypatch.setattr("search.evaluation.resources.available", lambda device=None: 1 << 40)
+    plain = Resources()
+    limits = [plain.state_bytes(), plain.candidate_bytes(), plain.target_bytes()]
+    assert limits == [1 << 30, 1 << 29, 1 << 29] and plain.total_bytes() == sum(limits)
+    assert Resources(memory=5 << 30, cache=3 << 30).total_bytes() == 13 << 30
+    assert Resources(resident="blocks").candidate_bytes() == 0
+    assert Resources(torch.device("cuda")).state_bytes() == int(0.4 * (1 << 40))
+    monkeypatch.setattr("search.evaluation.resources.available", lambda device=None: 1 << 30)
+    assert Resources().state_bytes() == int(0.4 * (1 << 30))
