@@ -124,6 +124,40 @@ def test_contexts_have_the_names_of_each_block(model: PreTrainedModel, ids: Tens
     assert [set(context) >= {"position_embeddings", "attention_mask"} for context in contexts] == [True] * 4
 
 
+class MaskFirst(nn.Module):
+    def forward(self, x: Tensor, attention_mask: str, position_ids: str) -> Tensor:
+        return x
+
+
+class PositionsFirst(nn.Module):
+    def forward(self, x: Tensor, position_ids: str, attention_mask: str) -> Tensor:
+        return x
+
+
+class WithoutNames(nn.Module):
+    """A model that hands its blocks their arguments by position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = LlamaConfig(num_hidden_layers=2)
+        self.model = nn.ModuleDict({"layers": nn.ModuleList([MaskFirst(), PositionsFirst()])})
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        first, second = self.get_submodule("model.layers").children()
+        output: Tensor = second(first(input_ids, "mask", "positions"), "positions", "mask")
+        return output
+
+
+def test_arguments_without_names_get_those_of_their_own_block(ids: Tensor) -> None:
+    made: Any = WithoutNames()
+    _, contexts = entry(made, ids)
+    assert contexts == [{"attention_mask": "mask", "position_ids": "positions"}] * 2
+
+
 def test_prunables_have_the_sizes_of_their_block(model: PreTrainedModel) -> None:
     parts = sub_blocks(model)
     members = {one.name: (one.total, one.each) for one in member_prunables(parts, 1)}
