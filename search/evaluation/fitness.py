@@ -116,7 +116,7 @@ class _Settings:
             )
 
     def scored(self, tokens: int) -> int:
-        """See `Fitness`."""
+        """Return how many tokens have a loss: all of them."""
         return tokens
 
     def _hidden_term(self, students: Tensor, teacher: Targets) -> Tensor | float:
@@ -133,7 +133,7 @@ class KlDivergence(_Settings):
     goal: ClassVar[str] = "the smallest KL divergence to the unpruned model"
 
     def __call__(self, students: Tensor, head: LmHead, teacher: Targets, labels: Tensor) -> Tensor:
-        """See `Fitness`."""
+        """Return the divergence of each token from the dense model."""
         return kl_divergence(students, head, teacher, self.chunk_bytes) + self._hidden_term(students, teacher)
 
 
@@ -145,13 +145,13 @@ class CrossEntropy(_Settings):
     is_divergence: ClassVar[bool] = False
 
     def __call__(self, students: Tensor, head: LmHead, teacher: Targets, labels: Tensor) -> Tensor:
-        """See `Fitness`."""
+        """Return the cross-entropy of each token that follows."""
         known = labels != NO_LABEL
         losses = cross_entropy(students, head, teacher, labels.clamp_min(0), self.chunk_bytes)
         return (losses + self._hidden_term(students, teacher)) * known
 
     def scored(self, tokens: int) -> int:
-        """See `Fitness`."""
+        """Return how many tokens have a loss: the last one predicts nothing."""
         return tokens - 1
 
 
@@ -174,7 +174,7 @@ class TopKDivergence(_Settings):
             raise InputError(f"fitness.k={self.k} must be a whole number of at least 1; Týr's is 8192")
 
     def __call__(self, students: Tensor, head: LmHead, teacher: Targets, labels: Tensor) -> Tensor:
-        """See `Fitness`."""
+        """Return the divergence of each token among the dense model's likeliest words."""
         return topk_divergence(students, head, teacher, self.k, self.chunk_bytes) + self._hidden_term(students, teacher)
 
 

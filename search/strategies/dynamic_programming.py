@@ -89,7 +89,7 @@ class DynamicProgramming(StrategyDefaults):
 
     @property
     def tokens_per_generation(self) -> int:
-        """See `Strategy`."""
+        """Count a portion of scores, or the comparison with the start where that takes more."""
         return max(self.candidates * self.tokens[0], 2 * self.tokens[1])
 
     def begin(self, problem: Problem, seed: int) -> ScoredState:

@@ -53,16 +53,16 @@ class Greedy(StrategyDefaults):
 
     @property
     def tokens_per_generation(self) -> int:
-        """See `Strategy`."""
+        """Count the single moves and the comparison of exchanges, with the parent in both."""
         single, last = self.tokens
         return (self.candidates + 1) * single + (self.exchanges + 1) * last
 
     def begin(self, problem: Problem, seed: int) -> State:
-        """See `Strategy`."""
+        """Begin at the start; there is nothing else to remember."""
         return State.first(problem.start, seed)
 
     def advance(self, problem: Problem, state: State) -> tuple[State, list[HistoryRow]]:
-        """See `Strategy`."""
+        """Measure single moves, then compare the exchanges that they promise with the parent."""
         rng, parent = state.generator(), state.parent
         if not any(exchange(problem, parent, 1, rng) not in (None, parent) for _ in range(ATTEMPTS)):
             return replace(state, exhausted=True), []

@@ -137,7 +137,7 @@ class OptunaStudy(StrategyDefaults):
 
     @property
     def tokens_per_generation(self) -> int:
-        """See `Strategy`."""
+        """Count one measurement of each trial."""
         return self.offspring * self.tokens
 
     def begin(self, problem: Problem, seed: int) -> StudyState:

@@ -46,7 +46,7 @@ class Evolution(StrategyDefaults, ABC):
 
     @property
     def tokens_per_generation(self) -> int:
-        """See `Strategy`."""
+        """Count what enters each selection step, and the parent in the last one."""
         return int(np.dot([self.offspring, *self.survivors[:-1]], self.tokens)) + self.tokens[-1]
 
     @abstractmethod
@@ -54,11 +54,11 @@ class Evolution(StrategyDefaults, ABC):
         """One allocation that the problem allows; None where the attempt failed."""
 
     def begin(self, problem: Problem, seed: int) -> State:
-        """See `Strategy`."""
+        """Begin at the start; there is nothing else to remember."""
         return State.first(problem.start, seed)
 
     def advance(self, problem: Problem, state: State) -> tuple[State, list[HistoryRow]]:
-        """See `Strategy`."""
+        """Propose offspring, select among them step by step, and compare the last ones with the parent."""
         rng = state.generator()
         alive = self._offspring(problem, state.parent, rng)
         if not alive:

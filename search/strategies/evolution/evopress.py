@@ -26,5 +26,5 @@ class EvoPress(Exchanges):
     max_exchanges: int = 3
 
     def propose(self, problem: Problem, parent: Allocation, rng: np.random.Generator) -> Allocation | None:
-        """See `Evolution`."""
+        """Return the parent after a few exchanges between any units."""
         return exchange(problem, parent, few(self.max_exchanges, rng), rng)

@@ -39,7 +39,7 @@ class Random(Evolution):
             )
 
     def propose(self, problem: Problem, parent: Allocation, rng: np.random.Generator) -> Allocation | None:
-        """See `Evolution`; the parent does not matter."""
+        """Return an allocation drawn around the start, whatever the parent is."""
         limit = problem.budget.leading
         losses = []
         for row, level in zip(limit.costs, problem.start, strict=True):

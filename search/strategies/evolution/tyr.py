@@ -27,7 +27,7 @@ class Tyr(Exchanges):
     max_exchanges: int = 4
 
     def propose(self, problem: Problem, parent: Allocation, rng: np.random.Generator) -> Allocation | None:
-        """See `Evolution`."""
+        """Return the parent after a few exchanges, each within one kind of unit."""
         child = exchange(problem, parent, few(self.max_exchanges, rng), rng, within_kind=True)
         return child if child is not None and keeps_shares(problem, child) else None
 

@@ -125,7 +125,7 @@ class Pareto(GuidedSettings):
 
     @property
     def tokens_per_generation(self) -> int:
-        """See `Guided`. There is a race at each neighbour, too, and the last generation measures all points."""
+        """Add the races at both neighbours, and the last generation's measurement of all points."""
         more = 0 if self.points == 1 else 2 * (LEADER + 2 * self.growth)
         last = self.points * self.growth * self.tokens // max(1, self.generations)
         return super().tokens_per_generation + self.tokens * more + last

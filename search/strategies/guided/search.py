@@ -112,7 +112,7 @@ class GuidedSettings(StrategyDefaults):
 
     @property
     def tokens_per_generation(self) -> int:
-        """See `Strategy`; less where races end early, or the pool has less."""
+        """Count the prediction and a whole race; less is spent where races end early or the pool has less."""
         return PROPOSALS[self.proposal].cost * self.predicted_on + self.tokens * (LEADER + 2 * self.growth)
 
     def judged_on(self, pool: int, length: int) -> int:

@@ -97,11 +97,11 @@ class AdaptPruner(Rule):
 
     @property
     def needs_candidates(self) -> bool:
-        """See `Strategy`."""
+        """Return whether similarities are measured again on the pruned model."""
         return self.remeasure
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """See `Rule`."""
+        """Raise the sparsities of blocks step by step, and go to the nearest allocation."""
         dense = dense_of(problem)
         of_units = sites(dense.model, problem.space)
         sizes = by_block(of_units, unit_sizes(problem.budget))

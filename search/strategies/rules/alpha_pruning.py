@@ -129,7 +129,7 @@ class AlphaPruning(Rule):
         check_choice("tail", self.tail, TAILS)
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """See `Rule`."""
+        """Fit the tails of all spectra and go to the nearest allocation; no token passes the model."""
         dense = dense_of(problem)
         of_units = sites(dense.model, problem.space)
         of_layers = self._alphas(dense, {site.block for site in of_units})

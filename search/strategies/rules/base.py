@@ -51,12 +51,12 @@ class Rule(StrategyDefaults):
 
     @property
     def generations(self) -> int:
-        """See `Strategy`."""
+        """Return 1: a formula has its answer at once."""
         return 1
 
     @property
     def tokens_per_generation(self) -> int:
-        """See `Strategy`. What a rule spends is calibration text, whose size is not known here; the state counts it."""
+        """Return 0: what a rule spends is calibration text, whose size is not known here; the state counts it."""
         return 0
 
     def pool_warning(self, sequences: int, length: int) -> str | None:
@@ -64,11 +64,11 @@ class Rule(StrategyDefaults):
         return super().pool_warning(sequences, length) if self.tokens_per_generation else None
 
     def begin(self, problem: Problem, seed: int) -> State:
-        """See `Strategy`."""
+        """Begin at the start; there is nothing else to remember."""
         return State.first(problem.start, seed)
 
     def advance(self, problem: Problem, state: State) -> tuple[State, list[HistoryRow]]:
-        """See `Strategy`."""
+        """Compute the allocation, unless the budget leaves no choice."""
         only = only_allocation(problem)
         if only is not None:
             return replace(state, parent=only, exhausted=True), []

@@ -133,7 +133,7 @@ class Bonsai(StrategyDefaults):
 
     @property
     def tokens_per_generation(self) -> int:
-        """See `Strategy`."""
+        """Count the pairs of a portion."""
         return self.samples * self.tokens // self.generations
 
     @property

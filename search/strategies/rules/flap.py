@@ -144,12 +144,12 @@ class Flap(Rule):
             check_choice("metric", self.metric, METRICS)
 
     def check_units(self, model: PreTrainedModel, space: Space) -> None:
-        """See `Rule`."""
+        """Refuse units that have no members to sort."""
         for site, unit in zip(sites(model, space), space.units, strict=True):
             _check_kind(site, unit)
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """See `Rule`."""
+        """Sort the members of all units at once and go to the nearest allocation."""
         dense = dense_of(problem)
         of_units = sites(dense.model, problem.space)
         moments, tokens = input_moments(dense)

@@ -60,12 +60,12 @@ class Front(Rule):
 
     @property
     def needs_candidates(self) -> bool:
-        """See `Strategy`: to measure what lies between two points."""
+        """Return whether what lies between two points of the front is measured."""
         return self.tokens > 0
 
     @property
     def tokens_per_generation(self) -> int:
-        """See `Strategy`."""
+        """Count one measurement of each allocation that may be taken."""
         return CANDIDATES * self.tokens
 
     def check_rounds(self, rounds: int) -> None:
@@ -87,7 +87,7 @@ class Front(Rule):
         return read_front(self.file)
 
     def advance(self, problem: Problem, state: State) -> tuple[State, list[HistoryRow]]:
-        """See `Strategy`."""
+        """Take what lies on the front at the budget, after a measurement where that is between two points."""
         if only_allocation(problem) is not None:
             return super().advance(problem, state)
         place = self.place(problem.space, problem.budget)

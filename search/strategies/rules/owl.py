@@ -90,7 +90,7 @@ class Owl(Rule):
         check_number("spread", self.spread, 0.0, 0.5, "0.08")
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """See `Rule`."""
+        """Count the outliers of each block and go to the nearest allocation."""
         dense = dense_of(problem)
         of_units = sites(dense.model, problem.space)
         moments, tokens = input_moments(dense)

@@ -88,7 +88,7 @@ class ShortGPT(Rule):
     name: ClassVar[str] = "shortgpt"
 
     def check_units(self, model: PreTrainedModel, space: Space) -> None:
-        """See `Rule`."""
+        """Refuse units of which a part can be removed: they are dropped or kept as a whole."""
         for unit in space.units:
             if unit.total != 1:
                 instead = (
@@ -97,7 +97,7 @@ class ShortGPT(Rule):
                 raise wrong_kind("shortgpt", "blocks and sub-blocks that are there or not", unit, instead)
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """See `Rule`."""
+        """Drop the units of least influence until the budget is met."""
         dense = dense_of(problem)
         of_units = sites(dense.model, problem.space)
         found = similarities(dense)

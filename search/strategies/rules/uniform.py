@@ -19,6 +19,6 @@ class Uniform(Rule):
     looks_at: ClassVar[str] = "the budget alone"
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """See `Rule`."""
+        """Take the uniform allocation, or the start where the budget does not allow that."""
         even = knapsack.uniform(problem.space, problem.budget)
         return even if problem.allows(even) else problem.start, 0
