@@ -53,9 +53,6 @@ def mark_the_rest_slow(items: Sequence[pytest.Item]) -> None:
 
 
 def _case(function: pytest.Function) -> Case:
-    """What a test's parameters are: values that can be told apart, and of others their place in the table."""
-    callspec = function.callspec
+    """What a test's parameters are: equal texts and numbers are one value, and of other things each is its own."""
     plain = (str, int, float, type(None))
-    return {
-        name: value if isinstance(value, plain) else callspec.indices[name] for name, value in callspec.params.items()
-    }
+    return {name: value if isinstance(value, plain) else id(value) for name, value in function.callspec.params.items()}

@@ -1,10 +1,12 @@
 """The cases that stand for a table show all that they must, and are few."""
 
 from itertools import combinations, product
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tests.sampling import Case, covering
+from tests.sampling import Case, _case, covering
 
 
 def table(*sizes: int) -> list[Case]:
@@ -36,3 +38,12 @@ def test_what_is_not_in_the_table_is_not_asked_for() -> None:
     cases: list[Case] = [{"model": "llama", "kind": "members"}, {"model": "mamba", "kind": "weights"}]
     assert covering(cases) == covering(cases, 2) == [0, 1]
     assert covering([cases[0], cases[0]]) == [0]
+
+
+def test_of_things_that_cannot_be_compared_each_is_a_value_of_its_own() -> None:
+    models, dtypes = ["llama", "gpt2"], [object(), object(), object()]
+    functions: list[Any] = [
+        SimpleNamespace(callspec=SimpleNamespace(params={"model": model, "dtype": dtype}))
+        for model, dtype in product(models, dtypes)
+    ]
+    assert covering([_case(function) for function in functions]) == [0, 4, 2]
