@@ -23,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from hydra.utils import instantiate
+from hypothesis import settings
 from omegaconf import OmegaConf
 from torch import nn
 from transformers import (
@@ -86,6 +87,13 @@ MIXER_CONFIGS: dict[str, PreTrainedConfig] = {
     "mamba2": Mamba2Config(**TINY, state_size=8, num_heads=8, head_dim=16, n_groups=2, chunk_size=4, pad_token_id=0),
 }
 KEPT = {ATTENTION: (4, 3, 1, 0), MLP: (96, 64, 31, 0)}  # of the random supernets
+
+
+# A busy machine is no failure. Fifty examples find what a hundred find, but for what nobody has thought of yet:
+# `pytest --hypothesis-profile thorough` looks for that.
+settings.register_profile("default", deadline=None, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=1000)
+settings.load_profile("default")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
