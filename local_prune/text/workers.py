@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import TypeVar
@@ -43,7 +43,7 @@ class Workers:
 
     def stream(
         self, work: Callable[[Item], Result], items: Sequence[Item], ahead: int | None = None
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         """`work` of every item, in their order and without gradients, a few of them ahead of whoever takes the results.
 
         When it ends, with an error too or because nobody asks for more, no thread is at work.

@@ -75,6 +75,19 @@ def test_when_an_error_comes_through_no_thread_is_at_work(threads: Callable[[int
     assert len(ended) == before < 5
 
 
+def test_a_stream_is_a_few_items_ahead_and_ends_with_whoever_takes_it(threads: Callable[[int], None]) -> None:
+    threads(2)
+    begun: list[int] = []
+    stream = Workers(torch.device("cpu")).stream(lambda number: begun.append(number) or number, range(50))
+    assert [next(stream), next(stream)] == [0, 1]
+    time.sleep(0.2)
+    assert len(begun) <= 4  # two were taken, two wait
+    stream.close()
+    before = len(begun)
+    time.sleep(0.2)
+    assert len(begun) == before
+
+
 def test_an_error_comes_through(threads: Callable[[int], None]) -> None:
     threads(2)
     with pytest.raises(ZeroDivisionError):
