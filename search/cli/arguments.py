@@ -54,7 +54,15 @@ def prepared(arguments: Sequence[str], conf: Path) -> list[str]:
             found.append(f"{key}={_paths(value, sweep)}")
         else:
             found.append(setting)
-    return found
+    return _of_this_machine(found)
+
+
+def _of_this_machine(settings: list[str]) -> list[str]:
+    """The same settings with `model=folder` for `model=pretrained`, where the path is a folder: its text is another."""
+    given = [setting.partition("=")[2] for setting in settings if setting.lstrip("+").startswith("model.path=")]
+    paths = [_unquoted(one) for value in given for one in (value, *_elements(value))]
+    local = any(os.path.isdir(os.path.expanduser(path)) for path in paths)
+    return ["model=folder" if local and setting == "model=pretrained" else setting for setting in settings]
 
 
 def _parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -52,6 +52,11 @@ def _run(config: DictConfig) -> None:
         logging.getLogger("transformers.integrations.heterogeneity").setLevel(logging.ERROR)
         logging.getLogger("huggingface_hub").propagate = False  # it prints its retries by a handler of its own
         typed = frozenset(override.partition("=")[0].lstrip("+") for override in chosen.overrides.task)
+        if not {"data", "experiment"} & typed:
+            another = "data=local data.source.path=FILE_OR_FOLDER takes your own, and conf/data has others"
+            logging.getLogger(__name__).info(
+                "text: data=%s, as none was chosen; %s", chosen.runtime.choices["data"], another
+            )
         run(config, Path(chosen.runtime.output_dir), typed)
 
 

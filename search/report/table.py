@@ -54,12 +54,27 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
         perplexity = _with_error(row["perplexity"], row["perplexity_error"], 2)
         divergence = _with_error(row["kl_divergence"], row["kl_divergence_error"], 4)
         lines.append(f"{name:10}{row['parameters']:>14,}{not_zero}{row['kept']:>9.1%}{perplexity:>18}{divergence:>20}")
-    gap = metrics["searched_minus_uniform"]
-    apart = _with_error(gap["kl_divergence"], gap["kl_divergence_error"], 4, sign="+")
-    lines.append(f"searched - uniform, on the same sequences: KL {apart}")
+    lines.append(_gap_line(metrics["searched_minus_uniform"]))
+    for name, found in metrics.get("texts", {}).items():
+        lines += _further_lines(name, found)
     if "latency" in metrics:
         lines.append(_latency_line(metrics["latency"]))
     return "\n".join(lines)
+
+
+def _further_lines(name: str, found: Mapping[str, Any]) -> list[str]:
+    """The models on a text of another kind, in the columns of the table above."""
+    lines = [f"on {found['tokens']:,} tokens of another text, {name}:"]
+    for model in ROWS:
+        perplexity = _with_error(found[model]["perplexity"], found[model]["perplexity_error"], 2)
+        divergence = _with_error(found[model]["kl_divergence"], found[model]["kl_divergence_error"], 4)
+        lines.append(f"{model:10}{perplexity:>41}{divergence:>20}")
+    return [*lines, _gap_line(found["searched_minus_uniform"])]
+
+
+def _gap_line(gap: Mapping[str, Any]) -> str:
+    apart = _with_error(gap["kl_divergence"], gap["kl_divergence_error"], 4, sign="+")
+    return f"searched - uniform, on the same sequences: KL {apart}"
 
 
 def _with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
@@ -16,17 +18,30 @@ from local_prune.pruner import Calibration, Pruner
 from local_prune.text.dense_stream import DenseStream
 from local_prune.text.passes import TextWalk
 from search.evaluation.resources import Resources
-from search.inputs.data import TokenSet, check_ids, check_sequence_length, prepare, split_record
+from search.inputs.data import (
+    TextSource,
+    TokenSet,
+    check_ids,
+    check_sequence_length,
+    held_out,
+    prepare,
+    source_named,
+    split_record,
+)
 from search.inputs.models import LoadedModel, dtype_of
+from search.inputs.models.pretrained import quiet
 from search.run.progress import track
 from search.run.ranks import Ranks
 from search.strategies.base import Dense
 from search.values import read_bytes
+from supernet.errors import InputError
 from supernet.models.architecture import sub_blocks
 from supernet.models.assemble import check_family
 from supernet.models.forward import check_walk
 from supernet.models.prunables import Prunable
 from supernet.space import ATTENTION, HEADS, MLP
+
+log = logging.getLogger(__name__)
 
 
 class Inputs:
@@ -45,6 +60,7 @@ class Inputs:
             InputError: There is no such device, or a setting of the evaluator is wrong.
         """
         self._config, self._pruner, self._scratch = config, pruner, scratch
+        self._texts_read: set[int] = set()  # hashes
         self.device = ranks.device(str(config.device))
         given = config.evaluator
         memory, cache = (read_bytes(f"evaluator.{key}", given[key]) for key in ("memory", "cache"))
@@ -86,12 +102,35 @@ class Inputs:
     def tokens(self) -> dict[str, TokenSet]:
         """Calibration, search and evaluation tokens."""
         data = self._config.data
-        source, sequences = instantiate(data.source), dict(data.sequences)
         length, seed = int(data.sequence_length), int(self._config.seed)
         check_sequence_length(self.loaded.model, length)
-        parts = prepare(source, self.loaded.tokenizer, sequences, length, seed, data.bos)
+        source = self._for_model(instantiate(data.source))
+        parts = prepare(source, self.loaded.tokenizer, dict(data.sequences), length, seed, data.bos, self._texts_read)
         check_ids(self.loaded.model, parts)
         return parts
+
+    @cached_property
+    def further_texts(self) -> dict[str, TokenSet]:
+        """Held-out tokens of the texts in `evaluate.text`; those that cannot be had are told, and left out."""
+        data, seed, found = self._config.data, int(self._config.seed), dict[str, TokenSet]()
+        evaluation, length, read = data.sequences.evaluation, int(data.sequence_length), self._texts_read
+        _ = self.tokens  # which fills what was read
+        for name in self._config.evaluate.text:
+            try:
+                with quiet():
+                    source = self._for_model(source_named(name))
+                    text = held_out(source, self.loaded.tokenizer, evaluation, length, seed, data.bos, read)
+            except InputError as error:
+                log.warning("evaluate.text: nothing is measured on %s: %s", name, error)
+                continue
+            check_ids(self.loaded.model, {name: text})
+            found[name] = text
+        return found
+
+    def _for_model(self, source: TextSource) -> TextSource:
+        """The source with the model, which may have to write the text: on the device, if the whole model is there."""
+        whole = self.resources.resident == "model"
+        return source.for_model(self.loaded, self.device if whole else torch.device("cpu"))
 
     @cached_property
     def calibration(self) -> Calibration:

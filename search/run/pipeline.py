@@ -51,8 +51,8 @@ def run(config: DictConfig, path: Path, typed: Collection[str] = ()) -> None:
     keep_freed_memory()
     with locked(path, results):  # first: fresh=true must not move a run that is at work
         begun = Run.opened(config, stages, RunDirectory(path, record, bool(config.fresh), results))
-        begun.directory.identify(begun.inputs.identity)
         _check_inputs(begun, typed)
+        begun.directory.identify(begun.inputs.identity)
         _begin_trackers(begun)
         _go_through(begun)
         begun.directory.finish()

@@ -11,10 +11,11 @@ from dataclasses import fields, is_dataclass
 from pydoc import locate
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from local_prune.walk import VERSION
 from search.budgets import settings as budgets
+from search.inputs.data.named import check_name
 from search.run.recorded import recorded
 from search.values import check_number, check_whole
 from supernet.errors import InputError
@@ -64,10 +65,20 @@ def check_settings(config: DictConfig) -> None:
     for key, example in NUMBERS.items():
         check_number(key, _value(config, key), example)
     budgets.check_budget(config.budget)
+    _check_texts(config)
     for key in SWITCHES:
         value = _value(config, key)
         if type(value) is not bool:
             raise InputError(f"{key}={value} must be true or false")
+
+
+def _check_texts(config: DictConfig) -> None:
+    """InputError for a further text that there is not, or that the run has for its own."""
+    names = _value(config, "evaluate.text")
+    if not isinstance(names, ListConfig):
+        raise InputError(f"evaluate.text={names} must be a list of texts to measure on besides, such as [wikitext2,c4]")
+    for name in names:
+        check_name(name, "evaluate.text")
 
 
 def _check_words(config: DictConfig) -> None:

@@ -63,6 +63,7 @@ def prepare(
     sequence_length: int,
     seed: int,
     bos: object = "auto",
+    seen: set[int] | None = None,
 ) -> dict[str, TokenSet]:
     """Make the token sets of all parts.
 
@@ -77,6 +78,7 @@ def prepare(
         sequence_length: Tokens in a sequence, leading ones included.
         seed: Determines the order of the documents.
         bos: Which special tokens begin every sequence, as `leading_tokens` takes it.
+        seen: Takes up hashes of all texts that were read, for `held_out`.
 
     Returns:
         A token set for each of `PARTS`, with `sequences[part]` sequences, or fewer (and a warning) if the
@@ -91,12 +93,53 @@ def prepare(
     room = sequence_length - len(leading)  # for text in a sequence
     needs: dict[str, float] = {part: ALL if sequences[part] == "all" else int(sequences[part]) * room for part in PARTS}
     _check_all(needs, source)
-    fillings = _fill(source, needs, encode, seed, cutting=False)
+    seen = set() if seen is None else seen
+    fillings = _fill(source, needs, encode, seed, seen, cutting=False)
     if any(filling.need < ALL and filling.share < 1 for filling in fillings.values()):
-        fillings = _fill(source, needs, encode, seed, cutting=True)
+        seen.clear()
+        fillings = _fill(source, needs, encode, seed, seen, cutting=True)
     parts = {part: filling.pack(room, leading) for part, filling in fillings.items()}
     _check_length(parts, fillings, sequence_length, room, source)
     return parts
+
+
+def held_out(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: int | str,
+    sequence_length: int,
+    seed: int,
+    bos: object = "auto",
+    seen: Iterable[int] = (),
+) -> TokenSet:
+    """Make the token set of a further text that models are measured on, beside a run's own.
+
+    Args:
+        source: Where its documents come from; the split for the evaluation counts.
+        tokenizer: The model's tokenizer, with an end-of-sequence token.
+        sequences: Number of sequences, at most, or "all" that the split gives.
+        sequence_length: Tokens in a sequence, leading ones included.
+        seed: Determines the order of the documents.
+        bos: Which special tokens begin every sequence, as `leading_tokens` takes it.
+        seen: Hashes from `prepare`: texts that a run was calibrated or searched on are left out.
+
+    Raises:
+        InputError: The text cannot be had, or gives not a single sequence.
+    """
+    leading = leading_tokens(tokenizer, bos)
+    encode, room = Encoder.of(tokenizer, leading), sequence_length - len(leading)
+    filling, split = _Filling(ALL if sequences == "all" else int(sequences) * room), source.splits["evaluation"]
+    # What others measure on as a whole (a test set) stays whole, and in its order.
+    shared = list(source.splits.values()).count(split) > 1
+    texts = map(encode.text_of, source.documents(split, seed))
+    _deal(_texts(texts, shared=shared, seen=set(seen), generator=np.random.default_rng(seed)), [filling], encode)
+    found = filling.pack(room, leading)
+    if not len(found.ids):
+        raise InputError(
+            f"{source} has {filling.tokens} tokens that the run is not calibrated on, and a sequence takes "
+            f"{sequence_length}"
+        )
+    return found
 
 
 def split_record(parts: Mapping[str, TokenSet]) -> dict[str, dict[str, int | str]]:
@@ -147,12 +190,11 @@ class _Filling:
 
 
 def _fill(
-    source: TextSource, needs: Mapping[str, float], encode: Encoder, seed: int, *, cutting: bool
+    source: TextSource, needs: Mapping[str, float], encode: Encoder, seed: int, seen: set[int], *, cutting: bool
 ) -> dict[str, _Filling]:
     """Deal the source's documents to the parts; with `cutting`, shared splits give long documents in pieces."""
     fillings = {part: _Filling(need=need) for part, need in needs.items()}
     generator = np.random.default_rng(seed)
-    seen: set[int] = set()
     # Evaluation first: a text that two splits share is then missing from what the model is pruned with, and
     # figures on a published test set stay comparable with those of others.
     for split in dict.fromkeys(source.splits[part] for part in reversed(PARTS)):

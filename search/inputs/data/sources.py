@@ -1,12 +1,15 @@
 """Where text comes from: CPython's own documentation, files of this machine, data sets of the hub."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pydoc_data import topics as pydoc_topics
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
+import torch
 
 from search.errors import reason
 from search.inputs.data.files import read, text_files
@@ -14,11 +17,17 @@ from search.inputs.data.rows import Document, document_of
 from search.inputs.data.shuffling import shuffled
 from supernet.errors import InputError
 
+if TYPE_CHECKING:
+    from search.inputs.models.loaded import LoadedModel
+
 PARTS = ("calibration", "search", "evaluation")
 
 
 class TextSource(Protocol):
     """Documents of text, in one or several named splits."""
+
+    def for_model(self, loaded: LoadedModel, device: torch.device) -> TextSource:
+        """The source of a run that works on this model, on this device: called once, before `documents`."""
 
     @property
     def splits(self) -> Mapping[str, str]:
@@ -32,8 +41,16 @@ class TextSource(Protocol):
         """
 
 
+class SameForAll:
+    """Of sources whose text does not depend on the model."""
+
+    def for_model(self, loaded: LoadedModel, device: torch.device) -> Self:
+        """The source itself."""
+        return self
+
+
 @dataclass(frozen=True)
-class PydocTopics:
+class PydocTopics(SameForAll):
     """The language reference that CPython carries for `help()`: some 0.4 MB of English, a document per topic.
 
     Topics quote each other (`compound` holds all of `if`, `for`, `while`, ...), which would carry the same
@@ -57,7 +74,7 @@ class PydocTopics:
 
 
 @dataclass(frozen=True)
-class LocalText:
+class LocalText(SameForAll):
     """A `.txt` file (one document), a `.jsonl` or `.parquet` file (a document per row), or a folder of such.
 
     Files are taken in an order that the seed gives and read one at a time; rows are shuffled within theirs. Of files
@@ -102,7 +119,7 @@ class LocalText:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubText:
+class HubText(SameForAll):
     """A data set of the Hugging Face hub (or a local folder that `datasets` understands), streamed: a sample
     costs a sample.
 

@@ -1,6 +1,5 @@
 """Loading a model from a GGUF file that installed Python packages carry. The packages are never imported."""
 
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -17,6 +16,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from search.errors import reason
+from search.inputs.installed import NotInstalledError, installed_files
 from search.inputs.models.loaded import LoadedModel
 from search.inputs.models.pretrained import from_pretrained, quiet
 from search.paths import cache_dir
@@ -72,15 +72,11 @@ def _name(path: Path) -> str:
 
 
 def _files_of(package: str, packages: Sequence[str], file: str) -> list[Path]:
-    """Return the files of one of the packages; InputError if it is not installed in this version."""
-    name, _, version = package.partition("==")
+    """The files of one of the packages; InputError if it is not installed in this version."""
     try:
-        distribution = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        raise _not_installed(file, packages, f"{package} is not installed") from None
-    if distribution.version != version:
-        raise _not_installed(file, packages, f"installed is {name} {distribution.version}")
-    return [Path(str(entry.locate())) for entry in distribution.files or ()]
+        return list(installed_files(package).values())
+    except NotInstalledError as error:
+        raise _not_installed(file, packages, str(error)) from None
 
 
 def _not_installed(file: str, packages: Sequence[str], found: str) -> InputError:

@@ -14,7 +14,9 @@ import transformers
 from search.budgets.knapsack import uniform
 from search.budgets.settings import given_limits
 from search.evaluate.continuations import continuation
-from search.evaluate.held_out import HeldOut, Metrics, difference, streamed
+from search.evaluate.held_out import difference, streamed
+from search.evaluate.texts import Measured, further_json, measure_all
+from search.inputs.data import TokenSet
 from search.report.warnings import warn_if_missed
 from search.run.progress import track
 from search.run.rounds import Found
@@ -24,6 +26,7 @@ from supernet.store import Supernet
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
+OWN = ""  # the run's own text, among all that are measured on
 
 
 class Evaluate:
@@ -46,9 +49,10 @@ class Evaluate:
             "uniform": run.supernets.rebuilt(space.kept(even), "uniform"),
             "searched": run.supernets.rebuilt(found.kept, "searched"),
         }
+        texts = {OWN: run.inputs.tokens["evaluation"]} | run.inputs.further_texts
         with run.directory.stage("evaluate"):
             blocks = run.inputs.resources.resident == "blocks"
-            measured = (_measured_by_blocks if blocks else _measured)(run, supernets)
+            measured = (_measured_by_blocks if blocks else _measured)(run, supernets, texts)
         metrics = _metrics(run, found, supernets, measured)
         if "speedup" in given_limits(run.config.budget):
             model = run.assembled(supernets["searched"])
@@ -59,10 +63,9 @@ class Evaluate:
         run.directory.write(METRICS, metrics)
 
 
-def _metrics(
-    run: Run, found: Found, supernets: Mapping[str, Supernet], measured: Mapping[str, Metrics]
-) -> dict[str, Any]:
+def _metrics(run: Run, found: Found, supernets: Mapping[str, Supernet], of_texts: Measured) -> dict[str, Any]:
     """The content of `metrics.json`, without a latency."""
+    measured = of_texts[OWN]
     models: dict[str, Any] = {"dense": measured["dense"].to_json() | {"kept": 1.0}}
     for name, supernet in supernets.items():
         kept = supernet.space.lowest_cost / supernet.space.dense_cost
@@ -70,6 +73,7 @@ def _metrics(
     return models | {
         "searched_minus_uniform": difference(measured["searched"], measured["uniform"]),
         "evaluation_tokens": run.inputs.tokens["evaluation"].ids.numel(),
+        "texts": further_json(of_texts, run.inputs.further_texts),
         "search_forward_tokens": found.tokens,
         "stages": run.directory.costs(),
         "versions": {
@@ -80,16 +84,11 @@ def _metrics(
     }
 
 
-def _measured(run: Run, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
-    """The dense model and those of last rebuilds, as they will be exported."""
-    inputs, batch = run.inputs, int(run.config.evaluate.batch)
-    text = inputs.tokens["evaluation"]
-    targets = inputs.resources.teacher_targets()
-    held_out = HeldOut(inputs.model_on_device(), text.ids, batch, track, text.unscored, targets)
-    found = {"dense": held_out.dense}
-    for name, supernet in supernets.items():  # one assembled model at a time
-        found[name] = held_out.measure(run.assembled(supernet), name)
-    return found
+def _measured(run: Run, supernets: Mapping[str, Supernet], texts: Mapping[str, TokenSet]) -> Measured:
+    """The dense model and those of last rebuilds, as they will be exported, on every text."""
+    models = {name: partial(run.assembled, supernet) for name, supernet in supernets.items()}
+    batch, room = int(run.config.evaluate.batch), run.inputs.resources.teacher_targets
+    return measure_all(run.inputs.model_on_device(), texts, models, batch, track, room)
 
 
 def _continuations(run: Run, supernets: Mapping[str, Supernet]) -> dict[str, str]:
@@ -106,17 +105,15 @@ def _continuations(run: Run, supernets: Mapping[str, Supernet]) -> dict[str, str
     return found
 
 
-def _measured_by_blocks(run: Run, supernets: Mapping[str, Supernet]) -> dict[str, Metrics]:
+def _measured_by_blocks(run: Run, supernets: Mapping[str, Supernet], texts: Mapping[str, TokenSet]) -> Measured:
     """The same where the device has room for no more than the block at work."""
-    inputs = run.inputs
-    model, text = inputs.model_on_device(), inputs.tokens["evaluation"]
+    model, any_supernet = run.inputs.model_on_device(), next(iter(supernets.values()))
     if torch.finfo(run.export_dtype).eps > torch.finfo(model.dtype).eps:
         log.warning("measured in %s; the export's weights are rounded to %s after that", model.dtype, run.export_dtype)
-    measure = partial(streamed, model, ids=text.ids, resources=inputs.resources, unscored=text.unscored)
-    found = {}
-    for name, supernet in supernets.items():
-        units = supernet.space.units
-        if "dense" not in found:
-            found["dense"] = measure(supernet, (0,) * len(units), counted=model)
-        found[name] = measure(supernet, sparsest(supernet), counted=run.assembled(supernet))
+    found: Measured = {}
+    for on, text in texts.items():
+        measure = partial(streamed, model, ids=text.ids, resources=run.inputs.resources, unscored=text.unscored)
+        found[on] = {"dense": measure(any_supernet, (0,) * len(any_supernet.space.units), counted=model)}
+        for name, supernet in supernets.items():
+            found[on][name] = measure(supernet, sparsest(supernet), counted=run.assembled(supernet))
     return found

@@ -10,6 +10,15 @@ from search.cli.arguments import check_choices, prepared
 from supernet.errors import InputError
 
 
+def test_a_folder_is_another_model_than_one_of_the_hub(conf: Path, tmp_path: Path) -> None:
+    """By which it gets another text, unless one is chosen."""
+    local = f"model.path='{tmp_path}'"
+    assert prepared([f"model={tmp_path}"], conf) == ["model=folder", local]
+    assert prepared(["model=pretrained", f"model.path={tmp_path}"], conf) == ["model=folder", local]
+    assert prepared(["-m", "model=pretrained", f"model.path={tmp_path},{tmp_path}"], conf)[1] == "model=folder"
+    assert prepared(["model=pretrained", "model.path=org/name"], conf)[0] == "model=pretrained"
+
+
 @pytest.mark.parametrize(
     "value", ["org/name", "./folder", "/somewhere/else", "~/models/mine", "it's/quoted"], ids=lambda value: str(value)
 )
@@ -24,7 +33,7 @@ def test_a_folder_of_the_working_directory_needs_no_slash(
     monkeypatch.chdir(tmp_path)
     assert prepared(["model=mine"], conf) == ["model=mine"]
     (tmp_path / "mine").mkdir()
-    assert prepared(["model=mine"], conf) == ["model=pretrained", "model.path='mine'"]
+    assert prepared(["model=mine"], conf) == ["model=folder", "model.path='mine'"]
 
 
 def test_a_known_name_wins_over_a_folder_of_that_name(

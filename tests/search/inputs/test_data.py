@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from search.inputs.data import PARTS, PydocTopics, TokenSet, prepare, split_record
+from search.inputs.data import PARTS, PydocTopics, TokenSet, held_out, prepare, split_record
 from search.inputs.data.encoder import cut
 from search.inputs.data.rows import Chat
 from supernet.errors import InputError
@@ -78,6 +78,24 @@ def test_no_text_is_used_twice(
         assert 1 <= tokens.ids.shape[0] <= sequences[part]
         available = {mark for text in texts[splits[part]] for mark in re.findall("<.*?>", text)}
         assert available.issuperset(marks(byte_tokenizer, tokens))
+
+
+def test_a_further_text_shares_nothing_with_the_run(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = [marked(index, 40) for index in range(12)]
+    seen = set[int]()
+    parts = prepare(Listed({"all": texts[:6]}), byte_tokenizer, each(4), 64, seed=0, seen=seen)
+    used = {mark for tokens in parts.values() for mark in marks(byte_tokenizer, tokens)}
+    further = held_out(Listed({"all": texts}), byte_tokenizer, 30, 64, seed=0, seen=seen)
+    assert len(further.ids) == 30
+    assert used.isdisjoint(marks(byte_tokenizer, further))
+    with pytest.raises(InputError, match="has 0 tokens that the run is not calibrated on"):
+        held_out(Listed({"all": texts[:2]}), byte_tokenizer, 30, 64, seed=0, seen=seen)
+
+
+def test_a_test_set_stays_whole_and_in_its_order(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    source = Listed({"all": ["x"], "test": [marked(0, 2_000)]}, TEST_SPLIT)
+    found = held_out(source, byte_tokenizer, "all", 64, seed=5)
+    assert byte_tokenizer.decode(found.ids.flatten()) == marked(0, 2_000)[: found.ids.numel()]
 
 
 def test_documents_are_joined_with_eos_and_cut(byte_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -135,11 +135,13 @@ def test_hub_text_that_cannot_be_had(hub: Path, changes: dict[str, str], split: 
 
 def test_the_data_configurations_fit_their_sources(conf: Path) -> None:
     files = sorted((conf / "data").glob("*.yaml"))
-    assert {"pydoc", "local", "wikitext2", "c4", "fineweb_edu"} <= {file.stem for file in files}
+    assert {"prose", "generated", "mixed", "pydoc", "local", "wikitext2", "c4", "fineweb_edu"} <= {
+        file.stem for file in files
+    }
     for file in files:
         assert file.read_text().startswith("# ")
         config = OmegaConf.load(file)
-        assert set(config) == {"defaults", "source", "sequence_length", "sequences"}
+        assert set(config) - {"beside"} == {"defaults", "source", "sequence_length", "sequences"}
         assert config.defaults == ["base/text@_here_", "_self_"]  # data.bos
         assert set(config.sequences) == set(PARTS)
         settings = OmegaConf.to_container(config.source)

@@ -235,7 +235,7 @@ class TestCommandLine:
     def test_a_search_by_optuna(self, copy: Path, call: Callable[..., CompletedProcess[str]], sampler: str) -> None:
         """Everything but the search is there already."""
         smoke = (
-            "model=tiny_llama prune.multiple=8 supernet.levels=5 supernet.step=0.25 dtype=float32 "
+            "model=tiny_llama data=pydoc prune.multiple=8 supernet.levels=5 supernet.step=0.25 dtype=float32 "
             "data.sequence_length=64"
         )
         size = (

@@ -1,0 +1,58 @@
+"""Models on several held-out texts: the run's own kind, and others that they were not calibrated on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from search.evaluate.held_out import HeldOut, Metrics, Track, difference
+from search.evaluation.teacher import TeacherTargets
+from search.inputs.data import TokenSet
+
+# Of each text, of each model.
+Measured = dict[str, dict[str, Metrics]]
+
+
+def measure_all(
+    dense: PreTrainedModel,
+    texts: Mapping[str, TokenSet],
+    models: Mapping[str, Callable[[], PreTrainedModel]],
+    batch: int,
+    track: Track,
+    room: Callable[[], TeacherTargets],
+) -> Measured:
+    """Measure the dense model and others on every text; each of the others is made once, and one exists at a time.
+
+    Args:
+        dense: The dense model.
+        texts: Held-out text by name.
+        models: Makes each of the other models, by name.
+        batch: Sequences in one forward pass.
+        track: Draws progress.
+        room: Makes room for the dense model's side of a text.
+    """
+    held_out = {name: HeldOut(dense, text.ids, batch, track, text.unscored, room()) for name, text in texts.items()}
+    found: Measured = {name: {"dense": on.dense} for name, on in held_out.items()}
+    for title, make in models.items():
+        model = make()
+        for name, on in held_out.items():
+            found[name][title] = on.measure(model, title)
+        del model
+    return found
+
+
+def further_json(measured: Measured, texts: Mapping[str, TokenSet]) -> dict[str, Any]:
+    """Return what `metrics.json` has of further texts: for each of them its tokens, the models and their difference."""
+    return {
+        name: {"tokens": text.ids.numel()}
+        | {title: _of_text(metrics) for title, metrics in measured[name].items()}
+        | {"searched_minus_uniform": difference(measured[name]["searched"], measured[name]["uniform"])}
+        for name, text in texts.items()
+    }
+
+
+def _of_text(metrics: Metrics) -> dict[str, Any]:
+    """What differs from text to text."""
+    return {key: value for key, value in metrics.to_json().items() if not key.endswith("parameters")}
