@@ -1,4 +1,8 @@
-"""The seam between search strategies and the rest: what a strategy is given, and the state it can be resumed from."""
+"""The seam between search strategies and the rest of the application.
+
+`Problem` is what a strategy is given, `Strategy` is the protocol that it implements, and `StrategyDefaults` answers
+what most strategies answer alike. What a search remembers between generations is in `search.strategies.state`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from search.evaluation.generation import Evaluator
 from search.strategies.state import State
 from supernet.space import Allocation, Space
 
-FEWEST = 4  # sequences that a difference is judged on, unless there are no more: on fewer it is mostly chance
+FEWEST = 4  # sequences that a difference is judged on at least, if there are as many: on fewer it is mostly chance
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,10 @@ class Dense:
     """The dense model and a little text, for rules that look at weights and activations.
 
     Attributes:
-        model: In main memory; blocks are lent to the device one at a time.
-        ids: (sequences, tokens) int64, the calibration text.
-        batch: Sequences in one forward pass.
-        device: Where the work is done.
+        model: The dense model in main memory; its blocks are lent to the device one at a time.
+        ids: The calibration text, (sequences, tokens) int64.
+        batch: How many sequences go through the model in one forward pass.
+        device: The device that does the work.
     """
 
     model: PreTrainedModel
@@ -53,11 +57,17 @@ class Unmeasurable:
 
 @dataclass(frozen=True)
 class Problem:
-    """Find the allocation of `space` that meets `budget` with the smallest fitness, beginning at `start`.
+    """What a strategy has to solve: find the allocation within a budget that has the smallest fitness.
 
     Attributes:
-        errors: For each unit (levels,), the squared output errors that its candidates had when they were built,
-            relative to what they were fitted to, 0 for the dense level; None for units whose pruner records none.
+        space: The units, with their levels and costs.
+        budget: What the allocation may cost.
+        start: The allocation that the search begins at; it is within the budget.
+        evaluate: Measures allocations on the search text.
+        dense: The dense model and calibration text; None where there is none, and then most rules refuse.
+        errors: For each unit, the squared output errors (levels,) that its candidates had when they were built,
+            relative to the output that they were fitted to; 0 for the dense level. A unit whose pruner records no
+            errors has None, and so has the whole problem if no candidates were built.
     """
 
     space: Space
@@ -68,7 +78,10 @@ class Problem:
     errors: Sequence[Sequence[float] | None] | None = None
 
     def allows(self, allocation: Allocation) -> bool:
-        """Whether it meets the budget: to within one smallest step, or as nearly as the start."""
+        """Return whether an allocation meets the budget.
+
+        It must not cost more, and must leave less than one smallest step of it, or no more than the start leaves.
+        """
         return self.budget.allows(allocation, self.start)
 
 
@@ -77,13 +90,13 @@ class HistoryRow:
     """One allocation measured in one selection step: a row of `history.parquet`.
 
     Attributes:
-        generation: Of the round, from 0 on.
-        step: Of the generation, from 0 on.
-        tokens: That the allocation was measured on.
-        fitness: Mean over these tokens.
+        generation: Which generation of the round this is, counted from 0.
+        step: Which selection step of the generation this is, counted from 0.
+        tokens: How many tokens the allocation was measured on.
+        fitness: Its mean fitness over these tokens.
         survived: Whether the step kept the allocation.
-        seconds: That the whole step took.
-        allocation: The allocation.
+        seconds: How long the whole step took.
+        allocation: The allocation that was measured.
     """
 
     generation: int
@@ -100,10 +113,10 @@ class FrontPoint:
     """One point of a front of loss against cost: the best allocation that a search knows for a budget.
 
     Attributes:
-        target: The budget, in what the first limit counts.
-        allocation: The best so far.
-        fitness: Its fitness where it was last measured; None before that.
-        tokens: How many tokens it was measured on there.
+        target: The budget, in the unit that the budget's first limit counts in.
+        allocation: The best allocation so far.
+        fitness: Its fitness when it was last measured; None if it has not been measured yet.
+        tokens: How many tokens that measurement took.
     """
 
     target: int
@@ -112,7 +125,7 @@ class FrontPoint:
     tokens: int = 0
 
 
-StateOf = TypeVar("StateOf", bound=State)  # a strategy's own states
+StateOf = TypeVar("StateOf", bound=State)  # the class of a strategy's own states
 
 
 class Strategy(Protocol[StateOf]):
@@ -141,15 +154,15 @@ class Strategy(Protocol[StateOf]):
 
     @property
     def generations(self) -> int:
-        """The most generations of a round."""
+        """How many generations a round has at most."""
         ...
 
     @property
     def tokens_per_generation(self) -> int:
         """About how many tokens of the search text a generation passes through the model.
 
-        A gradient's count three times. 0 says that no allocation is measured: then `looks_at` says what is done
-        instead. The dry run prints it, and nothing depends on it.
+        Tokens that a gradient is taken on count three times. 0 says that no allocation is measured; then `looks_at`
+        says what is done instead. The dry run prints the number, and nothing depends on it.
         """
         ...
 
@@ -157,8 +170,8 @@ class Strategy(Protocol[StateOf]):
     def needs_candidates(self) -> bool:
         """Whether the strategy looks at candidates.
 
-        If not, a run builds no supernet for it and searches in a single round among the levels of the last one;
-        `Problem.evaluate` can measure nothing then, and `Problem.errors` is None.
+        If it does not, a run builds no supernet for it and has a single round, over the levels of the last one. Then
+        `Problem.evaluate` cannot measure anything, and `Problem.errors` is None.
         """
         ...
 
@@ -181,7 +194,12 @@ class Strategy(Protocol[StateOf]):
         ...
 
     def pool_warning(self, sequences: int, length: int) -> str | None:
-        """What to tell the user of a search text of so many sequences of so many tokens; None where it will do."""
+        """Return a warning if the search text is too short for this strategy, and None if it will do.
+
+        Args:
+            sequences: How many sequences the text has.
+            length: How many tokens each of them has.
+        """
         ...
 
     def begin(self, problem: Problem, seed: int) -> StateOf:
@@ -192,25 +210,29 @@ class Strategy(Protocol[StateOf]):
         """Do one generation.
 
         Args:
-            problem: That of the whole round.
-            state: As the generation before, or `begin`, left it. It is not to be changed.
+            problem: The problem of the round, the same in all of its generations.
+            state: The state that the generation before, or `begin`, returned. It must not be changed.
 
         Returns:
-            The state behind the generation, and what was measured on the way, for the history. A strategy that finds
-            nothing left to try returns the state with `exhausted` set; where that was no generation of its own,
-            `generation` and the rows stay as they were.
+            The state after the generation, and what was measured on the way, for the history. A strategy that has
+            nothing left to try returns a state with `exhausted` set. If it found that out before it did anything, the
+            generation does not count: `generation` stays as it was, and there are no rows.
         """
         ...
 
     def front(self, state: StateOf) -> Sequence[FrontPoint] | None:
-        """The points of a front, from the run's own budget to the densest; None where only one budget is searched."""
+        """Return the points of a front, from the run's own budget to the densest, or None if there is no front.
+
+        Only a strategy that searches several budgets at once has a front.
+        """
         ...
 
 
 class StrategyDefaults:
-    """What most strategies answer alike: a search that looks at candidates, for any units, rounds and budget.
+    """What most strategies answer alike: they measure candidates, and take any units, rounds and budget.
 
-    Its states are plain ones unless it says otherwise: then it overrides `state_class`, `begin` and `front`.
+    A strategy that remembers more than `State` holds overrides `state_class`, and one that searches several budgets
+    overrides `front`.
     """
 
     state_class: ClassVar[type[State]] = State
@@ -219,7 +241,7 @@ class StrategyDefaults:
 
     @property
     def needs_candidates(self) -> bool:
-        """Return True: allocations are measured."""
+        """Return True, because allocations are measured."""
         return True
 
     def check_rounds(self, rounds: int) -> None:
@@ -232,11 +254,11 @@ class StrategyDefaults:
         """Take any budget."""
 
     def pool_warning(self, sequences: int, length: int) -> str | None:
-        """Warn of fewer sequences than differences between allocations can be told from chance on."""
+        """Warn if there are so few sequences that differences between allocations are mostly chance."""
         if sequences >= FEWEST:
             return None
         return f"data.sequences.search={sequences}: differences on so few are mostly chance; take at least {FEWEST}"
 
     def front(self, state: Any) -> Sequence[FrontPoint] | None:
-        """Return None: only the run's own budget is searched."""
+        """Return None, because only the run's own budget is searched."""
         return None

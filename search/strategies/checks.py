@@ -1,4 +1,7 @@
-"""Checks of settings that strategies share; what they say is for the user who gave them."""
+"""Checks of settings that strategies share.
+
+Each of them raises an InputError that tells the user which setting is wrong, and what would be right.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from typing import Any
 
 from supernet.errors import InputError
 
-# The most that can end: a generation proposes all of its offspring at once, a front measures all of its points.
+# With more than this a search would not end: a generation proposes all of its offspring at once, and a front measures
+# all of its points.
 MOST = {
     "points": 1_000,
     "offspring": 10_000,
@@ -18,11 +22,11 @@ MOST = {
     "knots": 1_000,
 }
 MOST |= dict.fromkeys(("generations", "samples", "steps"), 10**6)
-MOST_OF_OTHERS = 10**12  # tokens, say: what there is of them ends a search anyway
+MOST_OF_OTHERS = 10**12  # such as tokens, of which a search never takes more than there are
 
 
 def check_whole(name: str, value: Any, least: int, usual: str | None = None) -> None:
-    """InputError unless a setting is a whole number of at least `least`, and not more than can end."""
+    """Raise an InputError unless a setting is a whole number of at least `least`, and not one that would never end."""
     most = MOST.get(name, MOST_OF_OTHERS)
     if type(value) is not int or value < least:
         advice = f"; {usual} is the usual choice" if usual else ""
@@ -32,20 +36,25 @@ def check_whole(name: str, value: Any, least: int, usual: str | None = None) -> 
 
 
 def check_number(name: str, value: Any, lowest: float, highest: float, usual: str) -> None:
-    """InputError unless a setting is a number from `lowest` to `highest`."""
+    """Raise an InputError unless a setting is a number from `lowest` to `highest`."""
     if type(value) not in (int, float) or not lowest <= value <= highest:
         limits = f"from {lowest:g} to {highest:g}" if math.isfinite(highest) else f"of at least {lowest:g}"
         raise InputError(f"strategy.{name}={value} must be a number {limits}; {usual} is the usual choice")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """InputError unless a setting is one of these words."""
+    """Raise an InputError unless a setting is one of these words."""
     if value not in choices:
         raise InputError(f"strategy.{name}={value} is not known; choose one of {', '.join(choices)}")
 
 
 def check_steps(tokens: Sequence[int], survivors: Sequence[int]) -> None:
-    """InputError unless these are selection steps."""
+    """Raise an InputError unless these describe selection steps, with a number in both lists for each step.
+
+    Args:
+        tokens: How many tokens each step measures an allocation on, above 0 and not falling.
+        survivors: How many allocations each step keeps, not rising; the last one keeps 1.
+    """
     for name, value in (("tokens", tokens), ("survivors", survivors)):
         if not _are_whole(value):
             raise InputError(f"strategy.{name}={value} must be a list of whole numbers, one for each selection step")
@@ -63,7 +72,13 @@ def check_steps(tokens: Sequence[int], survivors: Sequence[int]) -> None:
 
 
 def check_tokens(tokens: Sequence[int], single: str, last: str) -> None:
-    """InputError unless these are two numbers of tokens: of one single measurement, and of the last comparison."""
+    """Raise an InputError unless these are two numbers of tokens.
+
+    Args:
+        tokens: The setting.
+        single: What the first number is for, in words for the user.
+        last: What the second number is for.
+    """
     if not _are_whole(tokens) or len(tokens) != 2 or min(tokens) < 1:
         raise InputError(
             f"strategy.tokens={tokens} must be a list of two whole numbers above 0, of {single} and of {last}; for "

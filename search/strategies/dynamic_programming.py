@@ -1,12 +1,12 @@
-"""Independent scores of replacing one unit, and a knapsack: what Puzzletron does with blocks.
+"""Scores every unit by itself and lets a knapsack choose among them, as Puzzletron (NVIDIA) does with blocks.
 
-SPDY (Frantar and Alistarh 2022) solves such a knapsack too, but its point is a search over the coefficients of the
+The fitness is measured with one unit at another level and all others at a reference, for a few levels of every unit and
+on the same sequences. Between these levels it is interpolated so that it never falls as the unit gets sparser. What it
+exceeds the reference's fitness by is assumed to add up over units, so that a knapsack finds the best allocation. This
+allocation is compared with the start, which stays unless it is beaten.
+
+SPDY (Frantar and Alistarh 2022) solves such a knapsack, too, but its point is a search over the coefficients of the
 scores, which is not done here.
-
-The fitness is measured with one unit at a level and all others at a reference, at a few levels of every unit and on the
-same sequences. Between them it is interpolated, never falling as a unit gets sparser. What it exceeds the reference's
-by is taken to add up over units: then the knapsack finds the best allocation. That is compared with the start, which
-stays unless it is beaten.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from supernet.space import Allocation
 log = logging.getLogger(__name__)
 
 REFERENCES = ("dense", "start")
-Probe = tuple[int, int]  # a unit, and the level that it is measured at
+Probe = tuple[int, int]  # a unit, and a level at which it is measured
 
 
 @dataclass(frozen=True)
 class ScoredState(State):
-    """What the scores are made from, portion by portion.
+    """The scores that have been measured so far; each generation adds a portion.
 
     Attributes:
-        sequences: Of the search text, that all scores are measured on.
-        start_losses: Of the start, on each of these sequences.
-        scores: Mean losses so far: of the reference, then of the probes in their order.
+        sequences: Which sequences of the search text all scores are measured on.
+        start_losses: The loss of the start on each of these sequences.
+        scores: The mean losses so far: first that of the reference, then those of the probes in their order.
     """
 
     sequences: tuple[int, ...] = ()
@@ -50,7 +50,7 @@ class ScoredState(State):
 
     @classmethod
     def values_of(cls, content: Mapping[str, Any]) -> dict[str, Any]:
-        """Add those of the scores."""
+        """Add the fields that hold the scores."""
         return super().values_of(content) | {
             "sequences": tuple(map(read_count, content["sequences"])),
             "start_losses": tuple(map(read_number, content["start_losses"])),
@@ -60,15 +60,16 @@ class ScoredState(State):
 
 @dataclass(frozen=True)
 class DynamicProgramming(StrategyDefaults):
-    """Settings of the scores.
+    """Settings of the search by independent scores.
 
     Attributes:
-        generations: The most portions that the work is done in; in the last one, the result is compared with the start.
-        candidates: Allocations scored in a portion (more, if `generations` portions would not hold one level of every
-            unit).
-        points: Levels measured of every unit, evenly spread; fewer where `generations` portions do not hold as many.
-        tokens: That a score is measured on, and that the result is compared with the start on.
-        reference: Level of all other units: `dense`, or as at the `start`.
+        generations: How many generations a round has at most. Each of them scores a portion of the probes; the last one
+            compares the result with the start.
+        candidates: How many allocations a generation scores; more, if the generations would otherwise not suffice for
+            one level of every unit.
+        points: How many levels of every unit are measured, evenly spread; fewer, if the generations do not suffice.
+        tokens: Two numbers: how many tokens a score is measured on, and how many the comparison with the start takes.
+        reference: Where all other units are while one is measured: `dense`, or at the level of the `start`.
     """
 
     name: ClassVar[str] = "dynamic_programming"
@@ -89,15 +90,15 @@ class DynamicProgramming(StrategyDefaults):
 
     @property
     def tokens_per_generation(self) -> int:
-        """Count a portion of scores, or the comparison with the start where that takes more."""
+        """Count a portion of scores, or the comparison with the start if that takes more."""
         return max(self.candidates * self.tokens[0], 2 * self.tokens[1])
 
     def begin(self, problem: Problem, seed: int) -> ScoredState:
-        """Nothing is scored yet."""
+        """Return a state without any scores."""
         return ScoredState.first(problem.start, seed)
 
     def advance(self, problem: Problem, state: ScoredState) -> tuple[ScoredState, list[HistoryRow]]:
-        """Score a portion of the probes; once all are scored, solve and compare with the start."""
+        """Score a portion of the probes or, once all are scored, solve the knapsack and compare with the start."""
         rng = state.generator()
         probes = self._probes(problem, warn=not state.scores)
         if not state.scores and not _has_choice(problem):
@@ -131,7 +132,7 @@ class DynamicProgramming(StrategyDefaults):
     def _finish(
         self, problem: Problem, state: ScoredState, race: Measured, probes: Sequence[Probe], rng: np.random.Generator
     ) -> tuple[ScoredState, list[HistoryRow]]:
-        """Solve, and compare with the start."""
+        """Solve the knapsack, and keep what it finds if that beats the start."""
         best = knapsack(self._losses(problem, probes, state.scores), problem.budget)
         rivals = [best] if best != problem.start and problem.allows(best) else []
         last = draw(self.tokens[1], problem, rng)
@@ -144,7 +145,7 @@ class DynamicProgramming(StrategyDefaults):
             generation=generation,
             tokens=state.tokens + race.tokens,
             rng=rng_state(rng),
-            exhausted=generation < self.generations,  # there is nothing to do in those that are left
+            exhausted=generation < self.generations,  # the generations that are left have nothing to do
         )
         return state, race.rows
 
@@ -152,7 +153,7 @@ class DynamicProgramming(StrategyDefaults):
         return problem.start if self.reference == "start" else (0,) * len(problem.start)
 
     def _probes(self, problem: Problem, warn: bool) -> list[Probe]:
-        """All that is measured besides the reference."""
+        """Choose which levels of which units are measured, besides the reference: up to `points` of each unit."""
         room = (self.generations - 1) * self.candidates - 1
         for points in range(self.points, 0, -1):
             probes = [
@@ -170,12 +171,12 @@ class DynamicProgramming(StrategyDefaults):
         return probes
 
     def _allocations(self, problem: Problem, probes: Sequence[Probe]) -> list[Allocation]:
-        """The reference, and it with one unit at another level."""
+        """Return the reference, and after it one allocation for each probe: the reference with one unit changed."""
         base = self._reference(problem)
         return [base, *((*base[:unit], level, *base[unit + 1 :]) for unit, level in probes)]
 
     def _losses(self, problem: Problem, probes: Sequence[Probe], scores: Sequence[float]) -> list[np.ndarray]:
-        """What each level of each unit adds to the reference's fitness."""
+        """Return what each level adds to the reference's fitness, (levels,) for each unit."""
         base = self._reference(problem)
         points = [{level: 0.0} for level in base]
         finite = [score for score in scores if np.isfinite(score)]
@@ -186,7 +187,9 @@ class DynamicProgramming(StrategyDefaults):
             raise InputError(
                 f"scores are measured from the {self.reference} allocation, whose loss is not finite; {instead}"
             )
-        worst = scores[0] + 10.0 * (max(finite) - min(finite)) + 1.0  # what is not finite is worse than all that is
+        worst = (
+            scores[0] + 10.0 * (max(finite) - min(finite)) + 1.0
+        )  # for what is not finite: worse than anything that is
         for (index, level), score in zip(probes, scores[1:], strict=True):
             points[index][level] = (score if np.isfinite(score) else worst) - scores[0]
         losses = []
@@ -199,12 +202,12 @@ class DynamicProgramming(StrategyDefaults):
 
 
 def _spread(levels: int, points: int) -> list[int]:
-    """Both ends and what lies evenly between them: as many intervals as points."""
+    """Return the first and the last level and levels evenly between them, which make `points` intervals."""
     return sorted({round(level) for level in np.linspace(0, levels - 1, points + 1)})
 
 
 def _has_choice(problem: Problem) -> bool:
-    """Whether anything but the start is allowed: the knapsack looks for what differs from it most."""
+    """Return whether the budget allows anything but the start: the knapsack looks for what differs from it most."""
     losses = []
     for unit, level in zip(problem.space.units, problem.start, strict=True):
         losses.append(np.zeros(len(unit.levels)))

@@ -1,8 +1,9 @@
-"""Steepest exchange: every generation goes where single moves, measured one by one, promise most.
+"""Steepest exchange: a greedy search that goes, in every generation, where single moves promise most.
 
-A single move takes one unit a level denser or sparser, whatever the budget. The effects of moves are measured from the
-parent, on the same sequences, and taken to add up. An exchange is a move and those that make up for its cost at the
-best price. The best exchange, the two best ones together, ... are then measured against the parent.
+A single move takes one unit one level denser or sparser, whatever the budget. Each move is measured by itself from the
+parent, all on the same sequences, and the effects of several moves are assumed to add up. An exchange is a move
+together with the moves that make up for its cost at the best price. The best exchange, the two best ones together and
+so on are then measured against the parent.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from supernet.space import Allocation
 
 DENSER, SPARSER = -1, 1
 Move = tuple[int, int]  # a unit, and by how much its level changes
-Effects = Mapping[Move, float]  # of single moves on the fitness
+Effects = Mapping[Move, float]  # by how much each single move changes the fitness
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class Greedy(StrategyDefaults):
     """Settings of the steepest exchange.
 
     Attributes:
-        generations: How many.
-        candidates: Single moves measured a generation; where there are more, half of them denser and half sparser at
-            random.
-        exchanges: The most that are tried together.
-        tokens: That a single move is measured on, and that exchanges are compared with the parent on.
+        generations: How many generations a round has.
+        candidates: How many single moves a generation measures. If there are more, they are drawn at random: half of
+            them go denser and half sparser.
+        exchanges: How many exchanges are tried together at most.
+        tokens: Two numbers: how many tokens a single move is measured on, and how many the comparison of exchanges with
+            the parent takes.
     """
 
     name: ClassVar[str] = "greedy"
@@ -53,12 +55,12 @@ class Greedy(StrategyDefaults):
 
     @property
     def tokens_per_generation(self) -> int:
-        """Count the single moves and the comparison of exchanges, with the parent in both."""
+        """Count the single moves and the comparison of exchanges; both measure the parent, too."""
         single, last = self.tokens
         return (self.candidates + 1) * single + (self.exchanges + 1) * last
 
     def begin(self, problem: Problem, seed: int) -> State:
-        """Begin at the start; there is nothing else to remember."""
+        """Return a plain state at the start: this search remembers nothing else."""
         return State.first(problem.start, seed)
 
     def advance(self, problem: Problem, state: State) -> tuple[State, list[HistoryRow]]:
@@ -69,7 +71,8 @@ class Greedy(StrategyDefaults):
         race = Measured(problem, state.generation)
         some = draw(self.tokens[0], problem, rng)
         children = self._measured_moves(problem, parent, race, some, rng)
-        last = draw(self.tokens[1], problem, rng) if children else some  # there, what the parent does is known
+        # Without children the parent stays, and its losses on the sequences of the moves are known.
+        last = draw(self.tokens[1], problem, rng) if children else some
         (best,) = race.step([parent, *children], last, 1)  # the parent first: it wins a tie
         fitness = float(race.losses([best], last).mean())
         return State(best, fitness, state.generation + 1, state.tokens + race.tokens, rng_state(rng)), race.rows
@@ -77,7 +80,7 @@ class Greedy(StrategyDefaults):
     def _measured_moves(
         self, problem: Problem, parent: Allocation, race: Measured, sequences: np.ndarray, rng: np.random.Generator
     ) -> list[Allocation]:
-        """What single moves, once measured, say is worth a comparison."""
+        """Measure single moves, and return the allocations that they promise to be better than the parent."""
         begun = time.perf_counter()
         moves = self._moves(problem, parent, rng)
         measured = [parent, *(_moved(parent, [move]) for move in moves)]
@@ -95,7 +98,7 @@ class Greedy(StrategyDefaults):
         return children
 
     def _moves(self, problem: Problem, parent: Allocation, rng: np.random.Generator) -> list[Move]:
-        """Single moves to be measured, as many denser as sparser ones where they are not all."""
+        """Choose the single moves to measure: all of them, or about as many denser as sparser ones at random."""
         denser = [(i, DENSER) for i, level in enumerate(parent) if level > 0]
         sparser = [(i, SPARSER) for i, unit in enumerate(problem.space.units) if parent[i] + 1 < len(unit.levels)]
         half = max(self.candidates // 2, self.candidates - len(sparser))
@@ -105,10 +108,13 @@ class Greedy(StrategyDefaults):
 
 
 def effects_of(fitness: np.ndarray) -> list[float]:
-    """By how much each move changes the fitness of the parent, which comes first in (1 + moves,) fitnesses.
+    """Return by how much each move changes the fitness of the parent.
 
-    A move from a finite parent to what is not finite is infinitely bad. From a parent that is not finite itself, a move
-    to what is finite is a gain, and the others say nothing.
+    From a parent with a finite fitness, a move to one that is not finite is infinitely bad. From a parent whose own
+    fitness is not finite, a move to a finite one is a gain, and all other moves count as 0.
+
+    Args:
+        fitness: (1 + moves,), first the parent's and then that behind each move.
     """
     if np.isfinite(fitness[0]):
         return [float(effect) for effect in fitness[1:] - fitness[0]]
@@ -118,8 +124,10 @@ def effects_of(fitness: np.ndarray) -> list[float]:
 
 
 def best_exchanges(problem: Problem, parent: Allocation, effects: Effects, count: int) -> Iterator[Allocation]:
-    """The parent after the most promising exchange, after that and one of other units, ...; none that promises
-    a loss.
+    """Yield the parent after the most promising exchange, then after the two most promising ones, and so on.
+
+    Every exchange is of units that those before it left alone. It ends after `count` exchanges, or when no exchange
+    promises a gain.
     """
     at, free = parent, set(range(len(parent)))
     for _ in range(count):
@@ -134,17 +142,19 @@ def best_exchanges(problem: Problem, parent: Allocation, effects: Effects, count
 
 
 def completed(problem: Problem, at: Allocation, first: Move, effects: Effects) -> tuple[float, Allocation] | None:
-    """An exchange that begins with a move: the sum of the effects, and where it leads; None where the budget cannot be
-    met.
+    """Complete a move to an exchange, by the moves that bring the allocation back to the budget at the best price.
 
-    A unit may move by several levels, each of them taken to have the effect of the first.
+    A unit may move by several levels; each of them is assumed to have the effect of the first.
+
+    Returns:
+        The sum of the effects and the allocation that the exchange leads to, or None if it cannot meet the budget.
     """
     budget, costs = problem.budget, problem.budget.leading.costs
     levels = list(_moved(at, [first]))
     change = effects[first]
 
     def take(moves: list[Move]) -> float | None:
-        """Make the move of least effect for what it frees, or of most gain for what it takes."""
+        """Make the move whose effect is best for its cost, and return its effect; None if there is no move."""
         prices = [effects[(i, by)] / max(1, abs(costs[i][levels[i]] - costs[i][levels[i] + by])) for i, by in moves]
         if not moves:
             return None

@@ -1,4 +1,8 @@
-"""Measuring allocations on the sequences of a pool: nothing twice, everything counted."""
+"""Measures allocations for a strategy, measures nothing twice, and counts the tokens that it costs.
+
+Every strategy that measures makes one `Measured` a generation. It asks the problem's evaluator, keeps what it answered,
+and writes the rows of the history.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from search.strategies.base import HistoryRow, Problem
 from search.strategies.state import read_allocation, read_count, read_number
 from supernet.space import Allocation
 
-GRADIENT_COST = 3  # passes that a gradient counts as: one forward, and backward as two
+GRADIENT_COST = 3  # forward passes that a gradient counts as: its own one, and two for the way back
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,10 @@ class Pair:
     """Two allocations measured on the same sequences.
 
     Attributes:
-        first: An allocation.
-        second: Another one.
-        difference: Mean loss of the first less that of the second.
-        sequences: How many sequences the mean is over.
+        first: One allocation.
+        second: The other one.
+        difference: The mean loss of the first one minus that of the second one.
+        sequences: How many sequences the means are over.
     """
 
     first: Allocation
@@ -45,11 +49,11 @@ class Pair:
 
 
 class Measured:
-    """The losses of one generation: what is known of each allocation on each sequence, and what that cost.
+    """The losses that one generation knows, by allocation and sequence, and what it has spent on them.
 
     Attributes:
-        rows: For the history.
-        tokens: Forward tokens spent.
+        rows: The rows of the history so far, one for each allocation and selection step.
+        tokens: How many forward tokens have been spent.
     """
 
     def __init__(
@@ -58,9 +62,9 @@ class Measured:
         """Begin a generation.
 
         Args:
-            problem: Whose evaluator measures.
-            generation: Its number.
-            known: Losses from before, by allocation and sequence.
+            problem: The problem whose evaluator measures.
+            generation: The number of the generation, for the history.
+            known: Losses known from before, by allocation and sequence.
         """
         self.problem, self.generation = problem, generation
         self.rows: list[HistoryRow] = []
@@ -71,7 +75,7 @@ class Measured:
             self._known[allocation] |= losses
 
     def losses(self, allocations: Sequence[Allocation], sequences: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The fitness on each sequence, (allocations, sequences) float64; what is known is not measured again."""
+        """Return the losses, (allocations, sequences) float64; only those not known yet are measured."""
         wanted = [int(sequence) for sequence in sequences]
         missing: defaultdict[tuple[int, ...], list[Allocation]] = defaultdict(list)
         for allocation in dict.fromkeys(allocations):
@@ -85,18 +89,25 @@ class Measured:
         return np.array([[self._known[allocation][one] for one in wanted] for allocation in allocations])
 
     def effects(self, allocation: Allocation, sequences: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """Take a gradient (`Evaluator.effects`), which counts as three passes over its tokens."""
+        """Predict by one gradient what each level of each unit would change, and count it as three forward passes.
+
+        Returns:
+            For each unit (levels,) float64, as `Evaluator.effects` says.
+        """
         self.tokens += GRADIENT_COST * len(sequences) * self.problem.evaluate.sequence_length
         return self.problem.evaluate.effects(allocation, np.asarray(sequences))
 
     def known(self, allocation: Allocation) -> dict[int, float]:
-        """The losses of an allocation on the sequences that it was measured on."""
+        """Return the losses of an allocation, by the sequences that it was measured on."""
         return dict(self._known[allocation])
 
     def step(
         self, alive: Sequence[Allocation], sequences: Sequence[int] | np.ndarray, survivors: int
     ) -> list[Allocation]:
-        """One selection step: the fittest of `alive` on these sequences, best first; the earlier one wins a tie."""
+        """Do one selection step: return the fittest allocations on these sequences, best first.
+
+        Of two equal ones the earlier one wins. The step is noted in the history.
+        """
         begun = time.perf_counter()
         fitness = self.losses(alive, sequences).mean(1)
         best = np.argsort(fitness, kind="stable")[:survivors]
@@ -106,7 +117,15 @@ class Measured:
     def note(
         self, alive: Sequence[Allocation], fitness: np.ndarray, sequences: int, survived: set[int], seconds: float
     ) -> None:
-        """Add the rows of a selection step: which of the measured (by index) survived it."""
+        """Add the rows of a selection step to the history.
+
+        Args:
+            alive: The allocations that entered the step.
+            fitness: The mean fitness of each, (allocations,).
+            sequences: How many sequences they were measured on.
+            survived: The indices of those that the step kept.
+            seconds: How long the step took.
+        """
         tokens = sequences * self.problem.evaluate.sequence_length
         self.rows += [
             HistoryRow(self.generation, self._steps, tokens, float(fitness[i]), i in survived, seconds, allocation)
@@ -116,5 +135,5 @@ class Measured:
 
 
 def sequences_for(tokens: int, problem: Problem) -> int:
-    """Sequences that hold at least `tokens` tokens, or the whole pool."""
+    """Return how many sequences hold at least so many tokens; the whole pool if it has fewer."""
     return min(-(-tokens // problem.evaluate.sequence_length), problem.evaluate.sequences)

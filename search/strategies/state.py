@@ -1,4 +1,8 @@
-"""What a search remembers between generations, and how a checkpoint keeps it."""
+"""What a search remembers between generations, and how a checkpoint keeps it.
+
+`State` is what every search remembers; strategies extend it. The functions read a state's values back from a checkpoint
+and refuse, with a ValueError, TypeError or KeyError, what no search wrote.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,10 @@ class State:
 
     Attributes:
         parent: The best allocation so far.
-        fitness: Its fitness where it was last measured; None before that.
-        generation: Generations done.
-        tokens: Tokens that were passed through the model (each sequence counted for each allocation measured on it).
-        rng: State of numpy's PCG64.
+        fitness: Its fitness when it was last measured; None if it has not been measured yet.
+        generation: How many generations have been done.
+        tokens: How many tokens were passed through the model; a sequence counts for each allocation measured on it.
+        rng: The state of the random generator, numpy's PCG64.
         exhausted: Whether nothing is left to try.
     """
 
@@ -41,18 +45,18 @@ class State:
         return cls(start, None, 0, 0, rng_state(np.random.Generator(np.random.PCG64(seed))))
 
     def generator(self) -> np.random.Generator:
-        """Return the random generator as it was left."""
+        """Return a random generator that goes on where the last generation left it."""
         bits = np.random.PCG64()
         bits.state = cast(Any, self.rng)
         return np.random.Generator(bits)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the fields as a dictionary, which the checkpoint writes as JSON."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Return the state that was written; a ValueError, TypeError or KeyError where a search wrote no such thing."""
+        """Return the state that `to_json` wrote; a ValueError, TypeError or KeyError if no search wrote this."""
         if content.keys() != {field.name for field in fields(cls)}:
             raise ValueError("it is not what this strategy remembers")
         state = cls(**cls.values_of(content))
@@ -77,7 +81,7 @@ class State:
         return [self.parent]
 
     def check_levels(self, space: Space) -> None:
-        """ValueError where one of its allocations is none of this space."""
+        """Raise a ValueError if one of the allocations has levels that this space does not have."""
         most = [len(unit.levels) for unit in space.units]
         for allocation in self.allocations():
             if len(allocation) != len(most) or any(level >= end for level, end in zip(allocation, most, strict=True)):
