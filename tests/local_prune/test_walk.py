@@ -23,12 +23,13 @@ from local_prune.methods.wanda import WandaPruner
 from local_prune.pruner import FITS, Calibration, Pruner, Task
 from local_prune.statistics import LeastSquares, Moments
 from local_prune.text.streams import Streams, stream_bytes
+from local_prune.walk import fit_of
 from search.inputs.models import LoadedModel
 from supernet.candidates import member_columns
 from supernet.models.architecture import sub_blocks
 from supernet.models.assemble import assemble
 from supernet.models.forward import entry
-from supernet.space import Unit
+from supernet.space import Space, Unit
 from supernet.store import Supernet
 
 IDS = torch.randint(97, (5, 16), generator=torch.Generator().manual_seed(3))
@@ -331,6 +332,19 @@ def test_the_batch_size_does_not_matter_to_linear_layers(
         whole, problem = (recorders[batch].problem(name) for batch in (5, 2))
         torch.testing.assert_close(problem.hessian, whole.hessian, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(problem.moment, whole.moment, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_fits_are_one_where_no_errors_accumulate_or_nothing_is_fitted(
+    model: PreTrainedModel, space_of: Callable[..., Space], fit: str
+) -> None:
+    """So no second stream of text is carried along for nothing."""
+    space = space_of(model, ObsPruner(), (0.75, 0.25))
+    calibration = Calibration(IDS, 2, fit)
+    none, some = ({unit.name: of(unit, 0) for unit in space.units} for of in (dense, uneven))
+    assert fit_of(model, calibration, ObsPruner(), space, none) == ("pruned", False)
+    assert fit_of(model, calibration, ObsPruner(), space, some) == (fit, False)
+    assert fit_of(model, calibration, FlapPruner(), space, some) == ("pruned", False)
 
 
 # Sub-blocks that are absent
