@@ -97,7 +97,8 @@ def test_it_is_what_a_build_takes(
     )
     assert found.seconds > 0.0
     assert found.model == sum(parameter.nbytes for parameter in model.parameters())
-    assert found.streams == (0 if name in UNSEEING else IDS.numel() * 64 * 4)
+    # The stream is 64 wide; kept are the inputs of down_proj, the widest of the layers that end a sub-block.
+    assert found.streams == (0 if name in UNSEEING else IDS.numel() * (64 + 96) * 4)
     block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     assert block <= found.device < 100 * block
 
@@ -116,7 +117,7 @@ def test_of_other_families(
 
 def test_fits_to_the_dense_model_take_its_stream_too(model_of: ModelOf, space_of: SpaceOf) -> None:
     streams = {fit: estimated(model_of("llama"), space_of, ObsPruner(), fit=fit).streams for fit in FITS}
-    assert streams["dense"] == streams["residual"] == 2 * streams["pruned"]
+    assert streams["dense"] == streams["residual"] == streams["pruned"] + IDS.numel() * 64 * 4
 
 
 @pytest.mark.parametrize("name", PRUNERS)
@@ -215,7 +216,7 @@ def test_the_working_memory_is_about_right(
     supernet = Supernet.open_or_create(tmp_path, space, {})
     with Meter(model) as meter:
         build(model, Calibration(ids, 2), pruner, supernet, mixture(space), CPU, lambda items, _: items, "build")
-    streams = ids.numel() * 512 * 4
+    streams = ids.numel() * (512 + (0 if units == UP else 1536)) * 4
     found = working_bytes(place, pruner, space, Calibration(ids, 2))
     assert (meter.peak - streams) / 1.5 < found < (meter.peak - streams) * 1.5
 
@@ -236,3 +237,5 @@ def test_it_is_one_line_to_read() -> None:
     )
     surveyed = Estimate(1234.5, 12_345_678, 3_210_000_000, 900, 538_000_000, 425_000_000)
     assert "1 kB for activations, 425 MB for the survey, 3.2 GB for a block at work" in str(surveyed)
+    shared = Estimate(1234.5, 12_345_678, 3_210_000_000, 900, 538_000_000, states=864_000_000)
+    assert "12 MB on disk and 864 MB more until the run ends; in memory 538 MB" in str(shared)
