@@ -1,4 +1,4 @@
-"""The stage `evaluate`: the dense, the uniform and the searched model on held-out text.
+"""What the stage `evaluate` measures: the dense, the uniform and the searched model on held-out text.
 
 May import `search.evaluation`; the run imports it.
 """

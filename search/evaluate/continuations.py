@@ -1,4 +1,4 @@
-"""How a model goes on with a few words: what numbers cannot show at a glance."""
+"""Lets a model go on with a few words, which shows at a glance what numbers do not."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENS = 32  # new ones: enough for a sentence
+TOKENS = 32  # how many a model writes: enough for a sentence
 
 
 @torch.no_grad()
 def continuation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, leading: Sequence[int] = ()
 ) -> str:
-    """Return what the model writes behind the prompt, the most probable token each time (greedy decoding).
+    """Return what the model writes behind the prompt, taking the most probable token each time (greedy decoding).
 
     Args:
         model: A causal language model that can generate.
-        tokenizer: Its tokenizer.
-        prompt: The text to go on with; not through a chat template.
-        leading: Special tokens that begin every sequence of the run, such as BOS.
+        tokenizer: The model's tokenizer.
+        prompt: The text to go on with, which is taken as it is, without a chat template.
+        leading: Ids of the special tokens that begin every sequence of the run, such as BOS.
 
     Returns:
         Up to `TOKENS` new tokens as text, without special tokens.

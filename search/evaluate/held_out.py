@@ -1,4 +1,4 @@
-"""Perplexity and KL divergence on held-out text: of the dense, the uniform and the searched model."""
+"""Measures perplexity and KL divergence of the dense, the uniform and the searched model on held-out text."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Track = Callable[[Sequence[Tensor], str], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Metrics:
-    """A model on held-out text.
+    """What was measured of a model on held-out text.
 
     Attributes:
-        parameters: Of the whole model, tied ones once.
-        nonzero: Those of them that are not zero.
-        losses: (sequences,) float64, mean -log p of a token of each sequence, without the leading special tokens and,
-            where there are none, without the first token (sequences do not overlap).
-        divergences: (sequences,) float64, mean KL divergence to the dense model at a token, without the positions that
-            predict a leading special token. A mean may be a little below 0, by rounding.
+        parameters: The number of parameters of the whole model; tied ones count once.
+        nonzero: How many of them are not zero.
+        losses: The mean -log p of a token in each sequence, (sequences,) float64. The leading special tokens are left
+            out and, where there are none, the first token is (sequences do not overlap).
+        divergences: The mean KL divergence to the dense model at a token of each sequence, (sequences,) float64.
+            Positions that predict a leading special token are left out. A mean may be a little below 0, by rounding.
     """
 
     parameters: int
@@ -44,20 +44,20 @@ class Metrics:
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the mean loss."""
+        """The exponential of the mean loss; infinite where that is too large for a float."""
         with np.errstate(over="ignore"):
             return float(np.exp(self.losses.mean()))
 
     @property
     def kl_divergence(self) -> float:
-        """Mean KL divergence to the dense model."""
+        """The mean KL divergence to the dense model."""
         return float(self.divergences.mean())
 
     def to_json(self) -> dict[str, Any]:
         """Return the model's entry in `metrics.json`, where `*_error` are standard errors over sequences.
 
-        They are null for a single sequence, and where a loss is not finite. That of the perplexity is to first order:
-        the perplexity times that of the mean loss.
+        Errors are null for a single sequence, and where a loss is not finite. The perplexity's error is to first order:
+        the perplexity times the error of the mean loss.
         """
         of_loss = error_of_mean(self.losses)
         return {
@@ -74,20 +74,20 @@ def difference(a: Metrics, b: Metrics) -> dict[str, Any]:
     """Return by how much model `a` is worse than model `b` on the same sequences, with paired standard errors."""
     found: dict[str, Any] = {}
     for name, one, other in (("kl_divergence", a.divergences, b.divergences), ("log_perplexity", a.losses, b.losses)):
-        with np.errstate(invalid="ignore"):  # of two that are not finite
+        with np.errstate(invalid="ignore"):  # the difference of two infinite losses is NaN, without a warning
             found |= {name: float((one - other).mean()), f"{name}_error": error_of_mean(one - other)}
     return found
 
 
 def error_of_mean(values: np.ndarray) -> float | None:
-    """Return the standard error of a mean over sequences; None for a single one, or where one is not finite."""
+    """Return the standard error of the mean of values; None for a single value, or where one is not finite."""
     if len(values) < 2 or not np.isfinite(values).all():
         return None
     return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 class HeldOut:
-    """Held-out text with the dense model's targets on it, which models are measured against."""
+    """Holds held-out text and the dense model's targets on it, which other models are measured against."""
 
     def __init__(
         self,
@@ -98,16 +98,17 @@ class HeldOut:
         unscored: int = 0,
         targets: TeacherTargets | None = None,
     ) -> None:
-        """Run the dense model once.
+        """Run the dense model once, and keep its targets.
 
         Args:
             dense: The dense model.
             ids: (sequences, tokens) int64.
-            batch: Sequences in one forward pass.
-            track: Draws progress.
+            batch: How many sequences pass through a model together.
+            track: Draws progress over a sequence of batches.
             unscored: First positions of each sequence that are left out, as they predict tokens that always begin a
                 sequence.
-            targets: Room for the dense model's side, of each batch.
+            targets: An empty store for the dense model's targets, by the number of their batch; None makes one with
+                the defaults of `Resources`.
         """
         self.batches, self.unscored = ids.split(batch), unscored
         self.track = track
@@ -116,7 +117,7 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model: PreTrainedModel, title: str) -> Metrics:
-        """Measure a model. The first one is taken for the dense model, which the others are compared with."""
+        """Measure a model; progress shows `title`. The first one must be the dense model, whose targets are kept."""
         head = head_of(model)
         losses, divergences = list[Tensor](), list[Tensor]()
         for index, ids in enumerate(self.track(self.batches, f"{title} model on held-out text")):
@@ -144,12 +145,12 @@ def streamed(
 
     Args:
         model: The dense model.
-        supernet: Candidates of its units.
-        allocation: One of them for each unit.
-        ids: (sequences, tokens) int64.
-        resources: Where things lie.
-        counted: The allocation's model, whose parameters are counted.
-        unscored: As of `HeldOut`.
+        supernet: The candidates of its units.
+        allocation: One level for each unit.
+        ids: (sequences, tokens) int64, the held-out text.
+        resources: The device, where the model lies, and how much memory may be taken.
+        counted: The allocation's assembled model, which is not run: its parameters are counted.
+        unscored: First positions of each sequence that are left out.
     """
     every = np.arange(len(ids))
     with closing(GenerationEvaluator(model, supernet, ids, KlDivergence(), resources, unscored)) as evaluate:

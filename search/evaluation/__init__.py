@@ -1,5 +1,4 @@
-"""How a generation of allocations is measured on the search text: fitness, its gradient, and the machinery that shares
-work.
+"""How a generation of allocations is measured on the search text: the fitness, its gradient, and how work is shared.
 
 May import `local_prune` and `supernet`; strategies and the run import it.
 """

@@ -1,4 +1,8 @@
-"""One gradient backwards through the model: what every level of every unit would change, to first order."""
+"""Takes one gradient backwards through the model, and predicts from it what every level of every unit would change.
+
+The prediction is to first order. This file walks from sub-block to sub-block; what happens at one of them is in
+`search.evaluation.gradient`.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,22 @@ Batch = tuple[Tensor, Tensor]  # residual stream before a sub-block and gradient
 
 
 class Backward:
-    """Walks from the gradient at the last hidden states to the first sub-block (`search.evaluation.gradient`)."""
+    """Walks from the gradient at the last hidden states back to the first sub-block."""
 
     def __init__(self, forward: Forward, comparison: Comparison, space: Space) -> None:
         """Bind to what runs the model and to what its final states are compared with."""
         self.forward, self.comparison, self.space = forward, comparison, space
 
     def effects(self, allocation: Allocation, rows: Sequence[int]) -> list[np.ndarray]:
-        """Return what the loss, summed over tokens and these sequences, changes by: (levels,) float64 for each unit."""
+        """Predict by how much each level of each unit changes the loss, summed over all tokens of some sequences.
+
+        Args:
+            allocation: Where the gradient is taken.
+            rows: Indices of the sequences in the pool.
+
+        Returns:
+            (levels,) float64 for each unit; 0 at the level of the allocation.
+        """
         found = [np.zeros(len(unit.levels)) for unit in self.space.units]
         inputs: list[list[Tensor]] = []
         texts = self.comparison.pool[list(rows)]
@@ -45,7 +57,18 @@ class Backward:
         behind: Sequence[Tensor],
         found: list[np.ndarray],
     ) -> list[Tensor]:
-        """Return the gradients (tokens, hidden) before a sub-block; what its levels change is added to `found`."""
+        """Take the gradient through one sub-block, and add to `found` what the levels of its units would change.
+
+        Args:
+            place: The sub-block, which is on the device, and its units.
+            allocation: Where the gradient is taken.
+            states: The residual stream before the sub-block, (tokens, hidden) for each sequence.
+            behind: The gradients behind it, (tokens, hidden) each.
+            found: (levels,) float64 for each unit, which is added to.
+
+        Returns:
+            The gradients before the sub-block, (tokens, hidden) for each sequence.
+        """
         length = states[0].shape[0]
         context = self.forward.walk.context(place.part, length)
         size = max(1, self.forward.batch_tokens // length)
@@ -64,15 +87,15 @@ class Backward:
             hidden, after = batch
             return part_gradient(workers.own(place.part), wanted, hidden, context, after, with_bias)
 
-        for i in range(0, len(parts), workers.count):  # no more at a time: each has gradients of all weights
+        for i in range(0, len(parts), workers.count):  # no more at a time, as each holds gradients of all weights
             before += scorer.add(workers.map(gradient, [self._stacked(part) for part in parts[i : i + workers.count]]))
         for unit, layer in place.units:
             found[unit] += scorer.effects(layer, self._levels(unit), allocation[unit])
         return before
 
     def _wanted(self, place: Place, now: Mapping[int, Candidate | None]) -> tuple[dict[str, Candidate | None], bool]:
-        """The layers whose gradients are needed, with their candidates, and whether that of the last bias is, too."""
-        # The levels of a unit are of one kind: the first one that is not dense shows it.
+        """Return the layers whose gradients are needed, with their candidates, and whether the last bias needs one."""
+        # The levels of a unit are of one kind, which the first one that is not dense shows.
         samples = {unit: self.forward.candidate(unit, min(1, self._last(unit))) for unit in now}
         members = [sample for sample in samples.values() if isinstance(sample, Members)]
         layers = {layer or place.part.column: now[unit] for unit, layer in place.units if layer is not None or members}
@@ -86,7 +109,7 @@ class Backward:
         return len(self.space.units[unit].levels) - 1
 
     def _levels(self, unit: int) -> Iterator[Candidate | None]:
-        """The candidates of all levels of a unit, one after the other: together they may be as large as many blocks."""
+        """Yield the candidates of a unit's levels one by one, as all of them may be as large as many blocks."""
         for level in range(self._last(unit) + 1):
             self.forward.cache.prefetch([(unit, level + 1)] if level < self._last(unit) else [])
             yield self.forward.candidate(unit, level)
@@ -94,7 +117,7 @@ class Backward:
     def _returns(
         self, place: Place, now: Mapping[int, Candidate | None]
     ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-        """The moves (unit, level) after which an absent sub-block is there again, and its parameters then."""
+        """Yield each move (unit, level) that brings an absent sub-block back, with the parameters it then has."""
         for unit in now:
             for level, candidate in enumerate(self._levels(unit)):
                 weights = place.weights([candidate if unit == other else now[other] for other, _ in place.units])

@@ -1,4 +1,8 @@
-"""Final hidden states against the dense model's: its targets, the losses, and their gradient."""
+"""Compares final hidden states of allocations with the dense model's.
+
+The dense model's side, its targets, is computed once for each sequence. From targets and states follow the losses and
+their gradient.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +23,32 @@ from supernet.models.forward import final_norm_and_head
 
 
 class Comparison:
-    """The loss of final states on the sequences of a pool, with targets that are computed once a sequence.
+    """Gives the loss of final states on the sequences of a pool, and computes the targets of each sequence only once.
 
     Attributes:
-        fitness: The loss of a token; another one may take its place, as the targets serve any.
-        targets: The dense model's side of the sequences that have been asked for.
+        fitness: The loss of a token. It may be replaced by another one at any time, as the targets serve all of them.
+        targets: The dense model's side of the sequences that have been asked for so far.
     """
 
     def __init__(
         self, forward: Forward, pool: Tensor, fitness: Fitness, known: TeacherTargets, room: Room, unscored: int
     ) -> None:
-        """Begin with what is known; the other arguments are those of `GenerationEvaluator`."""
+        """Begin with the targets that are known already.
+
+        Args:
+            forward: Runs the dense model.
+            pool: (sequences, tokens) int64 ids.
+            fitness: The loss of a token.
+            known: Targets by the number of their sequence; new ones are added.
+            room: How many hidden states may exist at a time.
+            unscored: First positions of each sequence that are left out of the loss.
+        """
         self.forward, self.pool, self.fitness, self.targets = forward, pool, fitness, known
         self._room, self._unscored = room, unscored
 
     @property
     def scored(self) -> int:
-        """How many tokens of a sequence have a loss."""
+        """The number of tokens of a sequence that have a loss."""
         return self.fitness.scored(self.pool.shape[1] - self._unscored)
 
     def learn(self, rows: Sequence[int]) -> None:
@@ -53,7 +66,15 @@ class Comparison:
                 missing = missing[len(some) :]
 
     def losses(self, finals: Sequence[PathStates], rows: Sequence[int]) -> np.ndarray:
-        """Return the losses summed over tokens, (allocations, sequences) float64, of final states and their rows."""
+        """Return the losses of final states, summed over tokens.
+
+        Args:
+            finals: The final states of each allocation, (tokens, hidden) for each sequence.
+            rows: Indices of these sequences in the pool; their targets must be known.
+
+        Returns:
+            (allocations, sequences) float64.
+        """
         workers = self.forward.workers
         scored = self.pool.shape[1] - self._unscored
         pieces = [
@@ -68,7 +89,7 @@ class Comparison:
         return torch.stack(found).view(len(rows), len(pieces), -1).sum(1).T.cpu().numpy()
 
     def gradients(self, states: PathStates, rows: Sequence[int]) -> list[Tensor]:
-        """Return the gradients of the summed losses at one allocation's final states, each like its state."""
+        """Return the gradients of the summed losses at one allocation's final states, each of its state's shape."""
         with lent_head(self.forward.model, self.forward.device):
             return self.forward.workers.map(lambda pair: self._gradient(*pair), list(zip(states, rows, strict=True)))
 
@@ -77,7 +98,7 @@ class Comparison:
         return loss_gradient(model, self.fitness, state, self.targets[row], self.pool[row], self._unscored)
 
     def _loss(self, states: Sequence[Tensor], row: int, piece: slice) -> Tensor:
-        """Losses of some tokens of a sequence, summed, (allocations,) float64; states (tokens, hidden) of each."""
+        """Sum the losses of some tokens of a sequence: states (tokens, hidden) each -> (allocations,) float64."""
         normed, head = final_norm_and_head(self.forward.model, torch.stack(list(states)))
         teacher = self.targets[row][piece].to(self.forward.device)
         labels = nn.functional.pad(self.pool[row, 1:], (0, 1), value=NO_LABEL)[piece].to(self.forward.device)

@@ -1,15 +1,16 @@
-"""Losses over the vocabulary, exact and without ever holding more logits than fit in a set number of bytes.
+"""The losses that a search may minimise: exact over the whole vocabulary, with only a few of the logits in memory.
 
 For a dense model with hidden states t and probabilities p, and a pruned one with hidden states s, the logits differ by
 d = E (s - t), where E is the output embedding, and
 
     KL(dense || pruned) = log sum_v p_v exp(d_v) - (s - t) . sum_v p_v E_v
 
-So the dense model's side is its hidden state, its log-normaliser and its *expected embedding*, kept for each token; its
-logits are made once for all candidates that are measured together; and only the small difference d is rounded to the
-model's dtype, not logits of 20 and more, whose rounding in bfloat16 would be larger than the divergence of a good
-candidate. Products are taken in tiles of the vocabulary that stay in the processor's caches. Hidden states are those
-behind the final norm. Capped logits (Gemma 2) are not linear: there each tile's logits are capped on both sides.
+So all that is kept of the dense model for a token is its hidden state, its log-normaliser and its *expected embedding*.
+Its logits are made once for all candidates that are measured together. Only the small difference d is rounded to the
+model's dtype: logits are 20 and more, and to round them to bfloat16 would be a larger error than the divergence of a
+good candidate. Products are taken in tiles of the vocabulary that stay in the processor's caches. Hidden states are
+those behind the final norm. Capped logits (Gemma 2) are not linear in the hidden states, so there the logits of each
+tile are capped on both sides.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from supernet.models.forward import LmHead
 
 CHUNK_BYTES = 32 << 20  # of logits in float32 that exist at a time
 TILE = 2048  # words of the vocabulary in a product: fewer waste the matrix units, more leave the caches
-NO_LABEL = -1  # behind the last token of a sequence
+NO_LABEL = -1  # the label of the last token of a sequence, which none follows
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The dense model's side for n tokens.
+    """What is kept of the dense model for n tokens, to compare other models with.
 
     Attributes:
-        hidden: (n, hidden), final hidden states.
-        expected: (n, hidden) float32, expected output embedding.
-        normaliser: (n,) float32, logsumexp of the logits.
+        hidden: (n, hidden), the final hidden states, behind the final norm.
+        expected: (n, hidden) float32, the expected output embedding.
+        normaliser: (n,) float32, the logsumexp of the logits.
     """
 
     hidden: Tensor
@@ -44,16 +45,16 @@ class Targets:
     normaliser: Tensor
 
     def to(self, device: torch.device | str) -> Targets:
-        """The same on another device."""
+        """Return the same targets on another device."""
         return Targets(self.hidden.to(device), self.expected.to(device), self.normaliser.to(device))
 
     def __getitem__(self, rows: slice) -> Targets:
-        """Of some of the tokens."""
+        """Return the targets of some of the tokens."""
         return Targets(self.hidden[rows], self.expected[rows], self.normaliser[rows])
 
 
 class Fitness(Protocol):
-    """What the search minimises: a loss of every token, of several pruned models at once.
+    """What the search minimises. It gives the loss of each token, for several pruned models at once.
 
     Attributes:
         goal: What is searched for, in words that fit behind "searched for".
@@ -63,22 +64,22 @@ class Fitness(Protocol):
 
     @property
     def chunk_bytes(self) -> int:
-        """Of logits that exist at a time."""
+        """How many bytes of logits in float32 may exist at a time."""
         ...
 
     @property
     def is_divergence(self) -> bool:
-        """Whether it measures how far a model is from the dense one, whose own loss is then 0."""
+        """Whether the loss measures how far a model is from the dense one, whose own loss is then 0."""
         ...
 
     def __call__(self, students: Tensor, head: LmHead, teacher: Targets, labels: Tensor) -> Tensor:
-        """The losses of n tokens.
+        """Return the losses of n tokens.
 
         Args:
-            students: (models, n, hidden) final hidden states in the dtype of the head.
-            head: The output embedding (vocabulary, hidden) and bias, which all share, and the logits' cap.
+            students: (models, n, hidden) final hidden states of the pruned models, in the dtype of the head.
+            head: The output embedding (vocabulary, hidden) and bias, which all models share, and the logits' cap.
             teacher: The dense model's side of the same n tokens.
-            labels: (n,) the tokens that follow; `NO_LABEL` behind the last one of a sequence.
+            labels: (n,), the token that follows each token; `NO_LABEL` for the last one of a sequence.
 
         Returns:
             (models, n) float32.
@@ -86,18 +87,18 @@ class Fitness(Protocol):
         ...
 
     def scored(self, tokens: int) -> int:
-        """How many tokens of a sequence have a loss."""
+        """Return how many of a sequence's tokens have a loss."""
         ...
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What all have in common.
+    """The settings that all losses have in common.
 
     Attributes:
-        chunk_bytes: Of logits that exist at a time.
-        hidden_weight: Of 1 - cosine similarity of the final hidden states, added to the loss of every token
-            (Týr-the-Pruner adds such a term, of three layers).
+        chunk_bytes: How many bytes of logits in float32 may exist at a time.
+        hidden_weight: The weight of a second term in the loss of every token: 1 - cosine similarity of the final hidden
+            states (Týr-the-Pruner adds such a term for the states of three layers).
     """
 
     is_divergence: ClassVar[bool] = True
@@ -139,13 +140,16 @@ class KlDivergence(_Settings):
 
 @dataclass(frozen=True)
 class CrossEntropy(_Settings):
-    """-log p of the following token, without the last token of each sequence: the logarithm of the perplexity."""
+    """-log p of the token that follows, whose mean is the logarithm of the perplexity.
+
+    The last token of each sequence has no loss, as none follows.
+    """
 
     goal: ClassVar[str] = "the smallest cross-entropy"
     is_divergence: ClassVar[bool] = False
 
     def __call__(self, students: Tensor, head: LmHead, teacher: Targets, labels: Tensor) -> Tensor:
-        """Return the cross-entropy of each token that follows."""
+        """Return -log p of the token that follows each token."""
         known = labels != NO_LABEL
         losses = cross_entropy(students, head, teacher, labels.clamp_min(0), self.chunk_bytes)
         return (losses + self._hidden_term(students, teacher)) * known
@@ -157,11 +161,10 @@ class CrossEntropy(_Settings):
 
 @dataclass(frozen=True)
 class TopKDivergence(_Settings):
-    """KL(dense || pruned) with both renormalised over the dense model's k likeliest words, as EvoPress's and Týr's
-    sparse KL.
+    """KL(dense || pruned) over the dense model's k likeliest words alone: the sparse KL of EvoPress and Týr-the-Pruner.
 
-    What the pruned model gives to other words goes unseen; it is here for comparison, and is no cheaper than the exact
-    one.
+    Both distributions are renormalised over these words, so the probability that the pruned model gives to other words
+    goes unseen. It is here for comparison, and costs no less than the exact divergence.
     """
 
     goal: ClassVar[str] = "the smallest KL divergence to the unpruned model among its likeliest tokens"
@@ -179,24 +182,27 @@ class TopKDivergence(_Settings):
 
 
 def token_slices(tokens: int, models: int, chunk_bytes: int) -> Iterator[slice]:
-    """Runs of tokens whose logits over a tile of the vocabulary, of so many models, stay within the bytes."""
+    """Cut tokens into runs whose logits over one tile of words, for all models, fit in `chunk_bytes`."""
     size = max(1, chunk_bytes // (4 * models * TILE))
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
 
 
 def _tiles(head: LmHead) -> Iterator[slice]:
-    """Runs of words, of one length whatever is measured: what is measured beside a model changes no more than its
-    rounding.
+    """Cut the vocabulary into runs of words.
+
+    Their length is the same whatever is measured, so that the models that are measured together change each other's
+    results in the last bits at most.
     """
     for start in range(0, len(head.linear.weight), TILE):
         yield slice(start, start + TILE)
 
 
 def _raw_logits(hidden: Tensor, head: LmHead, words: slice, bias: bool = True) -> Tensor:
-    """(..., hidden) -> (..., words) without the cap, in the head's dtype.
+    """Return logits without the cap: (..., hidden) -> (..., words) in the head's dtype.
 
-    As one matrix: of a single model the strides are odd, and the product would be a hundred times slower on a CPU.
+    The hidden states are made one matrix first: those of a single model have odd strides, with which the product would
+    be a hundred times slower on a CPU.
     """
     own = head.linear.bias
     weight = head.linear.weight[words]
@@ -206,7 +212,7 @@ def _raw_logits(hidden: Tensor, head: LmHead, words: slice, bias: bool = True) -
 
 
 def _capped(logits: Tensor, head: LmHead) -> Tensor:
-    """Of logits in float32, which it may change; not what tanh gave: autograd needs that."""
+    """Cap logits in float32. The logits are changed in place, but not the result of tanh, which autograd needs."""
     return logits if head.cap is None else logits.div_(head.cap).tanh_() * head.cap
 
 
@@ -214,12 +220,15 @@ ALL = slice(None)
 
 
 def logits_of(hidden: Tensor, head: LmHead) -> Tensor:
-    """(n, hidden) -> (n, vocabulary) float32, multiplied in the head's dtype."""
+    """Return capped logits: (n, hidden) -> (n, vocabulary) float32. The product is taken in the head's dtype."""
     return _capped(_raw_logits(hidden, head, ALL).float(), head)
 
 
 def targets(hidden: Tensor, head: LmHead, chunk_bytes: int = CHUNK_BYTES) -> Targets:
-    """The teacher's side from the dense model's final hidden states (n, hidden)."""
+    """Return what is kept of the dense model, from its final hidden states (n, hidden).
+
+    No more than `chunk_bytes` of logits in float32 exist at a time.
+    """
     expected, normaliser = [], []
     for chunk in hidden.split(max(1, chunk_bytes // (4 * len(head.linear.weight)))):
         logits = logits_of(chunk, head)
@@ -230,9 +239,10 @@ def targets(hidden: Tensor, head: LmHead, chunk_bytes: int = CHUNK_BYTES) -> Tar
 
 
 def _expected(p: Tensor, head: LmHead) -> Tensor:
-    """Expected output embedding (n, hidden) of probabilities (n, vocabulary), both float32: a divergence is a small
-    difference of it and the logarithm of a sum, so rounding it to bfloat16 would be a quarter of the divergence's
-    error.
+    """Return the expected output embedding: probabilities (n, vocabulary) -> (n, hidden), both float32.
+
+    A divergence is the small difference between a product with it and the logarithm of a sum: if it were rounded to
+    bfloat16, that would make a quarter of the divergence's error.
     """
     total = torch.zeros(len(p), head.linear.weight.shape[1], device=p.device)
     for words in _tiles(head):
@@ -241,13 +251,13 @@ def _expected(p: Tensor, head: LmHead) -> Tensor:
 
 
 def kl_divergence(students: Tensor, head: LmHead, teacher: Targets, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """KL(dense || pruned) of each token for several pruned models.
+    """Return KL(dense || pruned) of each token for several pruned models.
 
     Args:
-        students: (models, n, hidden) final hidden states.
-        head: The output embedding (vocabulary, hidden) and bias, which all share, and the logits' cap.
+        students: (models, n, hidden) final hidden states of the pruned models.
+        head: The output embedding (vocabulary, hidden) and bias, which all models share, and the logits' cap.
         teacher: The dense model's side of the same n tokens.
-        chunk_bytes: Of logits in float32 that exist at a time.
+        chunk_bytes: How many bytes of logits in float32 may exist at a time.
 
     Returns:
         (models, n) float32.
@@ -267,7 +277,10 @@ def kl_divergence(students: Tensor, head: LmHead, teacher: Targets, chunk_bytes:
 def cross_entropy(
     students: Tensor, head: LmHead, teacher: Targets, labels: Tensor, chunk_bytes: int = CHUNK_BYTES
 ) -> Tensor:
-    """-log p of the words `labels` (n,), (models, n) float32; the other arguments are those of `kl_divergence`."""
+    """Return -log p of the words `labels` (n,), as (models, n) float32.
+
+    The other arguments are those of `kl_divergence`.
+    """
     losses = torch.empty(students.shape[:2], dtype=torch.float32, device=students.device)
     for rows in token_slices(students.shape[1], len(students), chunk_bytes):
         step, here, words = _steps(students[:, rows], teacher[rows]), teacher[rows], labels[rows]
@@ -278,10 +291,10 @@ def cross_entropy(
 
 
 def _logits_of_words(step: Tensor, head: LmHead, teacher: Targets, words: Tensor) -> Tensor:
-    """A word's logit for each token, (models, n), from words (n,) and steps (n, models, hidden).
+    """Return the logit of one word for each token: steps (n, models, hidden), words (n,) -> (models, n).
 
-    The dense model's and the difference are each rounded as in the products over the whole vocabulary, so that what
-    they lose there, where they are part of the normaliser, is lost here, too.
+    The dense model's logit and the difference are each rounded as in the products over the whole vocabulary. What they
+    lose there, as parts of the normaliser, is then lost here, too.
     """
     weight = head.linear.weight
     embeddings = weight[words].float()
@@ -294,8 +307,9 @@ def _logits_of_words(step: Tensor, head: LmHead, teacher: Targets, words: Tensor
 
 
 def topk_divergence(students: Tensor, head: LmHead, teacher: Targets, k: int, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """KL of the distributions over the dense model's k likeliest words alone; arguments and result as of
-    `kl_divergence`.
+    """Return the KL divergence over the dense model's k likeliest words alone.
+
+    The other arguments and the result are those of `kl_divergence`.
     """
     k = min(k, len(head.linear.weight))
     divergence = torch.empty(students.shape[:2], dtype=torch.float32, device=students.device)
@@ -305,7 +319,7 @@ def topk_divergence(students: Tensor, head: LmHead, teacher: Targets, k: int, ch
         raw = raw.gather(-1, words)
         log_p = _capped(raw.clone(), head).log_softmax(-1)
         step = _steps(students[:, rows], teacher[rows])
-        for model in range(len(students)):  # (n, vocabulary) of one at a time
+        for model in range(len(students)):  # one at a time, as its logits are (n, vocabulary)
             change = _raw_logits(step[:, model], head, ALL, bias=False).gather(-1, words).float()
             log_q = _capped(change.add_(raw), head).log_softmax(-1)
             divergence[model, rows] = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -313,19 +327,19 @@ def topk_divergence(students: Tensor, head: LmHead, teacher: Targets, k: int, ch
 
 
 def token_slices_of_all_words(tokens: int, head: LmHead, chunk_bytes: int) -> Iterator[slice]:
-    """Runs of tokens whose logits over the whole vocabulary, of one model, stay within the bytes."""
+    """Cut tokens into runs whose logits over the whole vocabulary, for one model, fit in `chunk_bytes`."""
     size = max(1, chunk_bytes // (4 * len(head.linear.weight)))
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
 
 
 def _steps(students: Tensor, teacher: Targets) -> Tensor:
-    """(models, n, hidden) -> (n, models, hidden) float32, from the dense model's hidden states."""
+    """Return s - t, the way from the dense model's states: (models, n, hidden) -> (n, models, hidden) float32."""
     return (students.float() - teacher.hidden.float()).transpose(0, 1).contiguous()
 
 
 def _log_ratio(step: Tensor, head: LmHead, teacher: Targets) -> Tensor:
-    """Log sum_v p_v exp(d_v), (models, n), from steps (n, models, hidden); a bias is the same on both sides."""
+    """Return log sum_v p_v exp(d_v): steps (n, models, hidden) -> (models, n). A bias cancels in the differences d."""
     count, models, _ = step.shape
     step = step.to(head.linear.weight.dtype)
     total = torch.zeros(count, models, device=step.device)
@@ -341,16 +355,17 @@ def _log_ratio(step: Tensor, head: LmHead, teacher: Targets) -> Tensor:
 
 
 def _log_terms(step: Tensor, head: LmHead, teacher: Targets, words: slice) -> Tensor:
-    """Log p_v + d_v, (n, models, words) float32, from steps (n, models, hidden) in the head's dtype."""
+    """Return log p_v + d_v: steps (n, models, hidden) in the head's dtype -> (n, models, words) float32."""
     log_p = _raw_logits(teacher.hidden, head, words).float().sub_(teacher.normaliser.unsqueeze(1))
     return torch.add(_raw_logits(step, head, words, bias=False), log_p.unsqueeze(1))
 
 
 def _capped_terms(step: Tensor, head: LmHead, teacher: Targets) -> tuple[Tensor, Tensor]:
-    """With capped logits z of the dense model and z' of the pruned: log sum_v p_v exp(z'_v - z_v) and sum_v p_v (z_v -
-    z'_v).
+    """Return the two terms of the divergence for capped logits, (models, n) each.
 
-    Both (models, n). Raw logits are the dense model's and the difference, so that both sides are rounded alike.
+    With capped logits z of the dense model and z' of the pruned one they are log sum_v p_v exp(z'_v - z_v) and
+    sum_v p_v (z_v - z'_v). The pruned model's raw logits are the dense model's plus the difference, so that both sides
+    are rounded alike.
     """
     count, models, _ = step.shape
     step = step.to(head.linear.weight.dtype)
@@ -367,8 +382,12 @@ def _capped_terms(step: Tensor, head: LmHead, teacher: Targets) -> tuple[Tensor,
 
 
 def negative_log_likelihood(hidden: Tensor, head: LmHead, ids: Tensor) -> Tensor:
-    """-log p of each following token, (batch, tokens - 1), from hidden (batch, tokens, hidden) and ids (batch,
-    tokens).
+    """Return -log p of each token that follows another one, (batch, tokens - 1).
+
+    Args:
+        hidden: (batch, tokens, hidden) final hidden states, behind the final norm.
+        head: The output embedding and its bias.
+        ids: (batch, tokens).
     """
     size = max(1, CHUNK_BYTES // (4 * len(head.linear.weight)))
     losses = [

@@ -1,7 +1,7 @@
-"""Many allocations forward through the model at once, sub-block by sub-block.
+"""Runs many allocations forward through the model at once, sub-block by sub-block.
 
-Allocations that agree so far share one path. Those that use the same levels run as one batch with their weights, which
-are loaded once, and the next sub-block's candidates are read meanwhile.
+Allocations that have agreed so far share one path, which is computed once. In a sub-block, all those that use the same
+levels run as one batch with these weights, which are loaded once. Meanwhile the next sub-block's candidates are read.
 """
 
 from __future__ import annotations
@@ -25,30 +25,35 @@ from supernet.models.placement import Place, places, together
 from supernet.space import Allocation
 from supernet.store import Supernet
 
-# Tokens in one pass through a sub-block; more gain nothing, and leave a CPU's caches.
+# Tokens in one pass through a sub-block: more of them gain nothing, and do not fit in a CPU's caches.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
-PathStates = list[Tensor]  # of one path through the model: a state (tokens, hidden) for each sequence at work
-Move = tuple[tuple[int, ...], int]  # the levels of a sub-block's units, and the path in front of it
+PathStates = list[Tensor]  # one path through the model: a state (tokens, hidden) for each sequence at work
+Move = tuple[tuple[int, ...], int]  # the levels of a sub-block's units, and the number of the path in front of it
 
 
 @dataclass(frozen=True)
 class Batch:
-    """States (tokens, hidden) that pass a sub-block together, with its parameters; None where it is absent."""
+    """States that pass a sub-block together.
+
+    Attributes:
+        states: (tokens, hidden) each.
+        weights: Parameters of the sub-block that stand for the dense ones, by name; None where it is absent.
+    """
 
     states: list[Tensor]
     weights: dict[str, Tensor] | None
 
 
 class Forward:
-    """The model, its candidates and what they are run with.
+    """Holds the model and its candidates, and runs allocations.
 
     Attributes:
         places: The sub-blocks with the units that act on them, in the order of the forward pass.
         dense: The allocation of the dense model.
-        walk: Turns ids into hidden states, and knows what attention gets besides.
-        workers: Run batches side by side.
-        cache: Candidates ready for use.
+        walk: Turns ids into hidden states, and knows what else attention takes as arguments.
+        workers: Threads that run batches side by side.
+        cache: Candidates that are in memory, ready for use.
         batch_tokens: Tokens in one pass through a sub-block.
     """
 
@@ -73,11 +78,11 @@ class Forward:
         return 2 * width * (4 if self.places[0].part.wide_residual else self.model.dtype.itemsize)
 
     def candidate(self, unit: int, level: int) -> Candidate | None:
-        """Return a unit's candidate; None for the dense level."""
+        """Return the candidate of a unit at a level; None for the dense level, which has none."""
         return self.cache.get(unit, level) if level else None
 
     def release(self) -> None:
-        """Let go of all candidates, and of memory that torch keeps for itself."""
+        """Let go of all candidates, and of the device's memory that torch keeps for later."""
         self.cache.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -89,7 +94,7 @@ class Forward:
 
     @contextmanager
     def lent(self, backwards: bool = False) -> Iterator[Iterator[Place]]:
-        """Give the places one after the other, or the other way round; the block of each is on the device meanwhile."""
+        """Yield an iterator over the places, forwards or backwards, which keeps the block at work on the device."""
         order = reversed(self.places) if backwards else self.places
         with closing(self.walk.lent(backwards)) as lent:
             yield (place for place, _ in zip(order, lent, strict=True))
@@ -101,14 +106,17 @@ class Forward:
         batch_tokens: int,
         inputs: list[list[Tensor]] | None = None,
     ) -> list[PathStates]:
-        """Return the residual stream of each allocation behind the last block, for each text.
+        """Return the residual stream of each allocation behind the last block, before the final norm.
 
         Args:
-            allocations: To be run.
+            allocations: The allocations to be run.
             texts: (sequences, tokens) ids.
-            batch_tokens: In one pass through a sub-block.
-            inputs: Where it is given, the first allocation's stream before each sub-block is added to it, in main
-                memory.
+            batch_tokens: How many tokens go through a sub-block in one pass; at least one sequence does.
+            inputs: A list, if the residual streams of the first allocation are wanted, too: for each sub-block its
+                stream before it, in main memory, is appended.
+
+        Returns:
+            For each allocation a state (tokens, hidden) for each sequence; allocations that agree share theirs.
         """
         paths: list[PathStates] = [[self.walk.enter(text)[0] for text in texts.split(1)]]
         at = [0] * len(allocations)  # the path that each allocation is on
@@ -129,12 +137,12 @@ class Forward:
         at: Sequence[int],
         size: int,
     ) -> tuple[list[PathStates], list[int]]:
-        """Take all allocations behind a sub-block: return the distinct paths, and which one each is on."""
+        """Take all allocations through a sub-block; return the distinct paths behind it, and which one each is on."""
         chosen = [tuple(allocation[unit] for unit, _ in place.units) for allocation in allocations]
-        # Those with the same levels are beside each other.
+        # Sorted, so that moves with the same levels are beside each other.
         moves: dict[Move, None] = dict.fromkeys(sorted(zip(chosen, at, strict=True)))
         batches = self._batches(place, moves, paths, self._layers(place, allocations), size)
-        paths.clear()  # batches alone hold the states now, and let go of them as they pass
+        paths.clear()  # only the batches hold the states now, and let go of them as they pass
         passed = self.workers.map(lambda batch: self._passed(place, batch), batches)
         states = [state for batch in passed for state in batch]
         sequences = len(states) // len(moves)
@@ -150,7 +158,7 @@ class Forward:
         layers: dict[Key, dict[str, Tensor] | None],
         size: int,
     ) -> list[Batch]:
-        """Return what passes a sub-block, no more than `size` states at a time and each batch with its own weights."""
+        """Return the batches that pass a sub-block: at most `size` states each, all of which use the same weights."""
         batches: list[Batch] = []
         for levels, group in groupby(moves, key=lambda move: move[0]):
             weights = together(
@@ -161,7 +169,10 @@ class Forward:
         return batches
 
     def _layers(self, place: Place, allocations: Sequence[Allocation]) -> dict[Key, dict[str, Tensor] | None]:
-        """What every level that is not dense makes of a sub-block: once, though several sets of levels may have it."""
+        """Return the parameters that each level in use changes, made once even where several sets of levels share it.
+
+        The dense level changes none and is left out; None stands for a level that leaves nothing of the sub-block.
+        """
         numbers = {unit: number for number, (unit, _) in enumerate(place.units)}
         return {
             (unit, level): place.of_unit(numbers[unit], self.cache.get(unit, level))
@@ -169,7 +180,7 @@ class Forward:
         }
 
     def _passed(self, place: Place, batch: Batch) -> list[Tensor]:
-        """The states of a batch behind a sub-block."""
+        """Return the states of a batch behind a sub-block, and let go of those before it."""
         if batch.weights is None:
             return batch.states
         states = torch.stack(batch.states)
@@ -179,7 +190,7 @@ class Forward:
 
 
 def _keys(place: Place, allocations: Sequence[Allocation]) -> list[Key]:
-    """The candidates (unit, level) that a sub-block needs."""
+    """Return the candidates (unit, level) that a sub-block needs, which are those of levels that are not dense."""
     return sorted(
         {(unit, allocation[unit]) for allocation in allocations for unit, _ in place.units if allocation[unit]}
     )

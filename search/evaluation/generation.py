@@ -1,8 +1,8 @@
-"""The fitness of many allocations at once.
+"""Measures the fitness of many allocations at once.
 
 A generation moves through the model sub-block by sub-block, not allocation by allocation (`search.evaluation.forward`).
-At the end all final states meet the dense model's targets (`search.evaluation.comparison`). How many sequences and
-allocations move together follows from the memory there is (`search.evaluation.room`).
+At the end all final states are compared with the dense model's (`search.evaluation.comparison`). How many sequences and
+allocations move together depends on how much memory there is (`search.evaluation.room`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator(Protocol):
-    """Measures allocations on chosen sequences of a pool."""
+    """Measures allocations on chosen sequences of a pool.
+
+    Attributes:
+        sequences: How many sequences the pool has.
+        sequence_length: How many tokens each of them has.
+    """
 
     sequences: int
     sequence_length: int
@@ -39,34 +44,34 @@ class Evaluator(Protocol):
         """Measure allocations.
 
         Args:
-            allocations: To be measured.
-            chosen: (sequences,) indices in the pool, distinct.
+            allocations: The allocations to be measured.
+            chosen: (sequences,) distinct indices of sequences in the pool.
 
         Returns:
-            Mean fitness a token of each sequence, (allocations, sequences) float64: lower is better, and infinite where
-            it overflows.
+            The mean fitness of a token in each sequence, (allocations, sequences) float64. Lower is better; it is
+            infinite where the loss is not finite.
         """
         ...
 
     def effects(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
         """Predict what each level of each unit would change, by one gradient at an allocation.
 
-        It costs `GRADIENT_COST` passes.
+        Strategies count it as `GRADIENT_COST` forward passes (`search.strategies.measuring`).
 
         Args:
             allocation: Where the gradient is taken.
-            chosen: (sequences,) indices in the pool, distinct.
+            chosen: (sequences,) distinct indices of sequences in the pool.
 
         Returns:
             For each unit (levels,) float64: by how much the mean fitness on these sequences changes, to first order,
-            when this unit alone goes to that level; 0 at the level of the allocation. Numbers that are not finite mean
-            that there is no gradient to be had at this allocation.
+            when this unit alone goes to that level; 0 at the level of the allocation. Numbers that are not finite say
+            that the loss has no usable gradient at this allocation.
         """
         ...
 
 
 class GenerationEvaluator:
-    """The losses of a whole generation, in as few sweeps through the model as memory allows."""
+    """Measures a whole generation in as few sweeps through the model as memory allows."""
 
     def __init__(
         self,
@@ -81,10 +86,10 @@ class GenerationEvaluator:
 
         Args:
             model: The dense model.
-            supernet: Candidates of the model's units.
+            supernet: The candidates of the model's units.
             pool: (sequences, tokens) int64 ids to measure on.
             fitness: The loss of a token.
-            resources: Where things lie, and how much of them.
+            resources: The device, where the model lies, and how much memory may be taken; by default a CPU's.
             unscored: First positions of each sequence that are left out of the loss, as they predict tokens that always
                 begin a sequence.
         """
@@ -97,12 +102,12 @@ class GenerationEvaluator:
         known = resources.teacher_targets()
         self.comparison = Comparison(self.forward, pool, fitness, known, self.room, unscored)
         self._backward = Backward(self.forward, self.comparison, supernet.space)
-        self._overflowed = False  # whether the user has been told that something did
+        self._overflowed = False  # whether the user has been told that a loss is not finite
 
     @torch.no_grad()
     def __call__(self, allocations: Sequence[Allocation], chosen: np.ndarray) -> np.ndarray:
-        """Measure a generation in as few sweeps as memory allows."""
-        distinct = sorted(set(allocations))  # neighbours share beginnings, also where memory parts them
+        """Measure a generation in as few sweeps as memory allows; allocations that are equal are measured once."""
+        distinct = sorted(set(allocations))  # those that begin alike stay together where memory asks for several sweeps
         rows = [int(row) for row in chosen]
         self.comparison.learn(rows)
         totals = dict(zip(distinct, self._sums(distinct, rows), strict=True))
@@ -115,11 +120,11 @@ class GenerationEvaluator:
 
     @torch.no_grad()
     def effects(self, allocation: Allocation, chosen: np.ndarray) -> list[np.ndarray]:
-        """Walk a gradient backwards from stored inputs, as many sequences at a time as memory holds."""
+        """Walk a gradient backwards, with as many sequences at a time as memory holds."""
         rows = [int(row) for row in chosen]
         self.comparison.learn(rows)
         total = [np.zeros(len(unit.levels)) for unit in self.supernet.space.units]
-        # The inputs of all sub-blocks are in main memory; an input is half of `state_bytes`.
+        # The inputs of all sub-blocks are kept in main memory; one input takes half of `state_bytes`.
         limit = min(self.room.limit, int(available(torch.device("cpu")) * STATES))
         size = max(1, 2 * limit // (self.room.state_bytes * (len(self.forward.places) + 2)))
         while rows:
@@ -134,7 +139,7 @@ class GenerationEvaluator:
         return [one / scored for one in total]
 
     def use(self, fitness: Fitness) -> None:
-        """Measure by another loss from now on; what is known of the dense model serves it, too."""
+        """Measure by another loss from now on. The dense model's targets that are known already serve it, too."""
         self.comparison.fitness = fitness
 
     def close(self) -> None:
@@ -142,7 +147,7 @@ class GenerationEvaluator:
         self.forward.close()
 
     def _sums(self, allocations: Sequence[Allocation], rows: Sequence[int]) -> np.ndarray:
-        """Losses summed over tokens, (allocations, sequences) float64, in as many sweeps as memory asks for."""
+        """Return losses summed over tokens, (allocations, sequences) float64, in as many sweeps as memory asks for."""
         states = self.room.states
         if len(rows) > 1 and len(allocations) * len(rows) > states:
             size = max(1, states // len(allocations))
@@ -155,6 +160,6 @@ class GenerationEvaluator:
         return self._sums(allocations, rows) if found is None else found
 
     def _swept(self, allocations: Sequence[Allocation], rows: Sequence[int]) -> np.ndarray:
-        """The same in one sweep."""
+        """Return the same in a single sweep, whether or not memory holds it."""
         finals = self.forward.final_states(allocations, self.pool[list(rows)], self.forward.batch_tokens)
         return self.comparison.losses(finals, rows)

@@ -1,12 +1,11 @@
-"""What one gradient says of every level of every unit: to first order, by how much the fitness changes when a unit goes
-there.
+"""Predicts, from the gradient at one sub-block, by how much the fitness changes when a unit goes to another level.
 
-For a unit whose weight is W now and W_l at level l that is `<dL/dW, W_l - W>`. The gradient is walked backwards
-sub-block by sub-block from stored inputs; each sub-block is computed once more with autograd on its own weights alone,
-and its gradient is reduced to one number a level at once. So it takes the memory of one sub-block, and only that one
-has to be on the device. Weights are taken at full size, with zeros where members are gone: what is gone has a gradient,
-too, and may come back. A sub-block that comes or goes as a whole is scored by what it adds, `<dL/d(residual stream),
-change>`.
+For a unit whose weight is W now and W_l at level l the change is `<dL/dW, W_l - W>`, to first order. The gradient is
+walked backwards sub-block by sub-block (`search.evaluation.backward`). Each sub-block is computed once more from its
+stored inputs, with autograd on its own weights alone, and its gradient is reduced to one number for each level at once.
+So this takes the memory of one sub-block, and only that one has to be on the device. Weights are taken at full size,
+with zeros where members are gone: what is gone has a gradient, too, and may come back. A sub-block that comes or goes
+as a whole is scored by what it adds to the residual stream, `<dL/d(residual stream), change>`.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from supernet.models.placement import full_weight, is_absent
 
 @dataclass(frozen=True)
 class PartGradient:
-    """Of the summed loss, at one sub-block, for some sequences.
+    """The gradient of the summed loss at one sub-block, for some sequences.
 
     Attributes:
-        inputs: At its inputs, (batch, tokens, hidden).
-        weights: (d_out, d_in) float32 of its units' layers, by name.
-        bias: (d_out,) float32 of the layer that ends it.
-        presence: For the share of what it adds to the residual stream.
+        inputs: The gradient at the sub-block's inputs, (batch, tokens, hidden).
+        weights: The gradients of its units' layers, (d_out, d_in) float32 by name.
+        bias: The gradient of the bias of the layer that ends it, (d_out,) float32; None where nobody asked for it.
+        presence: The derivative by a factor on what the sub-block adds to the residual stream.
     """
 
     inputs: Tensor
@@ -48,14 +47,14 @@ class PartGradient:
 def loss_gradient(
     model: PreTrainedModel, fitness: Fitness, state: Tensor, teacher: Targets, ids: Tensor, unscored: int = 0
 ) -> Tensor:
-    """The gradient of a sequence's summed loss at its last hidden states, (tokens, hidden) like `state`.
+    """Return the gradient of a sequence's summed loss at its last hidden states, (tokens, hidden) like `state`.
 
     Args:
-        model: Its final norm and head are on the device of `state`.
-        fitness: The loss.
-        state: (tokens, hidden) before the final norm.
-        teacher: The dense model's side.
-        ids: (tokens,) of the sequence.
+        model: The model, whose final norm and head are on the device of `state`.
+        fitness: The loss of a token.
+        state: (tokens, hidden), the residual stream before the final norm.
+        teacher: The dense model's side of the same tokens, on any device.
+        ids: (tokens,), the sequence.
         unscored: First positions that are left out of the loss, as they predict tokens that always begin a sequence.
     """
     labels = nn.functional.pad(ids[1:], (0, 1), value=NO_LABEL).to(state.device)
@@ -81,15 +80,15 @@ def part_gradient(
     behind: Tensor,
     with_bias: bool,
 ) -> PartGradient:
-    """One sub-block, which is present, backwards.
+    """Take the gradient through a sub-block that is present.
 
     Args:
-        part: On the device; that of the place, or a twin for a thread of its own.
-        now: The candidates of its layers whose gradients are asked for, by name; None for a dense layer.
-        hidden: (batch, tokens, hidden) residual stream before it.
-        context: What its block's attention gets besides.
-        behind: PartGradient at its output, of the same shape.
-        with_bias: Whether the bias of the layer that ends it is asked for.
+        part: The sub-block, on the device: the model's own, or a twin of it for another thread.
+        now: The layers whose gradients are asked for, by name, with their candidates; None for a dense layer.
+        hidden: (batch, tokens, hidden), the residual stream before the sub-block.
+        context: What its attention takes besides hidden states.
+        behind: The gradient of the loss behind the sub-block, of the same shape.
+        with_bias: Whether the gradient of the bias of the layer that ends it is asked for.
     """
     weights = {name: _weight(part, name, candidate) for name, candidate in now.items()}
     bias = _bias(part, now.get(part.column)) if with_bias else None
@@ -104,14 +103,17 @@ def _weight(part: SubBlock, layer: str, candidate: Candidate | None) -> Tensor:
 
 
 def _bias(part: SubBlock, candidate: Candidate | None) -> Tensor:
-    """Of the layer that ends the sub-block; zeros where it has none."""
+    """Return the bias (d_out,) of the layer that ends the sub-block; zeros where it has none."""
     own = candidate.bias if isinstance(candidate, Members) and candidate.bias is not None else part.bias(part.column)
     weight = part.weight(part.column)
     return weight.new_zeros(len(weight)) if own is None else own.to(weight)
 
 
 def along(part: SubBlock, layer: str, gradient: Tensor, candidate: Candidate | None) -> float:
-    """<gradient, the layer's weight at a candidate>; gradient (d_out, d_in) float32."""
+    """Return the inner product of a gradient (d_out, d_in) float32 and the weight that the layer has at a candidate.
+
+    The candidate of the dense level is None.
+    """
     match candidate:
         case Members() if part.groups is not None:
             columns = member_columns(candidate.kept.to(gradient.device), part.groups.width)
@@ -131,19 +133,17 @@ def _dot(gradient: Tensor, weight: Tensor | None) -> float:
 
 
 class Scorer:
-    """First-order changes of one sub-block's units, from its gradients over some sequences."""
+    """Adds up the gradients at one sub-block over sequences, and predicts from them what levels of its units change."""
 
     def __init__(self, part: SubBlock) -> None:
-        """Begin without any."""
+        """Begin without gradients."""
         self.part = part
         self.weights: dict[str, Tensor] = {}
         self.bias: Tensor | None = None
         self.presence = 0.0
 
     def add(self, gradients: Sequence[PartGradient]) -> list[Tensor]:
-        """Add up those of more batches of sequences; their gradients (tokens, hidden) before the sub-block, for each
-        sequence.
-        """
+        """Add the gradients of more batches; return those before the sub-block, (tokens, hidden) for each sequence."""
         for one in gradients:
             for name, weight in one.weights.items():
                 self.weights[name] = self.weights[name].add_(weight) if name in self.weights else weight
@@ -153,20 +153,27 @@ class Scorer:
         return [before for one in gradients for before in one.inputs.unbind()]
 
     def effects(self, layer: str | None, candidates: Iterable[Candidate | None], now: int) -> np.ndarray:
-        """What the summed loss changes by when a unit goes from level `now` to each of its levels, (levels,) float64.
+        """Predict by how much the summed loss changes when a unit goes from its level to each other one.
 
         Args:
-            layer: The unit's layer; None where it is of the sub-block as a whole.
-            candidates: Of its levels; None for the dense one. Each is asked for when the one before is done with.
-            now: Its level.
+            layer: The unit's layer; None where the unit is the sub-block as a whole.
+            candidates: The candidates of its levels; None for the dense one. Each is taken from the iterator when the
+                one before is done with, so that only one of them need be in memory.
+            now: The unit's level.
+
+        Returns:
+            (levels,) float64; 0 at the level `now`.
         """
         values = [None if is_absent(candidate) else self._value(layer, candidate) for candidate in candidates]
         here = values[now]
-        assert here is not None  # gradients are of sub-blocks that are present
+        assert here is not None  # gradients are only taken of sub-blocks that are present
         return np.array([-self.presence if value is None else value - here for value in values])
 
     def _value(self, layer: str | None, candidate: Candidate | None) -> float:
-        """What is linear in the layer's weight and bias; nothing where the sub-block comes and goes as a whole."""
+        """Return the part of the loss that is linear in the layer's weight and bias at a candidate.
+
+        It is 0 where no gradient of the layer was taken, as the sub-block only comes and goes as a whole.
+        """
         name = layer or self.part.column
         if name not in self.weights:
             return 0.0
@@ -177,7 +184,10 @@ class Scorer:
 
 
 def presence(change: Tensor, behind: Tensor) -> float:
-    """What the loss changes by, to first order, when a sub-block that adds `change` comes back; both (batch, tokens,
-    hidden).
+    """Predict by how much the loss changes when a sub-block that is absent comes back.
+
+    Args:
+        change: What the sub-block would add to the residual stream, (batch, tokens, hidden).
+        behind: The gradient of the loss behind it, of the same shape.
     """
     return _dot(behind.float(), change)

@@ -1,4 +1,4 @@
-"""Where things lie while allocations are measured, and how much memory that takes."""
+"""Settings and defaults of where things lie while allocations are measured, and how much memory they may take."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from supernet.errors import InputError
 from supernet.system.memory import available
 
 RESIDENT = ("model", "blocks")
-STATES, CANDIDATES = 0.4, 0.25  # shares of the free memory of the device
-TARGETS = 0.1  # share of the free main memory
-# And no more than that of main memory, which others use, too (docs/evaluator.md has what more would gain).
+STATES, CANDIDATES = 0.4, 0.25  # shares of the device's free memory
+TARGETS = 0.1  # the share of the free main memory
+# Main memory is used by other programs, too, so of that no more than these bytes are taken. docs/evaluator.md has the
+# measurement that they were chosen by.
 MOST_STATES, MOST_CANDIDATES, MOST_TARGETS = 1 << 30, 1 << 29, 1 << 29
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Where things lie while a generation is measured, and how much room they take.
+    """Where things lie while a generation is measured, and how much memory they may take.
 
     Attributes:
         device: Where the work is done.
-        resident: `model`: the dense model is on the device; `blocks`: only the block at work is, and the other weights
-            stay where they are, in main memory or mapped from the checkpoint.
-        memory: Bytes of hidden states at a time, and as many of the dense model's targets, which lie in main memory
-            (what exceeds that, in files); None for shares of what is free, with a most for those in main memory.
-        cache: Bytes of candidates kept from sweep to sweep; None for such a share of what is free, or for none with
-            `blocks`.
-        scratch: Folder of the files that do not outlive the process; None for the system's.
+        resident: With `model` the whole dense model is on the device; with `blocks` only the block at work is, and the
+            other weights stay where they are, in main memory or mapped from the checkpoint.
+        memory: How many bytes of hidden states may exist at a time, and how many bytes of the dense model's targets
+            are kept in main memory (more of them go to files). None takes shares of the memory that is free, with an
+            upper limit for what lies in main memory.
+        cache: How many bytes of candidates are kept from sweep to sweep. None takes such a share, too, or keeps none
+            with `blocks`.
+        scratch: The folder of files that vanish with the process; None for the system's folder of temporary files.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -67,7 +69,7 @@ class Resources:
         return self.state_bytes() + self.candidate_bytes() + self.target_bytes()
 
     def _share(self, share: float, most: int) -> int:
-        """A share of what is free on the device; no more than `most` where that is main memory."""
+        """Return a share of the device's free memory, and no more than `most` bytes where that is main memory."""
         size = int(available(self.device) * share)
         return min(most, size) if self.device.type == "cpu" else size
 

@@ -1,4 +1,4 @@
-"""How many hidden states exist at a time, and what happens when they turn out to be too many."""
+"""Decides how many hidden states exist at a time, and goes on with half as many when they turn out to be too many."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ class Room:
     """Room for hidden states. It halves whenever memory falls short, and stays as small as that."""
 
     def __init__(self, limit: int, state_bytes: int, release: Callable[[], None]) -> None:
-        """Begin with all of it.
+        """Begin with all the room that is given.
 
         Args:
-            limit: Bytes of hidden states.
-            state_bytes: Of the residual stream of one sequence, before and behind the sub-block at work.
-            release: Lets go of what can be made again; called when memory fell short.
+            limit: How many bytes of hidden states may exist at a time.
+            state_bytes: What one sequence takes: its residual stream before and behind the sub-block at work.
+            release: Is called when memory fell short, and lets go of what can be made again.
         """
         self.limit, self.state_bytes = limit, state_bytes
         self._release = release
 
     @property
     def states(self) -> int:
-        """How many hidden states may exist at a time."""
+        """The number of hidden states that may exist at a time, at least 1."""
         return max(1, self.limit // self.state_bytes)
 
     def tried(self, states: int, work: Callable[[], Result]) -> Result | None:
-        """Return the result of work on so many states at a time.
+        """Do some work, which holds this many states at a time, and return its result.
 
-        None says that memory fell short, and that there is room for half as many now; with a single state the error is
-        passed on.
+        None says that memory fell short and that there is room for half as many states now. With a single state the
+        error is raised.
         """
         try:
             return work()
         except (RuntimeError, MemoryError) as error:
             if states == 1 or not is_out_of_memory(error):
                 raise
-        # Out here the tensors of the failed work are gone.
+        # Only behind the handler are the tensors of the failed work gone: the error holds them.
         self.limit = min(self.limit, states * self.state_bytes) // 2
         self._release()
         log.warning("out of memory with %d hidden states at a time; going on with half of them", states)
