@@ -14,8 +14,8 @@ from supernet.system.memory import available
 RESIDENT = ("model", "blocks")
 STATES, CANDIDATES = 0.4, 0.25  # shares of the device's free memory
 TARGETS = 0.1  # the share of the free main memory
-# Main memory is used by other programs, too, so of that no more than these bytes are taken. docs/evaluator.md has the
-# measurement that they were chosen by.
+# Main memory is used by other programs, too, so of that no more than these bytes are taken. The limit of candidates was
+# chosen by the measurement in docs/evaluator.md.
 MOST_STATES, MOST_CANDIDATES, MOST_TARGETS = 1 << 30, 1 << 29, 1 << 29
 
 
