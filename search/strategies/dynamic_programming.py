@@ -187,9 +187,8 @@ class DynamicProgramming(StrategyDefaults):
             raise InputError(
                 f"scores are measured from the {self.reference} allocation, whose loss is not finite; {instead}"
             )
-        worst = (
-            scores[0] + 10.0 * (max(finite) - min(finite)) + 1.0
-        )  # for what is not finite: worse than anything that is
+        # A probe whose loss is not finite counts as worse than all those whose loss is.
+        worst = scores[0] + 10.0 * (max(finite) - min(finite)) + 1.0
         for (index, level), score in zip(probes, scores[1:], strict=True):
             points[index][level] = (score if np.isfinite(score) else worst) - scores[0]
         losses = []

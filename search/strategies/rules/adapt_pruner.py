@@ -1,14 +1,13 @@
-"""Adapt-Pruner (Pan et al. 2025): many small steps, each of which prunes blocks more that change the residual stream
-less.
+"""Adapt-Pruner (Pan et al. 2025): prunes in many small steps, and more where a block changes the residual stream less.
 
 In each step the sparsity of a block grows by (budget's sparsity) / steps - amplitude * importance, where importance is
--cos(x_in, x_out), centred and divided by its largest magnitude. As in the authors' code (research4pan/AdaptPruner):
+-cos(x_in, x_out), centred and divided by its largest magnitude. As in the authors' code (research4pan/AdaptPruner),
 similarities are measured again on the pruned model before each step, sparsities stay between 0 and 0.99, and the steps
-end where the budget is met, or with the last one.
+end as soon as the budget is met.
 
-Different from it: the pruned model is that of the supernet's candidates of the nearest levels, instead of one pruned
-step by step by Taylor scores. With `remeasure=false` the dense model's similarities serve all steps, for one pass over
-the text.
+Unlike in their code, the pruned model is put together from the supernet's candidates at the nearest levels, and not
+pruned step by step with Taylor scores. With `remeasure=false` the dense model's similarities serve all steps, which
+takes a single pass over the text.
 """
 
 from __future__ import annotations
@@ -42,7 +41,11 @@ HIGHEST = 0.99  # sparsity of a block before the last adjustment to the budget, 
 
 
 def importances(cosines: np.ndarray) -> np.ndarray:
-    """-cos, centred, and divided by the largest magnitude; zeros where all blocks are alike. cosines: (blocks,)."""
+    """Return -cos of each block, centred and divided by the largest magnitude; zeros if all blocks are alike.
+
+    Args:
+        cosines: (blocks,) similarity of the residual stream before and after each block.
+    """
     centred: np.ndarray = cosines.mean() - cosines
     largest = np.abs(centred).max()
     return centred / largest if largest > 1e-12 else np.zeros_like(centred)
@@ -51,14 +54,14 @@ def importances(cosines: np.ndarray) -> np.ndarray:
 def stepped(
     cosines: Callable[[np.ndarray], np.ndarray], sizes: np.ndarray, sparsity: float, steps: int, amplitude: float
 ) -> np.ndarray:
-    """The sparsity of each block behind all steps.
+    """Return the sparsity of each block after the last step, (blocks,).
 
     Args:
-        cosines: Of blocks at given sparsities, (blocks,) -> (blocks,).
-        sizes: (blocks,).
-        sparsity: Of the budget.
-        steps: At most so many.
-        amplitude: Of the differences within a step.
+        cosines: Measures the similarity of each block when the blocks have given sparsities, (blocks,) -> (blocks,).
+        sizes: (blocks,) how much each block counts in the mean sparsity.
+        sparsity: The mean sparsity that the budget asks for.
+        steps: How many steps there are at most.
+        amplitude: By how much the most and the least important block differ from the others within a step.
     """
     found = np.zeros(len(sizes))
     for _ in range(steps):
@@ -70,14 +73,14 @@ def stepped(
 
 @dataclass(frozen=True)
 class AdaptPruner(Rule):
-    """Sparsity by the similarity of the residual stream before and behind a block, for units of any kind.
+    """Sparsity by the similarity of the residual stream before and after a block, for units of any kind.
 
     Attributes:
-        steps: Of pruning.
-        amplitude: Of the differences between blocks within a step.
-        remeasure: Whether similarities are measured before each step, on the supernet's candidates, or once on the
-            dense model.
-        sequences: Of the calibration text, that they are measured on.
+        steps: How many steps of pruning there are at most.
+        amplitude: By how much blocks may differ from the mean within a step, as a sparsity.
+        remeasure: Whether similarities are measured before each step on the supernet's candidates; if not, they are
+            measured once, on the dense model.
+        sequences: How many sequences of the calibration text they are measured on.
     """
 
     name: ClassVar[str] = "adapt_pruner"
@@ -97,11 +100,11 @@ class AdaptPruner(Rule):
 
     @property
     def needs_candidates(self) -> bool:
-        """Return whether similarities are measured again on the pruned model."""
+        """Return whether similarities are measured again on the pruned model, which is made of candidates."""
         return self.remeasure
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """Raise the sparsities of blocks step by step, and go to the nearest allocation."""
+        """Raise the sparsities of blocks step by step, and take the allocation nearest to them."""
         dense = dense_of(problem)
         of_units = sites(dense.model, problem.space)
         sizes = by_block(of_units, unit_sizes(problem.budget))
@@ -135,7 +138,14 @@ class AdaptPruner(Rule):
 
 
 def nearest(problem: Problem, sparsities: Sequence[float]) -> Allocation:
-    """The level of each unit that is nearest to a sparsity, whatever that costs; the denser of two as near."""
+    """Return the allocation whose units are nearest to these sparsities, whether or not it meets the budget.
+
+    Of two levels that are equally near, the denser one is taken.
+
+    Args:
+        problem: The problem, whose budget's leading limit counts what sparsity is of.
+        sparsities: (units,).
+    """
     found = []
     for costs, wish in zip(problem.budget.leading.costs, sparsities, strict=True):
         kept = np.array(costs) / max(1, costs[0])
@@ -144,7 +154,7 @@ def nearest(problem: Problem, sparsities: Sequence[float]) -> Allocation:
 
 
 def _candidates(problem: Problem, supernet: Supernet, levels: Allocation) -> Callable[[SubBlock], Replaced]:
-    """The weights of each sub-block at these levels."""
+    """Return a function that gives the weights of a sub-block when its units are at these levels."""
     dense = dense_of(problem)
     by_name = {place.part.name: place for place in places(dense.model, problem.space)}
 

@@ -1,10 +1,9 @@
-"""AlphaPruning (Lu et al. 2024): layers whose spectrum has a heavy tail are trained well and keep more. Looks at
-weights alone.
+"""AlphaPruning (Lu et al. 2024): layers whose spectrum has a heavy tail are trained well, so they keep more.
 
-The exponent alpha of the tail of the eigenvalues of W^T W is Hill's estimate; the larger it is, the more may go.
-Formulas as in the authors' code (haiquanlu/AlphaPruning), `alpha_peak` and `alpha_mid`, with its linear mapping.
-Different from it: eigenvalues that are zero are left out, and a sparsity above 1 is cut there and made up for by the
-others.
+The rule looks at the weights alone. It estimates the exponent alpha of the tail of the eigenvalues of W^T W by Hill's
+estimator: the larger alpha, the more may be removed. The formulas are those of the authors' code
+(haiquanlu/AlphaPruning), `alpha_peak` and `alpha_mid` with the linear mapping. Unlike there, eigenvalues that are zero
+are left out, and a sparsity above 1 is cut to 1 and made up for by the other units.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from supernet.space import Allocation
 
 TAILS = ("peak", "half")
 BY = ("block", "layer")
-BINS = 100  # of the histogram whose highest bin is the peak
+BINS = 100  # in the histogram of eigenvalues, whose highest bin is the peak
 
 
 @torch.no_grad()
 def spectrum(W: Tensor) -> np.ndarray:
-    """The eigenvalues of W^T W that are not zero, rising, float64. W: (d_out, d_in)."""
+    """Return the eigenvalues of W^T W that are not zero, rising, in float64, for a weight W (d_out, d_in)."""
     W = W.double() if W.shape[0] >= W.shape[1] else W.double().T
     eigenvalues = torch.linalg.eigvalsh(W.T @ W).cpu().numpy()
     found: np.ndarray = eigenvalues[eigenvalues > eigenvalues[-1] * len(eigenvalues) * np.finfo(np.float64).eps]
@@ -48,20 +47,23 @@ def spectrum(W: Tensor) -> np.ndarray:
 
 
 def hill(eigenvalues: np.ndarray, tail: str = "peak") -> float:
-    """Hill's estimate of the exponent of the density of eigenvalues in their tail, 1 + n / sum(log(x / x_min)).
+    """Return Hill's estimate of the exponent of the eigenvalues' density in its tail: 1 + n / sum(log(x / x_min)).
+
+    With `half` the tail begins at the median. With `peak` it begins where a power law fits best, by the
+    Kolmogorov-Smirnov distance, among the eigenvalues up to 1.5 times the peak of the histogram of logarithms. At the
+    lower end the authors compare an eigenvalue with the logarithm of 0.95 times the peak; that is kept, because their
+    results come from it.
 
     Args:
-        eigenvalues: Rising, above 0.
-        tail: Where it begins: `half`, at the median; `peak`, where a power law fits best (by the Kolmogorov-Smirnov
-            distance) of the places up to 1.5 times the peak of the histogram of logarithms. The authors' lower end
-            compares an eigenvalue with the logarithm of 0.95 times the peak; it is kept, as their results come from it.
+        eigenvalues: (n,) rising and above 0.
+        tail: `peak` or `half`.
     """
     logs = np.log(eigenvalues)
     n = len(logs)
-    sums = np.cumsum(logs[::-1])[::-1]  # of the logarithms from each place on
+    sums = np.cumsum(logs[::-1])[::-1]  # sums[i] is the sum of logs[i:]
     with np.errstate(divide="ignore"):
         alphas = 1.0 + np.arange(n, 0, -1) / np.maximum(sums - np.arange(n, 0, -1) * logs, 0.0)
-    places = _places_near_peak(eigenvalues) if tail == "peak" else []
+    begins = _indices_near_peak(eigenvalues) if tail == "peak" else []
     distances = [
         (
             float(
@@ -69,13 +71,13 @@ def hill(eigenvalues: np.ndarray, tail: str = "peak") -> float:
             ),
             i,
         )
-        for i in places
+        for i in begins
         if np.isfinite(alphas[i])
     ]
     return float(alphas[min(distances)[1] if distances else n // 2])
 
 
-def _places_near_peak(eigenvalues: np.ndarray) -> list[int]:
+def _indices_near_peak(eigenvalues: np.ndarray) -> list[int]:
     logs = np.log10(eigenvalues)
     counts, edges = np.histogram(logs, BINS)
     peak = 10.0 ** edges[counts.argmax()]
@@ -84,14 +86,15 @@ def _places_near_peak(eigenvalues: np.ndarray) -> list[int]:
 
 
 def alpha_sparsities(alphas: np.ndarray, sizes: np.ndarray, sparsity: float, epsilon: float) -> np.ndarray:
-    """Exponents as sparsities: linear from 1 - epsilon to 1 + epsilon, then scaled so that the mean by size is the
-    budget's.
+    """Turn exponents into sparsities, (units,), whose mean, weighted by size, is that of the budget.
+
+    They are first mapped linearly to 1 - epsilon, for the smallest, up to 1 + epsilon, for the largest, then scaled.
 
     Args:
-        alphas: (units,).
-        sizes: (units,).
-        sparsity: Of the budget.
-        epsilon: Half of the width.
+        alphas: (units,) exponents.
+        sizes: (units,) how much each unit counts in the mean sparsity.
+        sparsity: The mean sparsity that the budget asks for.
+        epsilon: By how much sparsities may differ from the mean, as a fraction of it.
     """
     width = np.ptp(alphas)
     ratios = 1.0 + epsilon * (2.0 * (alphas - alphas.min()) / width - 1.0) if width else np.ones_like(alphas)
@@ -111,9 +114,9 @@ class AlphaPruning(Rule):
     """Sparsity by the exponent of the weights' spectra, for units of any kind.
 
     Attributes:
-        epsilon: Half of the width of sparsities, as a fraction of the budget's.
-        by: `block`: the mean over the linear layers of its block decides for a unit; `layer`: that of its own.
-        tail: See `hill`.
+        epsilon: By how much sparsities may differ from the budget's, as a fraction of it.
+        by: Whether the exponents of all linear layers in the unit's `block` decide, or only those of its own (`layer`).
+        tail: Where the tail of a spectrum begins: `half` is the median, `peak` is searched for near the peak.
     """
 
     name: ClassVar[str] = "alpha_pruning"
@@ -129,7 +132,7 @@ class AlphaPruning(Rule):
         check_choice("tail", self.tail, TAILS)
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """Fit the tails of all spectra and go to the nearest allocation; no token passes the model."""
+        """Fit the tails of all spectra, and take the nearest allocation; no text is passed through the model."""
         dense = dense_of(problem)
         of_units = sites(dense.model, problem.space)
         of_layers = self._alphas(dense, {site.block for site in of_units})
@@ -142,7 +145,7 @@ class AlphaPruning(Rule):
         return towards(problem, alpha_sparsities(np.array(alphas), sizes, sparsity, self.epsilon)), 0
 
     def _alphas(self, dense: Dense, of_blocks: set[int]) -> dict[int, dict[str, float]]:
-        """Block -> linear layer -> exponent."""
+        """Return the exponent of each linear layer, by block and by the layer's name."""
         found: dict[int, dict[str, float]] = {}
         for block in sorted(of_blocks):
             with on_device(blocks(dense.model)[block], dense.device):

@@ -1,9 +1,8 @@
-"""What allocation rules share: strategies that search for nothing and compute their allocation once, from the dense
-model.
+"""What allocation rules share. A rule is a strategy that computes its allocation by a formula and does not search.
 
-A rule wishes a sparsity for every unit; `towards` finds the allocation of the space nearest to that which the budget
-allows. `walk` takes a rule through the dense model on the calibration text, one block at a time on the device, in a
-single pass.
+Most rules wish a sparsity for every unit, which they compute from the dense model; `towards` finds the nearest
+allocation that the budget allows. `walk` passes the calibration text through the dense model once, with one block at a
+time on the device, and shows a rule what it sees there.
 """
 
 from __future__ import annotations
@@ -28,17 +27,16 @@ from supernet.models.architecture import SubBlock
 from supernet.models.placement import places
 from supernet.space import Allocation, Space, Unit
 
-TIE = (
-    1e-6  # weight of the distance to the uniform allocation: it decides where a wish is as near to several allocations
-)
+TIE = 1e-6  # weight of the distance to the uniform allocation: it decides if several allocations are equally near
 
-Visit = Callable[[SubBlock, Tensor, Mapping[str, Tensor], Tensor], None]
+# What a rule does at each sub-block; `walk` says what it is called with.
+SubBlockVisitor = Callable[[SubBlock, Tensor, Mapping[str, Tensor], Tensor], None]
 
 
 class Rule(StrategyDefaults):
-    """A strategy that computes its allocation, in one generation and without measuring any unless it says so.
+    """A strategy that computes its allocation in a single generation, by `allocate`.
 
-    Most rules look at the dense model alone, and need no candidates.
+    Most rules look at the dense model alone: they need no candidates and measure no allocations.
     """
 
     is_rule: ClassVar[bool] = True
@@ -46,29 +44,29 @@ class Rule(StrategyDefaults):
 
     @property
     def needs_candidates(self) -> bool:
-        """Return False: the dense model is there without any."""
+        """Return False, because the rule looks at the dense model alone."""
         return False
 
     @property
     def generations(self) -> int:
-        """Return 1: a formula has its answer at once."""
+        """Return 1, because a formula has its answer at once."""
         return 1
 
     @property
     def tokens_per_generation(self) -> int:
-        """Return 0: what a rule spends is calibration text, whose size is not known here; the state counts it."""
+        """Return 0, because no allocation is measured; the state counts the calibration text that was passed."""
         return 0
 
     def pool_warning(self, sequences: int, length: int) -> str | None:
-        """Warn only where something is measured on the search text."""
+        """Warn of a short search text only if the rule measures something on it."""
         return super().pool_warning(sequences, length) if self.tokens_per_generation else None
 
     def begin(self, problem: Problem, seed: int) -> State:
-        """Begin at the start; there is nothing else to remember."""
+        """Return a plain state at the start: a rule remembers nothing else."""
         return State.first(problem.start, seed)
 
     def advance(self, problem: Problem, state: State) -> tuple[State, list[HistoryRow]]:
-        """Compute the allocation, unless the budget leaves no choice."""
+        """Compute the allocation, unless the budget leaves only one."""
         only = only_allocation(problem)
         if only is not None:
             return replace(state, parent=only, exhausted=True), []
@@ -78,13 +76,14 @@ class Rule(StrategyDefaults):
         return State(allocation, None, state.generation + 1, state.tokens + tokens, state.rng), []
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """The allocation, and the forward tokens that it took."""
+        """Return the allocation, and how many tokens were passed through the model for it."""
         raise NotImplementedError
 
 
 def only_allocation(problem: Problem) -> Allocation | None:
-    """The allocation of a space that leaves no choice: the dense one where it fits, the sparsest where no other one
-    does.
+    """Return the only allocation to choose, or None if there is a choice.
+
+    It is the dense one if that is within the budget, and the sparsest one if no other is.
     """
     budget, units = problem.budget, problem.space.units
     dense = (0,) * len(units)
@@ -96,24 +95,28 @@ def only_allocation(problem: Problem) -> Allocation | None:
 
 
 def target_sparsity(budget: Budget) -> float:
-    """What the budget asks for: the fraction to remove of what its leading limit counts."""
+    """Return the sparsity that the budget asks for: which fraction to remove of what its leading limit counts."""
     return 1.0 - budget.leading.target / budget.leading.dense
 
 
 def unit_sizes(budget: Budget) -> np.ndarray:
-    """(units,) float64: what the leading limit counts of each dense unit."""
+    """Return what each unit costs when it is dense, as the leading limit counts, (units,) float64."""
     return np.array([costs[0] for costs in budget.leading.costs], dtype=np.float64)
 
 
 def towards(problem: Problem, sparsities: Sequence[float] | np.ndarray) -> Allocation:
-    """The allocation nearest to the sparsities wished for that the budget allows.
+    """Return the allocation that is nearest to the sparsities wished for, among those that the budget allows.
 
-    Distance is the squared difference of sparsities, weighted by the size of the unit, so that what must give way for
-    the budget does so in proportion. Where several are as near, the one nearest to the uniform allocation.
+    Distance is the squared difference of sparsities, weighted by the size of the unit, so that units give way to the
+    budget in proportion to their size. Of several that are equally near, the one nearest to the uniform allocation is
+    taken.
 
     Args:
-        problem: Its budget's leading limit says what sparsity is of.
-        sparsities: (units,), of what that limit counts.
+        problem: The problem, whose budget's leading limit counts what sparsity is of.
+        sparsities: (units,).
+
+    Raises:
+        InputError: If a sparsity is not finite.
     """
     if not np.isfinite(sparsities).all():
         raise InputError("the sparsities wished for are not finite; check the model's weights, or use dtype=float32")
@@ -127,8 +130,14 @@ def towards(problem: Problem, sparsities: Sequence[float] | np.ndarray) -> Alloc
 
 
 def allowed(losses: Losses, problem: Problem) -> Allocation:
-    """The knapsack's allocation; where it leaves more of the budget than the problem allows, the start, improved step
-    by step.
+    """Return the allocation of least summed loss that the problem allows, or nearly so.
+
+    It is the knapsack's solution. If that leaves more of the budget than the problem allows, it is instead the start,
+    improved by changes of one or two units for as long as that helps.
+
+    Args:
+        losses: For each unit (levels,), what each level loses.
+        problem: The problem to solve.
     """
     found = knapsack(losses, problem.budget)
     if problem.allows(found):
@@ -141,11 +150,13 @@ def allowed(losses: Losses, problem: Problem) -> Allocation:
 
 
 def _better(losses: Losses, levels: Sequence[int], problem: Problem) -> list[tuple[int, int]]:
-    """The change of one unit, or of two at once, that lowers the loss most of those that the problem allows; empty for
-    none.
+    """Find the change of one or two units that lowers the loss most and that the problem allows.
+
+    Returns:
+        The units and their new levels; empty if no change lowers the loss.
     """
     budget = problem.budget
-    # The first change is none, so that a pair with it is a change of one unit.
+    # The first change changes nothing, so that a pair of it and another one is a change of one unit.
     changes = [(-1, 0)] + [(u, v) for u, of_unit in enumerate(losses) for v in range(len(of_unit)) if v != levels[u]]
     units = np.array([unit for unit, _ in changes])
     loss = np.array([0.0] + [losses[u][v] - losses[u][levels[u]] for u, v in changes[1:]])
@@ -164,7 +175,7 @@ def _better(losses: Losses, levels: Sequence[int], problem: Problem) -> list[tup
 
 
 def dense_of(problem: Problem) -> Dense:
-    """The dense model of a problem, which this rule looks at."""
+    """Return the dense model of a problem, or raise an InputError if it comes without one."""
     if problem.dense is None:
         raise InputError(
             "this strategy computes its allocation from the dense model, which this problem does not come with"
@@ -174,31 +185,36 @@ def dense_of(problem: Problem) -> Dense:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a unit acts: on sub-blocks as a whole (two for a block), or on one linear layer of one."""
+    """Where a unit acts: on whole sub-blocks, or on one linear layer.
+
+    Attributes:
+        parts: The sub-blocks; two if the unit is a whole block.
+        layer: Which linear layer of the (only) sub-block the unit is; None for whole sub-blocks.
+    """
 
     parts: tuple[SubBlock, ...]
     layer: str | None
 
     @property
     def block(self) -> int:
-        """Index of the block."""
+        """The index of the decoder block that the unit is in."""
         return self.parts[0].block
 
     @property
     def layers(self) -> list[tuple[SubBlock, str]]:
-        """The linear layers that belong to the unit."""
+        """The linear layers that belong to the unit, each with its sub-block."""
         if self.layer is not None:
             return [(self.parts[0], self.layer)]
         return [(part, layer) for part in self.parts for layer in layers_of(part)]
 
 
 def layers_of(part: SubBlock) -> list[str]:
-    """All linear layers of a sub-block."""
+    """Return the names of all linear layers in a sub-block."""
     return [layer for stage in part.stages for layer in stage]
 
 
 def sites(model: PreTrainedModel, space: Space) -> list[Site]:
-    """Where each unit of the space acts."""
+    """Return where each unit of the space acts, or raise an InputError if one is no part of the model."""
     found: dict[int, Site] = {}
     for place in places(model, space):
         for unit, layer in place.units:
@@ -211,7 +227,7 @@ def sites(model: PreTrainedModel, space: Space) -> list[Site]:
 
 
 def by_block(of_units: Sequence[Site], sizes: np.ndarray) -> dict[int, float]:
-    """Block -> sum of the sizes of its units, for the blocks that have some."""
+    """Return the summed size of the units in each block that has any, by the block's index, in rising order."""
     found: dict[int, float] = {}
     for site, size in zip(of_units, sizes, strict=True):
         found[site.block] = found.get(site.block, 0.0) + float(size)
@@ -220,20 +236,23 @@ def by_block(of_units: Sequence[Site], sizes: np.ndarray) -> dict[int, float]:
 
 @torch.no_grad()
 def walk(
-    dense: Dense, visit: Visit, ids: Tensor | None = None, replaced: Callable[[SubBlock], Replaced] | None = None
+    dense: Dense,
+    visit: SubBlockVisitor,
+    ids: Tensor | None = None,
+    replaced: Callable[[SubBlock], Replaced] | None = None,
 ) -> int:
-    """Pass the calibration text through the model once.
+    """Pass the calibration text through the model once, and show a rule what happens at every sub-block.
 
     Args:
-        dense: The model, its text, and where to work.
-        visit: Called for each sub-block and batch with the residual stream (batch, tokens, hidden) before it, the
-            inputs (tokens, d_in) of its linear layers by name, and the residual stream behind it. The block is on the
-            device meanwhile.
-        ids: Other text, (sequences, tokens).
-        replaced: Parameters of a sub-block that stand for its own.
+        dense: The model, its text, and the device.
+        visit: Called for each sub-block and batch with the sub-block, the residual stream (batch, tokens, hidden)
+            before it, the inputs (tokens, d_in) of its linear layers by name, and the residual stream after it. The
+            block is on the device during the call.
+        ids: Text to pass instead of the calibration text, (sequences, tokens).
+        replaced: Gives the parameters that stand in for a sub-block's own, by name, or None to leave it out.
 
     Returns:
-        Forward tokens.
+        How many tokens were passed through the model.
     """
     ids = dense.ids if ids is None else ids
     text = TextWalk(dense.model, dense.device)
@@ -244,8 +263,11 @@ def walk(
 
 
 def input_moments(dense: Dense) -> tuple[dict[str, Moments], int]:
-    """Of the inputs of every linear layer, by `<sub-block>.<layer>` (shared where inputs are the same); forward
-    tokens.
+    """Take the moments of every linear layer's inputs over the calibration text.
+
+    Returns:
+        The moments by `<sub-block>.<layer>`, where layers with the same inputs share them, and how many tokens were
+        passed through the model.
     """
     found: dict[str, Moments] = {}
 
@@ -266,5 +288,12 @@ def input_moments(dense: Dense) -> tuple[dict[str, Moments], int]:
 
 
 def wrong_kind(rule: str, needs: str, unit: Unit, instead: str) -> InputError:
-    """Of a rule that has nothing to say about units of this kind."""
+    """Return the error that says that a rule is not for units of this kind.
+
+    Args:
+        rule: The name of the rule.
+        needs: The kinds of units that it is for, in words.
+        unit: The unit that is none of these.
+        instead: What the user can do.
+    """
     return InputError(f"strategy={rule} is for {needs}, and {unit.name} is none ({unit.kind}); {instead}")

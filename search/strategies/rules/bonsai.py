@@ -1,14 +1,13 @@
-"""Bonsai's perturb and regress (Dery et al. 2024, "Everybody Prune Now") as an allocator: what units are worth,
-measured.
+"""Bonsai (Dery et al. 2024, "Everybody Prune Now") as an allocator: finds by measuring what each unit is worth.
 
-Sub-models around the start are measured in pairs, one of which is sparser where the other is denser, in many units at
-once. The differences within pairs are regressed on the differences in cost by ridge regression, towards a prior that
-all parameters are worth the same and with a strength chosen by Kendall's tau over pairs left out
-(`local_prune.regression`). The allocation is the knapsack's optimum of the losses so predicted. Pairs are measured in
-portions, between which a killed run can be resumed.
+Sub-models around the start are measured in pairs. Within a pair, many units at once are sparser in one sub-model and
+denser in the other. The differences in loss are regressed on the differences in cost by ridge regression; its prior is
+that all parameters are worth the same, and its strength is chosen by Kendall's tau on pairs that were left out
+(`local_prune.regression`). The allocation is the knapsack's optimum of the losses predicted by that. Each generation
+measures a portion of the pairs, so that a killed run can be resumed in between.
 
-Different from the paper: it takes 5 % of all members a round; here the units are what the space has, and a linear
-prediction is trusted no further than sub-models were measured, `reach` levels from the start.
+Unlike in the paper, which removes 5 % of all members a round, the units of the space change their levels, and a linear
+prediction is trusted no further than sub-models were measured: `reach` levels from the start.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ from search.strategies.state import State, read_count, rng_state
 from supernet.errors import InputError
 from supernet.space import Allocation
 
-PORTION = 10  # pairs of a generation
-FEWEST = 2  # pairs that a regression needs
+PORTION = 10  # how many pairs a generation measures
+FEWEST = 2  # how many pairs a regression needs
 
 
 def pair_around(
     start: Sequence[int], most: np.ndarray, reach: int, rng: np.random.Generator
 ) -> tuple[Allocation, Allocation]:
-    """Two allocations that mirror each other about the start, up to `reach` levels away in every unit.
+    """Draw two allocations that mirror each other about the start, each unit at most `reach` levels away from it.
 
     Args:
-        start: Level of each unit.
-        most: (units,) the last level of each.
-        reach: Levels.
-        rng: Draws the first of them.
+        start: The level of each unit at the start.
+        most: (units,) the last level of each unit, at which both are cut off.
+        reach: How many levels a unit may go.
+        rng: The random generator to draw from.
     """
     steps = rng.integers(-reach, reach + 1, size=len(most))
     first, second = (np.clip(np.array(start) + sign * steps, 0, most) for sign in (1, -1))
@@ -53,11 +52,12 @@ def pair_around(
 
 
 def worths(removed: np.ndarray, differences: np.ndarray) -> np.ndarray:
-    """What the loss grows by for what is removed of each unit, (units,) float64.
+    """Regress how much the loss grows per share of the model that is removed from each unit, (units,) float64.
 
     Args:
-        removed: (pairs, units), how much more of each unit the first of a pair lacks.
-        differences: (pairs,), by how much its loss is higher.
+        removed: (pairs, units) how much more of each unit the first sub-model of a pair lacks than the second, as a
+            share of the model's cost.
+        differences: (pairs,) by how much the loss of the first sub-model is higher.
     """
     signs, losses = torch.from_numpy(removed), torch.from_numpy(differences)
     prior = torch.ones(removed.shape[1], dtype=torch.float64)
@@ -66,14 +66,16 @@ def worths(removed: np.ndarray, differences: np.ndarray) -> np.ndarray:
 
 
 def predicted(worth: np.ndarray, costs: Costs, dense: int, start: Sequence[int], reach: int) -> list[np.ndarray]:
-    """The predicted loss of each level of each unit, and more than all together for each level out of reach.
+    """Predict the loss of each level, (levels,) for each unit.
+
+    A level out of reach gets a penalty that is larger than all predicted losses together.
 
     Args:
-        worth: (units,) of what is removed of a unit, as a fraction of `dense`.
-        costs: Of each level of each unit.
-        dense: Of all units together.
-        start: Level of each unit.
-        reach: Levels.
+        worth: (units,) how much the loss grows per cost removed, where costs are fractions of `dense`.
+        costs: The cost of each level of each unit.
+        dense: The cost of all units together when they are dense.
+        start: The level of each unit at the start.
+        reach: How many levels from the start a prediction is trusted.
     """
     losses = [w * (row[0] - np.array(row)) / dense for w, row in zip(worth, costs, strict=True)]
     penalty = 1.0 + 10.0 * sum(float(np.abs(loss).max()) for loss in losses)
@@ -86,8 +88,8 @@ class PairsState(State):
     """The sub-models measured so far.
 
     Attributes:
-        drawn: Pairs measured.
-        pairs: Those of them whose losses are finite; none any more once the allocation is found.
+        drawn: How many pairs have been measured.
+        pairs: The pairs with finite losses among them; empty again once the allocation is found.
     """
 
     drawn: int = 0
@@ -95,23 +97,23 @@ class PairsState(State):
 
     @classmethod
     def values_of(cls, content: Mapping[str, Any]) -> dict[str, Any]:
-        """Add those of the pairs."""
+        """Add the fields that hold the pairs."""
         pairs = tuple(map(Pair.from_json, content["pairs"]))
         return super().values_of(content) | {"drawn": read_count(content["drawn"]), "pairs": pairs}
 
     def allocations(self) -> list[Allocation]:
-        """Add those of the pairs."""
+        """Add the allocations of the pairs."""
         return [self.parent, *(one for pair in self.pairs for one in (pair.first, pair.second))]
 
 
 @dataclass(frozen=True)
 class Bonsai(StrategyDefaults):
-    """Perturb, measure in pairs, regress, solve.
+    """The rule that perturbs the start, measures pairs of sub-models, regresses, and solves a knapsack.
 
     Attributes:
-        samples: Sub-models, two a pair.
-        tokens: Of the search's text, that each pair is measured on, drawn anew for each.
-        reach: Levels that a unit may go from the start, while measuring and in the end.
+        samples: How many sub-models are measured, two for each pair.
+        tokens: How many tokens of the search text each pair is measured on; every pair draws its own.
+        reach: How many levels a unit may go from the start, in the sub-models and in the result.
     """
 
     name: ClassVar[str] = "bonsai"
@@ -133,20 +135,20 @@ class Bonsai(StrategyDefaults):
 
     @property
     def tokens_per_generation(self) -> int:
-        """Count the pairs of a portion."""
+        """Count the pairs that a generation measures."""
         return self.samples * self.tokens // self.generations
 
     @property
     def generations(self) -> int:
-        """Portions of pairs."""
+        """How many portions the pairs are measured in."""
         return -(-self.samples // (2 * PORTION))
 
     def begin(self, problem: Problem, seed: int) -> PairsState:
-        """Nothing is measured yet."""
+        """Return a state without any pairs."""
         return PairsState.first(problem.start, seed)
 
     def advance(self, problem: Problem, state: PairsState) -> tuple[PairsState, list[HistoryRow]]:
-        """Measure a portion of the pairs; the last one is followed by the regression, which gives the allocation."""
+        """Measure a portion of the pairs; after the last portion, regress and solve for the allocation."""
         only = only_allocation(problem)
         if only is not None:
             return replace(state, parent=only, exhausted=True), []
@@ -167,7 +169,7 @@ class Bonsai(StrategyDefaults):
         return state, measured.rows
 
     def _pair(self, problem: Problem, start: Allocation, measured: Measured, rng: np.random.Generator) -> Pair:
-        """Two sub-models, measured; their difference is NaN where either loss is not finite."""
+        """Draw and measure a pair of sub-models; its difference is NaN if either loss is not finite."""
         begun, count = time.perf_counter(), sequences_for(self.tokens, problem)
         most = np.array([len(unit.levels) - 1 for unit in problem.space.units])
         pair = pair_around(start, most, self.reach, rng)
@@ -177,7 +179,7 @@ class Bonsai(StrategyDefaults):
         return Pair(*pair, float(fitness[0] - fitness[1]) if np.isfinite(fitness).all() else math.nan, count)
 
     def _best(self, problem: Problem, start: Allocation, pairs: Sequence[Pair]) -> Allocation:
-        """The optimum of what the pairs say."""
+        """Return the allocation with the least loss that the pairs predict."""
         limit = problem.budget.leading
         if len(pairs) < FEWEST:
             raise InputError(

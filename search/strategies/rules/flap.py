@@ -1,12 +1,12 @@
-"""FLAP (An et al. 2024): one global order of all heads and neurons by standardised fluctuation; the lowest go.
+"""FLAP (An et al. 2024): sorts all heads and neurons of a model by how much they fluctuate, and removes the lowest.
 
-The metric of an input column j is Var(x_j) ||W_:,j||^2 (WIFV) or the mean over outputs of |W_ij| ||X_j||_2 (WIFN),
-squared for attention as in the authors' code (CASIA-IVA-Lab/FLAP, AL-AM), and standardised within its layer; a head's
-is the mean over its columns.
+The metric of an input column j is Var(x_j) ||W_:,j||^2 (WIFV) or the mean over outputs of |W_ij| ||X_j||_2 (WIFN). It
+is squared for attention, as in the authors' code (CASIA-IVA-Lab/FLAP, AL-AM), and standardised within its layer; the
+score of a head is the mean over its columns.
 
-Different from it: the code counts a head as 512 / 3 neurons, here each member counts what the budget counts of it,
-whatever the model's sizes (KV groups with their query heads as one). And the same is done with single weights, by
-|W_ij| ||X_j||_2 (WIFN) or Var(x_j) W_ij^2 (WIFV), standardised within their layer, which FLAP leaves out.
+Two things differ from that code. It counts a head as 512 / 3 neurons, while here each member counts what the budget
+counts of it, whatever the model's sizes; a KV group and its query heads are one member. And single weights can be
+sorted, too, by |W_ij| ||X_j||_2 (WIFN) or Var(x_j) W_ij^2 (WIFV), standardised within their layer.
 """
 
 from __future__ import annotations
@@ -39,58 +39,75 @@ from supernet.space import ATTENTION, BITS, WEIGHTS, Allocation, Space, Unit
 
 METRICS = ("WIFV", "WIFN")
 NEEDS = "heads, neurons and single weights"
-ROWS = 1024  # of a weight that are scored at a time
-SHIFT = 12  # bits of a float32 left out where scores are counted: what stays tells apart what differs by 1 / 2048
+ROWS = 1024  # how many rows of a weight are scored at a time
+SHIFT = 12  # lowest bits of a float32 that bins of scores ignore: the others tell apart what differs by 1 / 2048
 BINS = 1 << (31 - SHIFT)
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """Standardised scores of a unit's members, (n,) rising, and how many members have each."""
+    """The standardised scores of a unit's members.
+
+    Attributes:
+        scores: (n,) rising.
+        counts: (n,) how many members have each score.
+    """
 
     scores: np.ndarray
     counts: np.ndarray
 
 
 def column_metric(W: Tensor, moments: Moments, metric: str) -> Tensor:
-    """FLAP's metric of each input column, (d_in,) float64. W: (d_out, d_in)."""
+    """Return FLAP's metric of each input column, (d_in,) float64.
+
+    Args:
+        W: (d_out, d_in) weight.
+        moments: The moments of the layer's inputs.
+        metric: WIFV or WIFN.
+    """
     if metric == "WIFV":
         return W.detach().double().square().sum(0) * moments.variance.double()
     return W.detach().double().abs().mean(0) * moments.norms.double()
 
 
 def standardised(values: Tensor) -> Tensor:
-    """Less the mean, by the standard deviation; zeros where all are alike. values: (n,) float64."""
+    """Subtract the mean and divide by the standard deviation, (n,) float64; zeros if all values are alike."""
     deviation = values.std() if len(values) > 1 else values.new_zeros(())
     return (values - values.mean()) / deviation if deviation > 0 else torch.zeros_like(values)
 
 
 def rank_members(metric: Tensor, width: int, squared: bool) -> Ranked:
-    """Members by the mean of their columns' standardised metric.
+    """Rank members by the mean of their columns' standardised metric.
 
     Args:
-        metric: (members * width,).
-        width: Columns of a member.
-        squared: Whether to square it first, as FLAP does for attention.
+        metric: (members * width,) metric of each column.
+        width: How many columns a member has.
+        squared: Whether to square the metric first, as FLAP does for attention.
     """
     scores = standardised(metric.square() if squared else metric).view(-1, width).mean(1).sort().values.cpu().numpy()
     return Ranked(scores, np.ones(len(scores)))
 
 
 def weight_scores(W: Tensor, moments: Moments, metric: str) -> Iterator[Tensor]:
-    """The metric of single weights, some rows (rows, d_in) float32 at a time. W: (d_out, d_in)."""
+    """Yield the metric of single weights, a few rows (rows, d_in) float32 at a time.
+
+    Args:
+        W: (d_out, d_in) weight.
+        moments: The moments of the layer's inputs.
+        metric: WIFV or WIFN.
+    """
     factor = moments.variance if metric == "WIFV" else moments.norms
     for rows in W.detach().split(ROWS):
         yield (rows.float().square() if metric == "WIFV" else rows.float().abs()) * factor
 
 
 def rank_weights(pieces: Callable[[], Iterator[Tensor]]) -> Ranked:
-    """Single weights by their standardised metric, in a histogram that is as fine as it is small.
+    """Rank single weights by their standardised metric, in a histogram, as there are too many to sort.
 
-    Positive floats are in the order of their bits, so the upper bits count scores in bins of equal relative width.
+    Floats that are not negative have the order of their bits, so their upper bits make bins of equal relative width.
 
     Args:
-        pieces: Gives the scores, float32 and not negative, in pieces; asked twice.
+        pieces: Gives the scores piece by piece, float32 and not negative. It is called twice.
     """
     number, total = 0, 0.0
     counts = np.zeros(BINS, dtype=np.int64)
@@ -101,7 +118,7 @@ def rank_weights(pieces: Callable[[], Iterator[Tensor]]) -> Ranked:
     squares = sum(float((piece.double() - mean).square().sum()) for piece in pieces())
     deviation = (squares / max(1, number - 1)) ** 0.5
     filled = np.flatnonzero(counts)
-    # A bin's middle stands for its members.
+    # The middle of a bin stands for the scores in it.
     middles = (
         ((filled << SHIFT) + (1 << (SHIFT - 1)) * (filled > 0)).astype(np.int32).view(np.float32).astype(np.float64)
     )
@@ -111,13 +128,14 @@ def rank_weights(pieces: Callable[[], Iterator[Tensor]]) -> Ranked:
 
 
 def sparsities_of(ranked: Sequence[Ranked], sizes: np.ndarray, target: float) -> np.ndarray:
-    """The fraction of each unit that goes when all members of all units are sorted at once, the lowest first, down to
-    `target`.
+    """Return the sparsity of each unit, (units,), when the lowest members of all units are removed.
+
+    All members are sorted at once, and removed from the lowest score on until only `target` is left.
 
     Args:
-        ranked: Of each unit.
-        sizes: (units,) what all members of each unit cost.
-        target: What may be left of the sum of sizes.
+        ranked: The scores of each unit's members.
+        sizes: (units,) what all members of each unit cost together.
+        target: How much of the sum of sizes may be left.
     """
     unit = np.concatenate([np.full(len(one.scores), index) for index, one in enumerate(ranked)])
     shares = np.concatenate([one.counts / one.counts.sum() for one in ranked])
@@ -129,10 +147,10 @@ def sparsities_of(ranked: Sequence[Ranked], sizes: np.ndarray, target: float) ->
 
 @dataclass(frozen=True)
 class Flap(Rule):
-    """A global order of heads and neurons, or of single weights.
+    """The rule that sorts all heads and neurons, or all single weights, and removes the lowest.
 
     Attributes:
-        metric: WIFV or WIFN; None for WIFV of heads and neurons and WIFN of single weights.
+        metric: WIFV or WIFN; None takes WIFV for heads and neurons and WIFN for single weights.
     """
 
     name: ClassVar[str] = "flap"
@@ -149,7 +167,7 @@ class Flap(Rule):
             _check_kind(site, unit)
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """Sort the members of all units at once and go to the nearest allocation."""
+        """Sort the members of all units at once, and take the allocation nearest to what that leaves."""
         dense = dense_of(problem)
         of_units = sites(dense.model, problem.space)
         moments, tokens = input_moments(dense)
@@ -172,7 +190,7 @@ class Flap(Rule):
 
 
 def _check_kind(site: Site, unit: Unit) -> None:
-    """InputError for what has no members to sort."""
+    """Raise an InputError if a unit has no members to sort."""
     if unit.kind == WEIGHTS:
         return
     if unit.kind == BITS:

@@ -1,10 +1,9 @@
-"""An allocation taken from the front of an earlier run (`search.strategies.guided.pareto`) at any of its budgets: no
-search.
+"""Takes an allocation for any budget from the front of an earlier run (`search.strategies.guided.pareto`).
 
-Between two points of the front each unit keeps what lies between the two allocations, in proportion to cost. What comes
-of that has not been measured by the earlier run, so it is measured beside what the two points have, repaired to the
-budget, and the allocation that the round starts at (uniform in the first): the best of these is taken. `front.json`,
-which holds a front, is written and read here.
+Between two points of the front, each unit keeps what lies between the two allocations, in proportion to cost. The
+earlier run has not measured what comes of that. So it is measured, and so are the allocations of the two points,
+repaired to the budget, and the allocation that the round starts at; the best one is taken. `front.json`, the file that
+holds a front, is written and read here, too.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ from supernet.system.records import WRONG, UnreadableError, read_json, verified
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-CANDIDATES = 4  # that may be measured: in between, beside, the start
+CANDIDATES = 4  # measured at most: the one in between, those of the two points, the start
 
-Kept = Mapping[str, int]  # members kept per unit
+Kept = Mapping[str, int]  # how many members a unit keeps, by its name
 
 
 @dataclass(frozen=True)
 class Front(Rule):
-    """The rule.
+    """The rule that takes its allocation from a front.
 
     Attributes:
-        file: A `front.json`.
-        tokens: Of the search text, that allocations between two points are measured on; 0 takes the one in between as
-            it is.
+        file: The path of the `front.json` that the earlier run wrote.
+        tokens: How many tokens of the search text an allocation between two points is measured on, beside its rivals; 0
+            takes it unmeasured.
     """
 
     name: ClassVar[str] = "front"
@@ -60,16 +59,16 @@ class Front(Rule):
 
     @property
     def needs_candidates(self) -> bool:
-        """Return whether what lies between two points of the front is measured."""
+        """Return whether allocations between two points of the front are measured."""
         return self.tokens > 0
 
     @property
     def tokens_per_generation(self) -> int:
-        """Count one measurement of each allocation that may be taken."""
+        """Count one measurement of each allocation that may be compared."""
         return CANDIDATES * self.tokens
 
     def check_rounds(self, rounds: int) -> None:
-        """Advise against more than one round, each of which is built for little."""
+        """Advise against more than one round, as a further one costs a build and gains little."""
         if rounds != 1:
             log.warning(
                 "rounds=%d with strategy=front: every round is built, for levels a little nearer to the front; "
@@ -78,20 +77,20 @@ class Front(Rule):
             )
 
     def check_budget(self, space: Space, budget: Budget) -> None:
-        """Refuse a budget sparser than all of the front, and a front of other units."""
-        self.place(space, budget)
+        """Refuse a front of other units, and a budget that is sparser than all of the front."""
+        self.position(space, budget)
 
     @cached_property
     def points(self) -> list[Kept]:
-        """From the sparsest to the dense model."""
+        """What each point of the front keeps, from the sparsest point to the dense model."""
         return read_front(self.file)
 
     def advance(self, problem: Problem, state: State) -> tuple[State, list[HistoryRow]]:
-        """Take what lies on the front at the budget, after a measurement where that is between two points."""
+        """Take the allocation on the front at this budget; between two points, measure it and its rivals first."""
         if only_allocation(problem) is not None:
             return super().advance(problem, state)
-        place = self.place(problem.space, problem.budget)
-        wished, below = towards(problem, self._sparsities(place, problem)), int(place)
+        position = self.position(problem.space, problem.budget)
+        wished, below = towards(problem, self._sparsities(position, problem)), int(position)
         beside = [problem.space.nearest(dict(kept)) for kept in self.points[below : below + 2]]
         others = [*(closest(one, problem.budget) for one in beside), problem.start]
         candidates = list(dict.fromkeys([wished, *(one for one in others if problem.allows(one))]))
@@ -103,16 +102,17 @@ class Front(Rule):
         fitness = float(measured.losses([best], sequences).mean())
         return State(best, fitness, 1, state.tokens + measured.tokens, rng_state(rng)), measured.rows
 
-    def _sparsities(self, place: float, problem: Problem) -> np.ndarray:
-        """What the front wishes for every unit at a place, (units,), of what the leading limit counts."""
+    def _sparsities(self, position: float, problem: Problem) -> np.ndarray:
+        """Return the sparsity that each unit has at a position on the front, (units,), as the leading limit counts."""
         costs = _costs(self.points, problem.space, problem.budget.leading)  # (points, units)
-        below = min(int(place), len(costs) - 2)
-        wish = costs[below] + (place - below) * (costs[below + 1] - costs[below])
+        below = min(int(position), len(costs) - 2)
+        wish = costs[below] + (position - below) * (costs[below + 1] - costs[below])
         return np.asarray(1.0 - wish / np.maximum(1, costs[-1]))
 
-    def place(self, space: Space, budget: Budget) -> float:
-        """How far along the front the budget goes: 1.5 is half way from point 1 to point 2; InputError where it has no
-        answer.
+    def position(self, space: Space, budget: Budget) -> float:
+        """Return how far along the front a budget goes: 1.5 is half way from point 1 to point 2, counted from 0.
+
+        An InputError says if the front is of other units, or if the budget is sparser than all of it.
         """
         totals = {unit.name: unit.total for unit in space.units}
         if self.points[-1] != totals:
@@ -120,10 +120,10 @@ class Front(Rule):
             advice = "give one of the same model and prune settings"
             raise InputError(f"strategy.file={self.file} is of other units: {other}; {advice}")
         # Each limit says how far towards the dense model we may go along the front; the tightest one decides.
-        return min(self._place(limit, space) for limit in budget.limits)
+        return min(self._position_at(limit, space) for limit in budget.limits)
 
-    def _place(self, limit: Limit, space: Space) -> float:
-        """The densest place on the front that keeps a limit."""
+    def _position_at(self, limit: Limit, space: Space) -> float:
+        """Return the densest position on the front that keeps within a limit."""
         costs = np.maximum.accumulate(_costs(self.points, space, limit).sum(1))
         if limit.target < costs[0] - 0.5:  # costs between levels are rounded
             raise InputError(
@@ -144,14 +144,14 @@ def front_json(
     model: Mapping[str, str],
     dense_fitness: float | None = 0.0,
 ) -> dict[str, Any]:
-    """The content of `front.json`: the points that a search found, and the dense model.
+    """Return the content of `front.json`: the points that a search found, and the dense model as the last one.
 
     Args:
-        space: That was searched.
-        front: Its points, from the sparsest on.
-        budget: Of the run.
-        model: Name and fingerprint.
-        dense_fitness: Of the dense model: 0 for a divergence from it; None where it is not known.
+        space: The space that was searched.
+        front: The points that were found, from the sparsest on.
+        budget: The budget of the run.
+        model: The name and the fingerprint of the model.
+        dense_fitness: The fitness of the dense model: 0 if fitness is a divergence from it, None if it is not known.
     """
     limit = budget.first
     dense = FrontPoint(limit.dense, (0,) * len(space.units), dense_fitness)
@@ -169,7 +169,7 @@ def front_json(
 
 
 def read_front(file: str) -> list[Kept]:
-    """What each point of a `front.json` keeps, in its order; InputError for a file that is none."""
+    """Read what each point of a `front.json` keeps, in its order, or raise an InputError if it is no such file."""
     said, path = f"strategy.file={file}", Path(str(file)).expanduser()
     if not _is_file(path):
         raise InputError(f"{said} is not there; give the front.json of a run with strategy=pareto")
@@ -196,14 +196,14 @@ def _is_file(path: Path) -> bool:
 
 
 def _fits(point: Kept, dense: Kept) -> bool:
-    """Whether a point is of the units of the dense one."""
+    """Return whether a point has the units of the dense model, and keeps no more of them than there is."""
     return point.keys() == dense.keys() and all(
         type(kept) is int and 0 <= kept <= dense[name] for name, kept in point.items()
     )
 
 
 def _difference(there: Kept, here: Kept) -> str:
-    """In what the units of a file differ from those of a space, at the first place."""
+    """Say in words what the first difference is between the units of a file and those of a space."""
     for name in (*here, *there):
         if there.get(name) != here.get(name):
             ends = (f"{one[name]} members" if name in one else "no such unit" for one in (there, here))
@@ -212,12 +212,13 @@ def _difference(there: Kept, here: Kept) -> str:
 
 
 def _costs(points: Sequence[Kept], space: Space, limit: Limit) -> np.ndarray:
-    """What a limit counts of each unit at each point, (points, units): in proportion between the levels of the
-    space.
+    """Return what each unit costs at each point of a front, as a limit counts, (points, units).
+
+    Between two levels of the space, costs are interpolated by the number of members kept.
     """
     found = np.empty((len(points), len(space.units)))
     for index, (unit, costs) in enumerate(zip(space.units, limit.costs, strict=True)):
-        # What keeps nothing costs nothing: below the lowest level of a window.
+        # Below the last level of the space, costs fall to 0 for what keeps nothing.
         kept = [0] * (unit.levels[-1].kept > 0) + [level.kept for level in reversed(unit.levels)]
         at = [0] * (unit.levels[-1].kept > 0) + list(reversed(costs))
         found[:, index] = np.interp([point[unit.name] for point in points], kept, at)

@@ -1,11 +1,11 @@
 """OWL (Yin et al. 2023, "Outlier Weighed Layerwise Sparsity"): blocks with more outliers keep more.
 
-An outlier is an entry of |W_ij| ||X_j||_2, over all linear layers of a block together, above M times their mean. Read
-in the authors' code (luuyin/OWL): the shares of outliers, scaled to a width of 2 lambda, are the blocks' keep ratios
-around that of the budget, and every layer of a block gets the same.
+An outlier is an entry of |W_ij| ||X_j||_2 that is more than M times the mean over all linear layers of its block. As in
+the authors' code (luuyin/OWL), the shares of outliers are scaled to a width of 2 lambda and are then the blocks' keep
+ratios around that of the budget; all layers of a block get the same ratio.
 
-Different from it: blocks count by their size in the mean, which is the same where they are alike; a ratio stays within
-0 and 1.
+Unlike in their code, blocks count in the mean by their size, which makes no difference if they are all alike, and a
+ratio stays between 0 and 1.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from search.strategies.rules.base import (
 from supernet.models.architecture import blocks, sub_blocks
 from supernet.space import Allocation
 
-ROWS = 1024  # of a weight that are float32 at a time
+ROWS = 1024  # how many rows of a weight are held in float32 at a time
 
 
 def outlier_share(layers: Iterable[tuple[Tensor, Tensor]], outlier: float) -> float:
-    """The fraction of all |W_ij| ||X_j||_2 that lie above `outlier` times their mean.
+    """Return which fraction of all |W_ij| ||X_j||_2 lies above `outlier` times their mean.
 
     Args:
-        layers: W (d_out, d_in) and ||X_j||_2 (d_in,) of each.
-        outlier: M.
+        layers: For each linear layer its weight W (d_out, d_in) and the norms ||X_j||_2 (d_in,) of its inputs.
+        outlier: The paper's M.
     """
     layers = list(layers)
     entries = sum(W.numel() for W, _ in layers)
@@ -56,14 +56,15 @@ def outlier_share(layers: Iterable[tuple[Tensor, Tensor]], outlier: float) -> fl
 
 
 def owl_sparsities(shares: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float) -> np.ndarray:
-    """Shares of outliers as sparsities: between the extreme ones lie 2 * spread, and the mean by size is that of the
-    budget.
+    """Turn shares of outliers into sparsities, (blocks,): the more outliers, the lower the sparsity.
+
+    The extreme ones differ by 2 * spread, and the mean, weighted by size, is that of the budget.
 
     Args:
-        shares: (blocks,).
-        sizes: (blocks,).
-        sparsity: Of the budget.
-        spread: lambda.
+        shares: (blocks,) share of outliers in each block.
+        sizes: (blocks,) how much each block counts in the mean sparsity.
+        sparsity: The mean sparsity that the budget asks for.
+        spread: The paper's lambda.
     """
     width = np.ptp(shares)
     keep = (shares - shares.min()) / width * 2.0 * spread if width else np.zeros_like(shares)
@@ -76,8 +77,8 @@ class Owl(Rule):
     """Sparsity by the share of outliers in a block, the same for all of its units, of whatever kind.
 
     Attributes:
-        outlier: M, how many times the mean an outlier is.
-        spread: lambda, half of the width of the keep ratios.
+        outlier: How many times the mean an outlier exceeds, the paper's M.
+        spread: Half of the difference between the highest and the lowest keep ratio, the paper's lambda.
     """
 
     name: ClassVar[str] = "owl"
@@ -90,7 +91,7 @@ class Owl(Rule):
         check_number("spread", self.spread, 0.0, 0.5, "0.08")
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """Count the outliers of each block and go to the nearest allocation."""
+        """Count the outliers of each block, and take the allocation nearest to the sparsities that follow."""
         dense = dense_of(problem)
         of_units = sites(dense.model, problem.space)
         moments, tokens = input_moments(dense)

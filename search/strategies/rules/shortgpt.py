@@ -1,9 +1,9 @@
-"""ShortGPT (Men et al. 2024): blocks that change the residual stream least are dropped, by block influence.
+"""ShortGPT (Men et al. 2024): drops the blocks that change the residual stream least, which is called block influence.
 
-BI = 1 - E[cos(x_in, x_out)] over tokens. The paper drops whole blocks; single attentions and MLPs get the influence of
-their own sub-block. Where dropping the lowest one after the other ends further below the budget than may be, the units
-to drop are those of least summed influence that meet it. How influence would say how sparse a layer should be is not
-published.
+Block influence is 1 - E[cos(x_in, x_out)] over tokens. The paper drops whole blocks; here single attentions and MLPs
+can be dropped, too, by the influence of their own sub-block. Units are dropped from the lowest influence on. If that
+ends too far below the budget, those of least summed influence that meet it are dropped instead. The paper does not say
+how influence could decide how sparse a layer should be, so units that can be pruned in part are refused.
 """
 
 from __future__ import annotations
@@ -26,14 +26,23 @@ from supernet.space import Allocation, Space
 
 
 def cosines(before: Tensor, behind: Tensor) -> Tensor:
-    """Of each token's state with itself further on, (batch, tokens) float64. Arguments: (batch, tokens, hidden)."""
+    """Return the cosine of each token's state at two places in the model, (batch, tokens) float64.
+
+    Args:
+        before: (batch, tokens, hidden) residual stream.
+        behind: The same further on.
+    """
     return torch.nn.functional.cosine_similarity(before.double(), behind.double(), dim=-1)
 
 
 @dataclass(frozen=True)
 class Similarities:
-    """Mean cosine of the residual stream before and behind sub-blocks, by name, and blocks, by index; tokens that it
-    took.
+    """How similar the residual stream is before and after the parts of a model: mean cosines over tokens.
+
+    Attributes:
+        parts: The mean cosine of each sub-block, by its name.
+        blocks: The mean cosine of each block, by its index.
+        tokens: How many tokens were passed through the model.
     """
 
     parts: dict[str, float]
@@ -41,18 +50,24 @@ class Similarities:
     tokens: int
 
     def of(self, site: Site) -> float:
-        """Of a unit: its sub-block's, or its block's where it is one."""
+        """Return the mean cosine of a unit: that of its sub-block, or that of its block if the unit is one."""
         return self.parts[site.parts[0].name] if len(site.parts) == 1 else self.blocks[site.block]
 
 
 def similarities(
     dense: Dense, ids: Tensor | None = None, replaced: Callable[[SubBlock], Replaced] | None = None
 ) -> Similarities:
-    """Pass the calibration text (or other `ids`) through the model; arguments as for `walk`."""
+    """Pass text through the model, and measure how similar the residual stream is before and after each part.
+
+    Args:
+        dense: The model, its text, and the device.
+        ids: Text to pass instead of the calibration text, (sequences, tokens).
+        replaced: Gives the parameters that stand in for a sub-block's own, by name, or None to leave it out.
+    """
     parts: dict[str, float] = {}
     blocks: dict[int, float] = {}
-    entered: dict[int, Tensor] = {}  # the block at work -> the residual stream before it
-    passed: dict[int, float] = {}  # the same -> summed cosines behind its sub-blocks so far
+    entered: dict[int, Tensor] = {}  # the residual stream before the block that is being passed
+    passed: dict[int, float] = {}  # for that block, the summed cosines after its last sub-block so far
 
     def visit(part: SubBlock, before: Tensor, _: Mapping[str, Tensor], behind: Tensor) -> None:
         if part.block not in entered:
@@ -75,7 +90,7 @@ def similarities(
 
 
 def _close(blocks: dict[int, float], passed: dict[int, float]) -> None:
-    """Behind a block, what the last of its sub-blocks left counts."""
+    """Count a block that has been passed: its cosines are those after its last sub-block."""
     for block, total in passed.items():
         blocks[block] = blocks.get(block, 0.0) + total
     passed.clear()
@@ -83,12 +98,12 @@ def _close(blocks: dict[int, float], passed: dict[int, float]) -> None:
 
 @dataclass(frozen=True)
 class ShortGPT(Rule):
-    """Drop the blocks, or sub-blocks, of lowest influence until the budget is met."""
+    """The rule that drops the blocks, or sub-blocks, of lowest influence until the budget is met."""
 
     name: ClassVar[str] = "shortgpt"
 
     def check_units(self, model: PreTrainedModel, space: Space) -> None:
-        """Refuse units of which a part can be removed: they are dropped or kept as a whole."""
+        """Refuse units that can be pruned in part: here a unit is dropped or kept as a whole."""
         for unit in space.units:
             if unit.total != 1:
                 instead = (
@@ -97,7 +112,7 @@ class ShortGPT(Rule):
                 raise wrong_kind("shortgpt", "blocks and sub-blocks that are there or not", unit, instead)
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """Drop the units of least influence until the budget is met."""
+        """Drop units from the least influence on, or those of least summed influence if the problem forbids that."""
         dense = dense_of(problem)
         of_units = sites(dense.model, problem.space)
         found = similarities(dense)
@@ -112,8 +127,11 @@ class ShortGPT(Rule):
 
 
 def drop_lowest(influences: np.ndarray, problem: Problem) -> Allocation:
-    """Units dropped in the order of their influence until the budget is kept; of equal ones the first. influences:
-    (units,).
+    """Drop units in the order of their influence until the budget is met; of equal ones the first is dropped first.
+
+    Args:
+        influences: (units,) block influence of each unit.
+        problem: The problem, whose budget is to be met.
     """
     levels = [0] * len(influences)
     for unit in np.argsort(influences, kind="stable"):

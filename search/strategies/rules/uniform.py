@@ -1,4 +1,4 @@
-"""The same sparsity everywhere: what any search should beat."""
+"""Gives every unit the same sparsity, as nearly as the levels allow: the baseline that any search should beat."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from supernet.space import Allocation
 
 @dataclass(frozen=True)
 class Uniform(Rule):
-    """The uniform allocation of the space, whatever an earlier round found."""
+    """The rule that takes the uniform allocation of the space, whatever an earlier round found."""
 
     name: ClassVar[str] = "uniform"
     looks_at: ClassVar[str] = "the budget alone"
 
     def allocate(self, problem: Problem) -> tuple[Allocation, int]:
-        """Take the uniform allocation, or the start where the budget does not allow that."""
+        """Return the uniform allocation, or the start if the budget does not allow that; no tokens are needed."""
         even = knapsack.uniform(problem.space, problem.budget)
         return even if problem.allows(even) else problem.start, 0
