@@ -1,8 +1,8 @@
 """(1 + lambda) evolution with multi-step selection: what EvoPress, Týr-the-Pruner and plain random search share.
 
-They differ in what they propose. All offspring of a generation are measured on few tokens, the best of them on more,
-and the last ones together with the parent, which stays unless it is beaten there. Every step draws sequences of its
-own, as published.
+They differ only in the offspring that they propose. All offspring of a generation are measured on few tokens, the best
+of them on more, and so on. In the last step the parent is measured, too, and stays unless it is beaten. Every step
+draws its own sequences, as in the papers.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from search.strategies.measuring import Measured, sequences_for
 from search.strategies.state import State, rng_state
 from supernet.space import Allocation
 
-ATTEMPTS = 50  # tries for each offspring before the space counts as exhausted
+ATTEMPTS = 50  # failed tries, for each offspring wanted, after which nothing new is left to propose
 
 
 @dataclass(frozen=True)
 class Evolution(StrategyDefaults, ABC):
-    """What every such search is told.
+    """Settings and course of an evolutionary search; a subclass says in `propose` how an offspring is made.
 
     Attributes:
-        generations: How many.
-        offspring: Allocations proposed a generation.
-        tokens: Tokens an allocation is measured on in each selection step, not falling.
-        survivors: Allocations left after each step, not rising; the last is 1.
+        generations: How many generations a round has.
+        offspring: How many allocations a generation proposes.
+        tokens: How many tokens an allocation is measured on in each selection step, not falling.
+        survivors: How many allocations are left after each selection step, not rising; the last number is 1.
     """
 
     generations: int
@@ -51,10 +51,10 @@ class Evolution(StrategyDefaults, ABC):
 
     @abstractmethod
     def propose(self, problem: Problem, parent: Allocation, rng: np.random.Generator) -> Allocation | None:
-        """One allocation that the problem allows; None where the attempt failed."""
+        """Return an offspring of the parent that the problem allows, or None if this attempt failed."""
 
     def begin(self, problem: Problem, seed: int) -> State:
-        """Begin at the start; there is nothing else to remember."""
+        """Return a plain state at the start: evolution remembers nothing else."""
         return State.first(problem.start, seed)
 
     def advance(self, problem: Problem, state: State) -> tuple[State, list[HistoryRow]]:
@@ -72,7 +72,7 @@ class Evolution(StrategyDefaults, ABC):
         return State(best, fitness, state.generation + 1, state.tokens + race.tokens, rng_state(rng)), race.rows
 
     def _offspring(self, problem: Problem, parent: Allocation, rng: np.random.Generator) -> list[Allocation]:
-        """Distinct, none like the parent; fewer than asked for where the space holds no more."""
+        """Propose distinct offspring that differ from the parent; fewer than asked for if no more are found."""
         found: dict[Allocation, None] = {}
         for _ in range(self.offspring * ATTEMPTS):
             child = self.propose(problem, parent, rng)
@@ -88,7 +88,7 @@ class Exchanges(Evolution):
     """Evolution whose offspring are the parent after a few exchanges.
 
     Attributes:
-        max_exchanges: The most that an offspring makes.
+        max_exchanges: How many exchanges an offspring makes at most.
     """
 
     max_exchanges: int
@@ -99,27 +99,27 @@ class Exchanges(Evolution):
 
 
 def draw(tokens: int, problem: Problem, rng: np.random.Generator) -> np.ndarray:
-    """Distinct sequences of the pool that hold at least so many tokens, or all of them."""
+    """Draw distinct sequences of the pool that hold at least so many tokens, or all of them if they hold fewer."""
     return rng.permutation(problem.evaluate.sequences)[: sequences_for(tokens, problem)]
 
 
 def exchange(
     problem: Problem, parent: Allocation, count: int, rng: np.random.Generator, within_kind: bool = False
 ) -> Allocation | None:
-    """The parent after `count` switches: each a random unit a level denser, and another one a level sparser.
+    """Switch levels between random units: each switch makes one unit a level denser and another one a level sparser.
 
-    Where their levels differ in cost, random others pay for the rest with a level, or spend it, until the budget is
-    met.
+    If these levels differ in cost, other random units go a level sparser to pay for the rest, or a level denser to
+    spend it, until the budget is met.
 
     Args:
-        problem: Whose budget is to be met.
+        problem: The problem, whose budget is to be met.
         parent: An allocation that the budget allows.
-        count: Of switches; they may undo each other.
-        rng: Where chance comes from.
-        within_kind: Attention trades with attention alone, MLP with MLP.
+        count: How many switches are made; they may undo each other.
+        rng: The random generator to draw from.
+        within_kind: Whether units trade only with units of their own kind, such as attention with attention.
 
     Returns:
-        The child; None where the attempt ended at no allowed allocation.
+        The child, or None if this attempt did not end at an allocation that the problem allows.
     """
     budget, units = problem.budget, problem.space.units
     kinds = [unit.kind if within_kind else "" for unit in units]
@@ -155,7 +155,7 @@ def exchange(
 
 
 def affordable(budget: Budget, levels: Sequence[int], units: Iterable[int]) -> list[int]:
-    """Those of the units that can go a level denser with what is left of the budget."""
+    """Return which of the units can go a level denser with what is left of the budget."""
     rooms = [(limit.costs, limit.target - limit.cost(levels)) for limit in budget.limits]
     return [
         i for i in units if levels[i] > 0 and all(c[i][levels[i] - 1] - c[i][levels[i]] <= room for c, room in rooms)
@@ -163,7 +163,7 @@ def affordable(budget: Budget, levels: Sequence[int], units: Iterable[int]) -> l
 
 
 def few(most: int, rng: np.random.Generator) -> int:
-    """min(a, b) with a and b uniform in 1..most: mostly one."""
+    """Draw min(a, b), with a and b uniform in 1..most: a number that is small most of the time."""
     return int(rng.integers(1, most + 1, size=2).min())
 
 

@@ -1,8 +1,8 @@
-"""EvoPress (Sieberling, Kuznedelev, Kurtic and Alistarh 2024, arXiv:2410.14649): evolution by switches between any
-units.
+"""EvoPress (Sieberling, Kuznedelev, Kurtic and Alistarh 2024, arXiv:2410.14649): evolution by switches between units.
 
-As in their code, an offspring makes min(a, b) switches, a and b uniform in 1..3. There, all levels of all layers lie as
-many weights apart; here levels may differ in cost, and random units pay or spend the difference.
+As in the authors' code, an offspring makes min(a, b) switches, with a and b uniform in 1..3, between any two units. In
+their code all levels of all layers are equally many weights apart; here levels may differ in cost, and random other
+units pay or spend the difference.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Random search: allocations drawn around the start, measured as evolution measures its offspring, the best one kept.
 
-Every unit wishes for a point between the start's level and a level drawn uniformly from all of its own, and what all
-wish for is moved to the budget by about the same sparsity everywhere. What a guided search finds beyond this is due to
-its guidance.
+Every unit wishes for a cost between that of the start's level and that of a level drawn uniformly from all of its own.
+What all units wish for is then moved to the budget, by about the same sparsity everywhere. This is a baseline: what a
+guided search finds beyond it is due to the guidance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Random(Evolution):
     """Settings of the random search.
 
     Attributes:
-        spread: How far from the start: near 0 next to it, 1 anywhere.
+        spread: How far from the start allocations are drawn: near 0 close to it, 1 anywhere in the space.
     """
 
     name: ClassVar[str] = "random"
@@ -45,6 +45,6 @@ class Random(Evolution):
         for row, level in zip(limit.costs, problem.start, strict=True):
             costs = np.array(row, dtype=np.float64)
             wish = costs[level] + self.spread * (costs[rng.integers(len(costs))] - costs[level])
-            losses.append((costs - wish) ** 2 / max(1.0, costs[0]))  # so a common price moves all by the same sparsity
+            losses.append((costs - wish) ** 2 / max(1.0, costs[0]))  # so that one price moves all alike in sparsity
         child = relaxed(losses, problem.budget)
         return child if problem.allows(child) else None

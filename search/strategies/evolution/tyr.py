@@ -1,8 +1,8 @@
-"""Týr-the-Pruner's search (Li et al. 2025, arXiv:2503.09657): EvoPress within one kind of unit at a time.
+"""Týr-the-Pruner's search (Li et al. 2025, arXiv:2503.09657): as EvoPress, but units trade only within their kind.
 
-As in their code, an offspring makes min(a, b) exchanges, a and b uniform in 1..4, attention with attention and MLP with
-MLP: each kind keeps the share of the budget that it began with. Their rounds from coarse to fine around what was found
-are the run's.
+As in the authors' code, an offspring makes min(a, b) exchanges, with a and b uniform in 1..4, of attention with
+attention and of MLP with MLP, so that each kind keeps the share of the budget that it began with. The paper's rounds
+from coarse to fine levels are done by the run, for every strategy.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Tyr(Exchanges):
 
 
 def keeps_shares(problem: Problem, child: Allocation) -> bool:
-    """Whether each kind costs what it costs at the start, to within its own smallest step.
+    """Return whether each kind of unit costs as much as at the start, to within its own smallest step.
 
-    Levels of uneven costs would let a kind drift away in many small gains.
+    Without this check, levels of uneven costs would let a kind drift away in many small gains.
     """
     gained: defaultdict[str, int] = defaultdict(int)
     steps: defaultdict[str, list[int]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Our own search: predictions from a gradient say where to go, and races of offspring check how far.
+"""The project's own search: predictions say where to go, and races between offspring check how far.
 
 May import `search.strategies.base` and what is shared beside it.
 """

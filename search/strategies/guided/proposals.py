@@ -1,10 +1,10 @@
-"""Predictions of what each level of each unit would change, for `search.strategies.guided.search`.
+"""Predicts, for the guided search, by how much each level of each unit would change the fitness.
 
 `GradientProposal` takes one gradient of the fitness at the parent. `ForwardProposal` runs forward passes only, as
-Bonsai does (Dery et al. 2024): it measures complementary pairs of allocations, which differ in many units at once, and
-regresses the differences in fitness, over all that has been measured so far, on what differs. What a unit's levels lose
-is taken from the errors that its candidates had when they were built; how much a unit's error weighs is what is learned
-(SPDY, Frantar and Alistarh 2022, searches such weights at random).
+Bonsai does (Dery et al. 2024): it measures pairs of allocations, which differ in many units at once, and regresses the
+differences in fitness on what differs, over all pairs measured so far. It takes the shape of a unit's loss over its
+levels from the errors that the candidates had when they were built, and learns how much each unit's error weighs. SPDY
+(Frantar and Alistarh 2022) searches such weights at random.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from supernet.space import Allocation
 
 log = logging.getLogger(__name__)
 
-STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # of the ridge, by the mean of the kernel's diagonal
-CAUTION = (1.0, 3.0, 10.0)  # times the strength that ranks best: offspring of predictions that believe the data less
-MISFIT = 0.25  # variance of what the model misses of a pair, in that of a sequence
-FOLDS = 8
-SHARES = {"unit": 0.35, "kind": 0.35, "depth": 0.15, "both": 0.15}  # of the prior variance: who is alike
-WIDTH = 0.05  # of the depth that is alike, as a share of all blocks
-SPREAD = 0.7  # of a pair's weights, in standard deviations of the prior
-NOISE = 0.3  # of those offspring whose weights are drawn around what was learned
-DRAWN = 5  # of them
+STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # strengths of the ridge to try, in means of the kernel's diagonal
+CAUTION = (1.0, 3.0, 10.0)  # multiples of the best strength: the larger, the less a prediction believes the data
+MISFIT = 0.25  # variance of what the linear model misses of a pair, relative to the noise of one sequence
+FOLDS = 8  # of the cross-validation that chooses the strength
+SHARES = {"unit": 0.35, "kind": 0.35, "depth": 0.15, "both": 0.15}  # of the prior variance, by what units share
+WIDTH = 0.05  # how far apart in depth units are still alike, as a share of all blocks
+SPREAD = 0.7  # how far the weights of a pair are drawn apart, in standard deviations of the prior
+NOISE = 0.3  # the same for the predictions that are drawn around what was learned
+DRAWN = 5  # how many predictions are drawn
 
-Prediction = Sequence[np.ndarray]  # (levels,) of each unit: by how much the fitness would change at each of its levels
+Prediction = Sequence[np.ndarray]  # for each unit (levels,): by how much each level would change the fitness
 Pairs = tuple[Pair, ...]
 
 
@@ -47,7 +47,7 @@ class Proposal(Protocol):
 
     @property
     def cost(self) -> int:
-        """How many passes a token of text costs."""
+        """How many forward passes a prediction costs, for each token that it is made on."""
         ...
 
     @property
@@ -57,7 +57,7 @@ class Proposal(Protocol):
 
     @property
     def damping(self) -> float:
-        """How little a prediction is believed far from the parent, in the first generation."""
+        """The damping of the first generation: the larger, the less a prediction is believed far from the parent."""
         ...
 
     def predict(
@@ -69,15 +69,15 @@ class Proposal(Protocol):
         sequences: Sequence[int],
         rng: np.random.Generator,
     ) -> tuple[list[Prediction], Pairs]:
-        """Predict at a parent; called once at the beginning of a generation.
+        """Predict what levels would change, seen from a parent. Called once, at the beginning of a generation.
 
         Args:
-            problem: What is searched.
-            measured: Measures and counts for this generation.
+            problem: The problem that is searched.
+            measured: Measures allocations and counts the tokens of this generation.
             parent: The allocation to predict from.
-            pairs: What `learn` returned in the generation before; none in the first one.
-            sequences: Of the search text, to predict on.
-            rng: Where chance comes from.
+            pairs: What `learn` returned in the generation before; empty in the first one.
+            sequences: Which sequences of the search text to predict on.
+            rng: The random generator to draw from.
 
         Returns:
             One prediction or several, which take turns in making offspring, and the pairs for `learn`.
@@ -94,7 +94,7 @@ class Proposal(Protocol):
 
 @dataclass(frozen=True)
 class GradientProposal:
-    """`<dL/dW, W_level - W_now>` from one gradient at the parent (`search.evaluation.gradient`)."""
+    """Predicts to first order, `<dL/dW, W_level - W_now>`, from one gradient at the parent."""
 
     cost: int = GRADIENT_COST
     tokens: int = 2048
@@ -109,7 +109,7 @@ class GradientProposal:
         sequences: Sequence[int],
         rng: np.random.Generator,
     ) -> tuple[list[Prediction], Pairs]:
-        """Predict by a gradient; where it overflows, by the errors that the candidates had when they were built."""
+        """Predict by a gradient or, if that is not finite, by the errors that candidates had when they were built."""
         changes = measured.effects(parent, sequences)
         if not all(np.isfinite(one).all() for one in changes):
             log.warning(
@@ -120,19 +120,19 @@ class GradientProposal:
         return [changes], pairs
 
     def learn(self, pairs: Pairs, measured: Measured, parent: Allocation, offspring: Sequence[Allocation]) -> Pairs:
-        """Learn nothing: the next gradient says more."""
+        """Return the pairs unchanged, because the next gradient says more than they would."""
         return pairs
 
 
 @dataclass(frozen=True)
 class ForwardProposal:
-    """Ridge regression of the difference within complementary pairs on what differs.
+    """Predicts by ridge regression of the differences within pairs of allocations on what differs between them.
 
-    The loss is taken for a weighted sum over units of the errors of their candidates (`curves_of`). The logarithms of
-    the weights have a prior under which units of a kind, and units of like depth, are alike. A pair is what the
-    knapsack takes under weights drawn from it around what is known so far, and under the opposite ones; it is run on a
-    sequence of its own. What both sides share drops out of their difference. How far to believe in the data is chosen
-    by the rank correlation of predictions with pairs that were left out.
+    The loss is modelled as a weighted sum, over units, of the errors of their candidates (`curves_of`). The weights are
+    learned; under the prior for their logarithms, units of the same kind and units of similar depth are alike. For a
+    pair, weights are drawn from the prior around what is known so far; the knapsack's allocations under them, and under
+    the opposite ones, are measured on one sequence. What both share drops out of their difference. How far to believe
+    the data is chosen by the rank correlation of predictions with pairs that were left out.
     """
 
     cost: int = 2
@@ -148,9 +148,9 @@ class ForwardProposal:
         sequences: Sequence[int],
         rng: np.random.Generator,
     ) -> tuple[list[Prediction], Pairs]:
-        """Measure a pair on each sequence and regress on all pairs so far.
+        """Measure one pair on each sequence, and regress on all pairs so far.
 
-        The predictions that are returned believe the data less and less; others are drawn around the first of them.
+        The first predictions believe the data less and less; the other ones are drawn around the first of them.
         """
         curves, root = curves_of(problem), np.linalg.cholesky(prior_of(problem))
         known = learned(pairs, curves, root)[0]
@@ -172,7 +172,7 @@ class ForwardProposal:
         return list(changes), tuple(found)
 
     def learn(self, pairs: Pairs, measured: Measured, parent: Allocation, offspring: Sequence[Allocation]) -> Pairs:
-        """Add each offspring and its parent as a pair, on all sequences that both were measured on."""
+        """Add each offspring and its parent as a pair, over all sequences that both were measured on."""
         found, before = list(pairs), measured.known(parent)
         for child in offspring:
             after = measured.known(child)
@@ -187,12 +187,13 @@ PROPOSALS: dict[str, Proposal] = {"gradient": GradientProposal(), "forward": For
 
 
 def curves_of(problem: Problem) -> list[np.ndarray]:
-    """(levels,) of each unit: what its candidates lose, their recorded errors by the unit's size; together 1 at the
-    start.
+    """Return what each level of each unit loses, (levels,) for each unit, scaled so that the start loses 1 in total.
 
-    A candidate that makes up for errors in front of its unit misses a part of its target at every level: what the first
-    step loses is at most what the second one shows. Units without recorded errors lose the square of the share that is
-    removed.
+    The loss of a level is the error that was recorded when its candidate was built, times the unit's size. A unit
+    without recorded errors loses the square of the share that is removed from it.
+
+    A candidate that is fitted to make up for errors in earlier layers misses a part of its target at every level, even
+    at the lowest. That part is taken off: the first step is made to lose at most as much per cost as the second one.
     """
     curves = []
     errors = problem.errors or [None] * len(problem.space.units)
@@ -211,8 +212,10 @@ def curves_of(problem: Problem) -> list[np.ndarray]:
 
 
 def prior_of(problem: Problem) -> np.ndarray:
-    """Covariance of the logarithms of the units' weights, (units, units): a unit's own, its kind's, its depth's, that
-    of both.
+    """Return the prior covariance of the logarithms of the units' weights, (units, units).
+
+    It is the sum of a part of the unit's own, one shared with units of its kind, one with units of similar depth, and
+    one with units of both its kind and similar depth.
     """
     units = problem.space.units
     kinds = [(unit.kind, "".join(letter for letter in unit.name if not letter.isdigit())) for unit in units]
@@ -225,7 +228,7 @@ def prior_of(problem: Problem) -> np.ndarray:
 
 
 def _block(name: str) -> int:
-    """The number in a unit's name."""
+    """Return the first number in a unit's name, which is the index of its block; 0 if there is none."""
     return next((int(word) for word in name.split(".") if word.isdigit()), 0)
 
 
@@ -234,10 +237,15 @@ def _weighted(curves: Prediction, logarithms: np.ndarray) -> list[np.ndarray]:
 
 
 def learned(pairs: Sequence[Pair], curves: Prediction, root: np.ndarray) -> list[np.ndarray]:
-    """Return the logarithms of the units' weights as pairs teach them, (units,) for each of `CAUTION`.
+    """Return the logarithms of the units' weights that pairs teach, (units,) float64 for each of `CAUTION`.
 
-    The loss is linear in the weights; their logarithms are taken for how far they are from 1, which keeps them
-    positive.
+    The loss is linear in the weights. What is regressed is how far they are from 1; it is then taken for their
+    logarithm, so that weights stay positive.
+
+    Args:
+        pairs: The pairs measured so far.
+        curves: What each level of each unit loses at a weight of 1 (`curves_of`).
+        root: (units, units) a root of the prior's covariance, which is `root @ root.T`.
     """
     if not pairs:
         return [np.zeros(len(curves)) for _ in CAUTION]
@@ -248,12 +256,12 @@ def learned(pairs: Sequence[Pair], curves: Prediction, root: np.ndarray) -> list
         ]
     )
     moved, differences = lost[:, 0] - lost[:, 1], np.array([pair.difference for pair in pairs])
-    # of the differences, by the prior, at a scale of 1
+    # The mean square that differences would have under the prior if the scale were 1.
     squares = (moved.sum(1) ** 2 + ((moved @ root) ** 2).sum(1)).mean()
     scale = float((differences**2).mean() / squares) ** 0.5 if squares > 0 else 0.0
     if scale == 0.0:
         return [np.zeros(len(curves)) for _ in CAUTION]
-    besides: dict[tuple[int, ...], int] = {}  # offspring of one parent share its noise: they are left out together
+    besides: dict[tuple[int, ...], int] = {}  # offspring of one parent share its noise, so they are left out together
     groups = np.array([besides.setdefault(pair.second, len(besides)) for pair in pairs])
     sequences = np.array([pair.sequences for pair in pairs])
     noise = (1.0 / sequences + MISFIT) / (1.0 + MISFIT)
@@ -263,17 +271,17 @@ def learned(pairs: Sequence[Pair], curves: Prediction, root: np.ndarray) -> list
 def regressed(
     moved: np.ndarray, differences: np.ndarray, noise: np.ndarray, groups: np.ndarray, root: np.ndarray
 ) -> list[np.ndarray]:
-    """The z of `differences = moved @ (1 + z)`: ridge regression under a prior, in its dual form.
+    """Solve `differences = moved @ (1 + z)` for z, by ridge regression under a prior and in its dual form.
 
     Args:
-        moved: (pairs, units).
-        differences: (pairs,).
+        moved: (pairs, units) by how much each unit's loss differs within a pair, at a weight of 1.
+        differences: (pairs,) by how much the measured losses differ.
         noise: (pairs,) variance of a difference, relative to that of a pair on one sequence.
-        groups: (pairs,) int: pairs of a group are left out together.
-        root: (units, units): the prior's covariance is `root @ root.T`.
+        groups: (pairs,) int number of a pair's group; pairs of one group are left out together.
+        root: (units, units) a root of the prior's covariance, which is `root @ root.T`.
 
     Returns:
-        (units,) float64 for each of `CAUTION`: at the strength that ranks left-out pairs best, and at stronger ones.
+        z, (units,) float64, for each of `CAUTION`: at the strength that ranks left-out pairs best, and stronger ones.
     """
     half = moved @ root
     gram, cross = half @ half.T, root @ half.T
@@ -294,6 +302,6 @@ def regressed(
 
 
 def _dual(gram: np.ndarray, rest: np.ndarray, noise: np.ndarray, strength: float, seen: np.ndarray) -> np.ndarray:
-    """Weights of the pairs that are seen, (seen,)."""
+    """Solve the dual system of the ridge regression for the coefficients of the pairs that are seen, (seen,)."""
     system = gram[np.ix_(seen, seen)] + strength * np.diag(noise[seen])
     return np.asarray(np.linalg.solve(system, rest[seen]))

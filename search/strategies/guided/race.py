@@ -1,11 +1,10 @@
-"""Racing offspring against their parent: paired on the same sequences, few of them for most, more for those that are
-close.
+"""Races offspring against each other and against their parent, with few sequences for most and more for close ones.
 
 Losses differ much more from sequence to sequence than from offspring to parent, so only differences on the same
-sequences count. What is measured on few sequences is carried to the next step, which doubles them; there, whoever is
-clearly behind the leader is dropped, and half of the field in any case. The last one is judged against the parent on
-sequences that it was not chosen on. A single sequence proves nothing, whatever the difference is on it. An allocation
-whose loss is not finite has lost.
+sequences count. Each step measures the offspring on twice as many sequences, drops those that are clearly behind the
+leader, and keeps at most half of the field. The last offspring is judged against the parent on sequences that it was
+not chosen on. A single sequence proves nothing, however large the difference is. An allocation whose loss is not finite
+loses.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from search.strategies.base import FEWEST
 from search.strategies.measuring import Measured
 from supernet.space import Allocation
 
-LAST = 0.5  # of the standard errors that a gain must exceed: enough at the last look
+LAST = 0.5  # the share of the standard errors asked for that is enough when all sequences have been measured
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,10 @@ class Outcome:
 
     Attributes:
         leader: The best of the offspring.
-        gain: By how much its loss is below the parent's, on the same sequences.
-        error: Standard error of that.
-        sequences: Those that it was judged on.
-        clear: Whether the gain is one that noise does not explain.
+        gain: By how much its mean loss is below the parent's on the same sequences.
+        error: The standard error of the gain.
+        sequences: Which sequences it was judged on.
+        clear: Whether the gain is so large that noise does not explain it.
     """
 
     leader: Allocation
@@ -52,20 +51,20 @@ def race(
     most: int,
     errors: float,
 ) -> Outcome:
-    """The best offspring, and whether it is to be the parent.
+    """Find the best offspring, and decide whether it is clearly better than the parent.
 
-    The leader is found on some sequences and judged on others: the best of many on the same sequences looks better than
-    it is.
+    The leader is found on some sequences and judged on others, because the best of many looks better than it is on the
+    sequences that it was chosen on.
 
     Args:
-        measured: Measures, counts, and keeps what is known.
-        parent: What is to be beaten.
-        offspring: Distinct, none like the parent.
-        order: Sequences to measure on, the first ones first.
-        enough: How many of them the leader is found on at most.
-        most: How many it is judged on at most.
-        errors: Standard errors that a gain must exceed to be clear, if they were known exactly; half as many at the
-            last look.
+        measured: Measures allocations and counts the tokens.
+        parent: The allocation to beat.
+        offspring: Distinct allocations, all different from the parent.
+        order: The sequences to measure on, in the order in which they are taken.
+        enough: On how many of them the leader is found at most.
+        most: On how many others it is judged at most.
+        errors: By how many standard errors a gain must exceed 0 to be clear, if they were known exactly; half as many
+            once all sequences have been measured.
     """
     alive, sequences = list(offspring), 1
     enough = min(enough, max(1, len(order) // 2))
@@ -81,7 +80,10 @@ def race(
 def _selected(
     measured: Measured, parent: Allocation, alive: Sequence[Allocation], sequences: Sequence[int], errors: float
 ) -> list[Allocation]:
-    """One selection step: those not clearly behind the leader, no more than half, rounded up, best first."""
+    """Return the offspring that stay in the race, best first.
+
+    These are the ones whose loss is not clearly higher than the leader's, and at most half of the field, rounded up.
+    """
     begun = time.perf_counter()
     losses = measured.losses([parent, *alive], sequences)
     means = losses.mean(1)
@@ -95,17 +97,16 @@ def _selected(
 
 
 def _clearly_above(differences: np.ndarray, errors: float) -> bool:
-    """Whether paired differences, (sequences,), are above 0 by more than so many standard errors."""
+    """Return whether the mean of paired differences, (sequences,), is above 0 by more than so many standard errors."""
     return bool(differences.mean() > errors * standard_error(differences))
 
 
 def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: Sequence[int], errors: float) -> Outcome:
-    """Parent and leader on sequences that the leader was not found on: a few first, twice as many until the answer is
-    clear.
+    """Judge the leader against the parent on fresh sequences: on a few, then on twice as many, until it is clear.
 
-    At the last look half of the errors are enough: a gain that is more likely real than not is worth having, once all
-    that may be spent on the question has been. A leader whose gain would not be clear there if it stayed what it is has
-    lost at once.
+    Once all sequences have been measured, half of the standard errors are enough: a gain that is more likely real than
+    not is worth taking when nothing more may be spent on the question. The race ends early, and the parent stays, if
+    the gain could not become clear even if it were the same on all the sequences left.
     """
     sequences = min(FEWEST, len(fresh))
     while True:
@@ -129,15 +130,14 @@ def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: S
 
 
 def standard_error(differences: np.ndarray) -> float:
-    """Standard error of the mean of paired differences, (sequences,); infinite for a single one, which says nothing of
-    others.
-    """
+    """Return the standard error of the mean of paired differences, (sequences,); infinite for a single difference."""
     return float(differences.std(ddof=1) / len(differences) ** 0.5) if len(differences) > 1 else math.inf
 
 
 def critical(errors: float, sequences: int) -> float:
-    """How many estimated standard errors are as rare as so many known ones: Student's t of few sequences
-    (Cornish-Fisher).
+    """Return how many estimated standard errors are as rare as so many exactly known ones.
+
+    With few sequences this is more, by the quantile of Student's t, which is expanded after Cornish and Fisher.
     """
     z, freedom = errors, max(1, sequences - 1)
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
