@@ -1,11 +1,10 @@
-"""Optuna's samplers (TPE, CMA-ES, NSGA-II) on a few numbers instead of a level for every unit.
+"""Searches with Optuna's samplers (TPE, CMA-ES, NSGA-II), on a few numbers instead of a level for every unit.
 
 The samplers know boxes, not budgets, and are slow with hundreds of parameters. So a trial is a curve over depth for
-each kind of
-unit: what is added to the sparsities of the start, at a few knots, with half a cosine from each to the next. Curves are
-    shifted
-until they cost as much as the start, rounded to levels so that errors even out over depth, and moved to the nearest
-allocation that meets the budget. The study is made anew in every generation, from what the state remembers.
+each kind of unit. It says what is added to the start's sparsities, at a few knots with half a cosine from each to the
+next. The curves are shifted until they cost as much as the start, rounded to levels so that errors even out over depth,
+and moved to the nearest allocation that meets the budget. The study is made anew in every generation, from what the
+state remembers.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from supernet.errors import InputError
 from supernet.space import BITS, WEIGHTS, Allocation, Unit
 
 SAMPLERS = ("tpe", "cmaes", "nsga2")
-SMALLEST = {"tpe": 1, "cmaes": 4, "nsga2": 2}  # number of trials in a generation
-BATCHES = 20  # of proposals without a new allocation, in a row, before the space counts as exhausted
-HALVINGS = 60  # of the interval that a curve's shift lies in
+SMALLEST = {"tpe": 1, "cmaes": 4, "nsga2": 2}  # how few trials a generation may have
+BATCHES = 20  # batches of trials in a row without a new allocation, after which nothing is left to try
+HALVINGS = 60  # how often the interval that holds the curves' shift is halved
 CMA_GENERATION, CMA_OPTIMIZER = "cma:generation", "cma:optimizer"  # what CmaEsSampler keeps in a trial
-# What samplers note that a checkpoint may hold: the generation of a trial, and the trials that are a generation's
-# parents.
+# The names under which samplers note what a checkpoint may hold: the generation of a trial, and the trials that are
+# the parents of a generation.
 GENERATION, PARENTS = re.compile(r"\w+:generation"), re.compile(r"\w+:(parent|population)(:\w+)*")
 
 
@@ -49,10 +48,10 @@ class Trial:
     """A trial of the study.
 
     Attributes:
-        params: A number for each knot.
-        allocation: What the curves through these knots stand for.
-        attrs: What the sampler notes of it.
-        value: Its loss; infinite where that is no number.
+        params: The value of the curves at each knot.
+        allocation: The allocation that the curves through these knots stand for.
+        attrs: What the sampler notes of the trial.
+        value: The loss of the allocation; infinite if that is not a number.
     """
 
     params: tuple[float, ...]
@@ -62,7 +61,7 @@ class Trial:
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> Trial:
-        """Return the trial that a state wrote, without what a sampler never notes."""
+        """Return the trial that a state wrote, without attributes that a sampler never notes."""
         return Trial(
             tuple(map(read_number, content["params"])),
             read_allocation(content["allocation"]),
@@ -76,9 +75,9 @@ class StudyState(State):
     """What the study is made anew from in every generation.
 
     Attributes:
-        seed: Of the samplers.
-        sequences: Of the search text, that all trials are measured on.
-        trials: All so far; the start is the first of them.
+        seed: The seed from which each generation's sampler gets its own.
+        sequences: Which sequences of the search text all trials are measured on.
+        trials: All trials so far; the first one is the start.
         study: What the sampler notes of the study.
     """
 
@@ -89,7 +88,7 @@ class StudyState(State):
 
     @classmethod
     def values_of(cls, content: Mapping[str, Any]) -> dict[str, Any]:
-        """Add those of the study."""
+        """Add the fields that hold the study."""
         return super().values_of(content) | {
             "seed": read_count(content["seed"]),
             "sequences": tuple(map(read_count, content["sequences"])),
@@ -98,21 +97,22 @@ class StudyState(State):
         }
 
     def allocations(self) -> list[Allocation]:
-        """Add those of the trials."""
+        """Add the allocations of the trials."""
         return [self.parent, *(trial.allocation for trial in self.trials)]
 
 
 @dataclass(frozen=True)
 class OptunaStudy(StrategyDefaults):
-    """Settings of the search.
+    """Settings of the search with Optuna.
 
     Attributes:
-        generations: How many.
-        offspring: Trials in each: the population of CMA-ES and NSGA-II.
-        tokens: Tokens an allocation is measured on, the same ones in the whole search: only so can values be compared.
-        sampler: tpe (Bergstra et al. 2011), cmaes (Hansen 2016) or nsga2 (Deb et al. 2002; of one objective).
-        knots: Of the curve of each kind of unit.
-        spread: The most that a curve adds to the start's sparsity, or takes from it, before the shift to the budget.
+        generations: How many generations a round has.
+        offspring: How many trials a generation has, which is the population of CMA-ES and NSGA-II.
+        tokens: How many tokens an allocation is measured on. They are the same ones during the whole search, so that
+            values can be compared.
+        sampler: tpe (Bergstra et al. 2011), cmaes (Hansen 2016) or nsga2 (Deb et al. 2002, with a single objective).
+        knots: How many knots the curve of each kind of unit has.
+        spread: How much a curve adds to the start's sparsities, or takes off, at most, before the shift to the budget.
     """
 
     name: ClassVar[str] = "optuna"
@@ -141,16 +141,16 @@ class OptunaStudy(StrategyDefaults):
         return self.offspring * self.tokens
 
     def begin(self, problem: Problem, seed: int) -> StudyState:
-        """Draw the sequences that all trials are measured on."""
+        """Return a state at the start, with the sequences drawn that all trials are measured on."""
         state = StudyState.first(problem.start, seed)
         rng = state.generator()
         sequences = rng.permutation(problem.evaluate.sequences)[: sequences_for(self.tokens, problem)]
         return replace(state, rng=rng_state(rng), seed=seed, sequences=tuple(sequences.tolist()))
 
     def advance(self, problem: Problem, state: StudyState) -> tuple[StudyState, list[HistoryRow]]:
-        """Ask the sampler for a generation of trials, measure those that are new and tell it."""
+        """Ask the sampler for a generation of trials, measure the new ones, and remember their values for it."""
         curves = Curves.of(problem, self.knots)
-        if len(curves.names) < 2:  # nothing to trade: one number only shifts everything, and is shifted back
+        if len(curves.names) < 2:  # a single number shifts all units alike, and is shifted back
             return replace(state, exhausted=True), []
         # The start's value is not known before the first generation; nothing is compared with it until then.
         trials = state.trials or (Trial((0.0,) * len(curves.names), problem.start, {}, 0.0),)
@@ -182,9 +182,10 @@ class OptunaStudy(StrategyDefaults):
     def _propose(
         self, curves: Curves, state: StudyState, trials: Sequence[Trial]
     ) -> tuple[list[Trial], dict[str, Any]]:
-        """Return the first batch that has a new allocation (or the last batch), and what the study notes.
+        """Ask for batches of trials until one has a new allocation, or there have been too many.
 
-        The values of the trials are not known yet.
+        Returns:
+            The trials of the last batch, whose values are not known yet, and what the sampler notes in the study.
         """
         known = {trial.allocation for trial in trials}
         seed = int(np.random.SeedSequence([state.seed, state.generation]).generate_state(1)[0])
@@ -192,11 +193,11 @@ class OptunaStudy(StrategyDefaults):
             name: FloatDistribution(-float(self.spread), float(self.spread)) for name in curves.names
         }
         verbosity = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for every study and trial otherwise
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise there is a line for every study and trial
         try:
             storage = InMemoryStorage()
             study = _rebuilt(storage, self._sampler(seed), distributions, trials, state.study)
-            if self.sampler == "nsga2" and not state.trials:  # the start should be of its first population
+            if self.sampler == "nsga2" and not state.trials:  # its first population should have the start
                 study.enqueue_trial(dict.fromkeys(curves.names, 0.0))
             proposed: list[Trial] = []
             for _ in range(BATCHES):
@@ -205,18 +206,18 @@ class OptunaStudy(StrategyDefaults):
                 proposed = [self._trial(curves, frozen[trial.number]) for trial in asked]
                 if any(trial.allocation not in known for trial in proposed):
                     break
-                for trial in asked:  # nothing to learn from: told, it would let CMA-ES drift away
+                for trial in asked:  # if old values were told again, CMA-ES would drift away
                     study.tell(trial, state=TrialState.FAIL)
         finally:
             optuna.logging.set_verbosity(verbosity)
-        # What a sampler notes in the study: the parents of NSGA-II's generations, by the numbers of their trials.
+        # NSGA-II notes in the study which trials are the parents of each generation, by their numbers.
         noted = storage.get_study_system_attrs(storage.get_study_id_from_name(study.study_name))
         return proposed, of_study(json.loads(json.dumps(noted)))
 
     def _trial(self, curves: Curves, trial: FrozenTrial) -> Trial:
-        """Return a trial that was asked for; its value is not known yet."""
+        """Return a trial that the sampler was asked for; its value is not known yet."""
         params = tuple(float(trial.params[name]) for name in curves.names)
-        # What it is of the sampler's generations; not the optimizer of CMA-ES, a pickle: see `_rebuilt`.
+        # This keeps the sampler's generation but not the optimizer of CMA-ES, which is a pickle (`_rebuilt` says more).
         attrs = of_trial(trial.system_attrs)
         return Trial(params, curves.allocation(np.array(params)), attrs, float("nan"))
 
@@ -231,16 +232,15 @@ class OptunaStudy(StrategyDefaults):
 
 
 def of_trial(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """What may go into a checkpoint and out of it again of a trial's attributes: the sampler's generation, a whole
-    number.
+    """Return those attributes of a trial that a checkpoint may hold: the sampler's generation, a whole number.
 
-    Optuna unpickles what CMA-ES keeps in other attributes, and whoever can write a checkpoint could run code that way.
+    Optuna unpickles what CMA-ES keeps in other attributes, so whoever can write a checkpoint could run code that way.
     """
     return {key: value for key, value in attrs.items() if GENERATION.fullmatch(key) and type(value) is int}
 
 
 def of_study(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of a study's attributes: the numbers of trials."""
+    """Return those attributes of a study that a checkpoint may hold: the numbers of trials."""
     return {key: value for key, value in attrs.items() if PARENTS.fullmatch(key) and _are_numbers(value)}
 
 
@@ -255,11 +255,11 @@ def _rebuilt(
     trials: Sequence[Trial],
     noted: Mapping[str, Any],
 ) -> optuna.Study:
-    """A study with all trials so far.
+    """Make the study anew, with all trials so far.
 
-    The sampler of CMA-ES moves its optimizer on when it is asked for the first trial of a generation, and keeps it
-    there as a pickle. Pickles have no place in a checkpoint, so it is asked again here, behind each generation, for
-    what it would have kept.
+    The sampler of CMA-ES moves its optimizer on when it is asked for the first trial of a generation, and keeps the
+    optimizer in that trial as a pickle. Pickles have no place in a checkpoint, so the sampler is asked again here,
+    after each generation, for what it would have kept.
     """
     study = optuna.create_study(storage=storage, study_name="search", sampler=sampler)
     for key, value in of_study(noted).items():
@@ -283,9 +283,9 @@ class Curves:
     """Curves over depth, one for each kind of unit, and the allocations that they stand for.
 
     Attributes:
-        problem: Whose budget they meet.
-        names: Of the parameters: a kind and the number of its knot.
-        weights: (units, parameters), of each parameter in what a unit's sparsity is changed by.
+        problem: The problem, whose budget the allocations meet.
+        names: The names of the parameters: a kind of unit and the number of a knot.
+        weights: (units, parameters) how much each parameter adds to a unit's sparsity.
     """
 
     problem: Problem
@@ -294,8 +294,9 @@ class Curves:
 
     @staticmethod
     def of(problem: Problem, knots: int) -> Curves:
-        """The curves of a space; kinds with fewer units than `knots` have a knot for each, those without a
-        choice none.
+        """Return the curves of a problem's space.
+
+        A kind with fewer units than `knots` has a knot for each unit, and a kind whose units have a single level none.
         """
         kinds: defaultdict[str, list[int]] = defaultdict(list)
         for index, unit in enumerate(problem.space.units):
@@ -312,13 +313,17 @@ class Curves:
         return Curves(problem, tuple(names), np.concatenate(columns or [np.zeros((0, len(problem.space.units)))]).T)
 
     def allocation(self, params: np.ndarray) -> Allocation:
-        """The allocation of a trial; the start where none near the curves meets the budget."""
+        """Return the allocation of a trial, or the start if none near the curves meets the budget.
+
+        Args:
+            params: (parameters,) the value of the curves at each knot.
+        """
         problem, limit = self.problem, self.problem.budget.leading
         dense = np.array([costs[0] for costs in limit.costs], dtype=float)
         taken = np.array([costs[level] for costs, level in zip(limit.costs, problem.start, strict=True)], dtype=float)
         most = 1.0 - _share(np.array([costs[-1] for costs in limit.costs]), dense)
         sparsity = shifted(1.0 - _share(taken, dense) + self.weights @ params, most, dense, float(taken.sum()))
-        # Errors of rounding to levels are passed on to the next unit of the kind and size, as in `uniform`.
+        # An error of rounding to a level is passed on to the next unit of this kind and size, as in `uniform`.
         owed: defaultdict[tuple[str, int], float] = defaultdict(float)
         losses = []
         for unit, costs, wanted in zip(problem.space.units, limit.costs, sparsity.tolist(), strict=True):
@@ -335,15 +340,16 @@ class Curves:
 
 
 def kind_of(unit: Unit) -> str:
-    """What units at all depths have in common: the kind, and of linear layers also which one."""
+    """Return what a unit has in common with those at other depths: its kind and, for a linear layer, which one."""
     if unit.kind not in (WEIGHTS, BITS):
         return unit.kind
     return ".".join(part for part in unit.name.split(".") if not part.isdecimal())
 
 
 def interpolation(units: int, knots: int) -> np.ndarray:
-    """(units, knots): weights of the knots at each depth, half a cosine from each knot to the next: smooth, and no
-    overshoot.
+    """Return how much each knot counts at each depth, (units, knots).
+
+    From each knot to the next goes half a cosine, so that curves are smooth and do not overshoot.
     """
     if knots == 1:
         return np.ones((units, 1))
@@ -357,8 +363,15 @@ def interpolation(units: int, knots: int) -> np.ndarray:
 
 
 def shifted(sparsity: np.ndarray, most: np.ndarray, dense: np.ndarray, cost: float) -> np.ndarray:
-    """The nearest sparsities between 0 and `most` with a total cost: all are shifted alike, then cut off (least
-    squares).
+    """Return the sparsities nearest to these, by least squares, that cost a given total, (units,).
+
+    They are all shifted by the same amount and then cut off to the range from 0 to `most`.
+
+    Args:
+        sparsity: (units,) the sparsities to start from.
+        most: (units,) the highest sparsity of each unit.
+        dense: (units,) the cost of each unit when it is dense.
+        cost: What all units are to cost together.
     """
     low, high = -2.0, 2.0
     for _ in range(HALVINGS):
@@ -374,5 +387,5 @@ def _share(costs: np.ndarray, dense: np.ndarray) -> np.ndarray:
 
 
 def _told(fitness: float) -> float:
-    """A value that Optuna takes."""
+    """Return a fitness as a value that Optuna takes: infinite if it is not a number."""
     return fitness if fitness == fitness else float("inf")

@@ -1,10 +1,10 @@
-"""A front of loss against cost in one run, from which any budget is taken later without a search (ours).
+"""Searches a whole front of loss against cost in one run, so that later any budget needs no search (our own strategy).
 
-The points of the front are budgets, evenly from the run's own to the dense model. A generation of guided search
-(`search.strategies.guided.search`) works at one of them, from the densest to the sparsest and again. What it predicts
-there for every level of every unit holds for any budget near by, so offspring are made for the point and for its
-neighbours; they race against what the point of their budget has, on the same sequences. What a point has is tried at
-its neighbours, too, repaired to their budgets. In the end all points are measured on the same sequences.
+The points of the front are budgets, spread evenly from the run's own to the dense model. A generation of guided search
+(`search.strategies.guided.search`) works at one point; the generations go from the densest point to the sparsest, and
+again. A prediction holds for any budget nearby, so offspring are made for the point and for its neighbours, and race
+against the allocation that the point of their budget has. The allocations of neighbours, repaired to the budget, race
+with them. The last generation measures all points on the same sequences.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ class BudgetSearch:
     """How far the search has come with one budget of the front.
 
     Attributes:
-        target: Of the budget's first limit.
-        start: The uniform allocation; where none comes within a step of the budget, one that comes as near will do.
-        allocation: The best so far.
-        damping: Around which the next dampings here lie.
-        fitness: Its fitness where it was last measured; None before that.
-        tokens: How many it was measured on there.
-        visits: Generations that worked here.
-        pairs: What the proposal learns from.
-        known: Losses of the allocation by sequence.
+        target: The target of the budget's first limit.
+        start: The uniform allocation of this budget. If no allocation comes within a step of the budget, others need
+            only come as near to it as this one.
+        allocation: The best allocation so far.
+        damping: The damping around which those of the next generation here lie.
+        fitness: The allocation's fitness when it was last measured; None if it has not been measured yet.
+        tokens: How many tokens that measurement took.
+        visits: How many generations have worked at this budget.
+        pairs: The pairs of allocations that the proposal learns from.
+        known: The losses of the allocation by sequence.
     """
 
     target: int
@@ -57,7 +58,7 @@ class BudgetSearch:
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> BudgetSearch:
-        """Return what a state wrote."""
+        """Return the search that a state wrote."""
         fitness = content["fitness"]
         return BudgetSearch(
             read_count(content["target"]),
@@ -72,7 +73,7 @@ class BudgetSearch:
         )
 
     def measured_on(self, measured: Measured, allocation: Allocation, sequences: Sequence[int]) -> BudgetSearch:
-        """Return the same budget with this allocation and what is known of it."""
+        """Return this search with another allocation, and with what the measurements on these sequences say of it."""
         return replace(
             self,
             allocation=allocation,
@@ -87,18 +88,18 @@ class FrontState(State):
     """Where the search for a front stands; the parent is the allocation of the run's own budget.
 
     Attributes:
-        searches: Those of all budgets, from the run's own to the densest.
+        searches: How far the search has come with each budget, from the run's own to the densest.
     """
 
     searches: tuple[BudgetSearch, ...] = ()
 
     @classmethod
     def values_of(cls, content: Mapping[str, Any]) -> dict[str, Any]:
-        """Add those of the budgets."""
+        """Add the searches of the budgets."""
         return super().values_of(content) | {"searches": tuple(map(BudgetSearch.from_json, content["searches"]))}
 
     def allocations(self) -> list[Allocation]:
-        """Add those of the budgets."""
+        """Add the allocations in the searches of the budgets."""
         found = [self.parent]
         for search in self.searches:
             found += [search.start, search.allocation]
@@ -108,10 +109,10 @@ class FrontState(State):
 
 @dataclass(frozen=True)
 class Pareto(GuidedSettings):
-    """Settings of the search: those of a guided one, whose generations are those of all points together.
+    """Settings of the search for a front: those of a guided search, whose generations all points share.
 
     Attributes:
-        points: Budgets, evenly from the run's own to the dense model, which is no point of its own.
+        points: How many budgets are searched, from the run's own evenly up to the dense model, which is not one.
     """
 
     name: ClassVar[str] = "pareto"
@@ -125,22 +126,22 @@ class Pareto(GuidedSettings):
 
     @property
     def tokens_per_generation(self) -> int:
-        """Add the races at both neighbours, and the last generation's measurement of all points."""
+        """Add the races at both neighbours, and a generation's share of the last measurement of all points."""
         more = 0 if self.points == 1 else 2 * (LEADER + 2 * self.growth)
         last = self.points * self.growth * self.tokens // max(1, self.generations)
         return super().tokens_per_generation + self.tokens * more + last
 
     def check_rounds(self, rounds: int) -> None:
-        """Refuse more than one round: the levels of a second one would be made for one point of the front."""
+        """Refuse more than one round, as the levels of a second one would suit only one point of the front."""
         if rounds != 1:
             raise InputError(f"rounds={rounds} with strategy=pareto: a front is of one set of levels; use rounds=1")
 
     def front(self, state: FrontState) -> Sequence[FrontPoint] | None:
-        """Return the points as the last generation left them."""
+        """Return the points of the front as the last generation left them."""
         return [FrontPoint(one.target, one.allocation, one.fitness, one.tokens) for one in state.searches]
 
     def begin(self, problem: Problem, seed: int) -> FrontState:
-        """Begin at the uniform allocation of each budget."""
+        """Return a state with the uniform allocation at each budget."""
         searches = []
         for index, budget in enumerate(budgets_of(problem.budget, self.points)):
             start = problem.start if index == 0 else uniform(problem.space, budget)
@@ -148,7 +149,7 @@ class Pareto(GuidedSettings):
         return replace(FrontState.first(problem.start, seed), searches=tuple(searches))
 
     def advance(self, problem: Problem, state: FrontState) -> tuple[FrontState, list[HistoryRow]]:
-        """Work at one point and race at its neighbours; the last generation measures all points alike."""
+        """Work at one point and race at its neighbours; in the last generation, measure all points alike."""
         rng = state.generator()
         order = [int(sequence) for sequence in rng.permutation(problem.evaluate.sequences)]
         front = list(state.searches)
@@ -172,8 +173,9 @@ class Pareto(GuidedSettings):
         return after, work.measured.rows
 
     def _point_of(self, generation: int) -> int:
-        """Where a generation works: from the densest point to the sparsest, and again; too few for that are spread
-        evenly.
+        """Return the index of the point that a generation works at: from the densest to the sparsest, and again.
+
+        If there are fewer generations than points, they are spread evenly over the front.
         """
         if self.generations < self.points:
             return (self.generations - 1 - generation) * self.points // self.generations
@@ -182,7 +184,7 @@ class Pareto(GuidedSettings):
 
 @dataclass
 class _Generation:
-    """One generation's work on the front, which is changed in place."""
+    """One generation at work on the front, whose list of searches it changes in place."""
 
     settings: Pareto
     problem: Problem
@@ -199,7 +201,7 @@ class _Generation:
         ]
 
     def visit(self, at: int) -> bool:
-        """Predict at a point, then race for it and for its neighbours; whether there was anything to race."""
+        """Predict at a point, then race for it and for its neighbours; return whether there was anything to race."""
         seen = sequences_for(self.settings.predicted_on, self.problem)
         unseen = self.order[seen:] + self.order[:seen]  # what the prediction was not made on comes first
         beside = [index for index in (at - 1, at + 1) if 0 <= index < len(self.front)]
@@ -227,14 +229,14 @@ class _Generation:
     def _with_repaired(
         self, at: int, offspring: Mapping[Allocation, float], others: Sequence[int]
     ) -> dict[Allocation, float]:
-        """What may be raced at a point: its offspring, and what other points have, repaired to its budget."""
+        """Add to a point's offspring the allocations of other points, repaired to its budget, with their dampings."""
         repaired = [closest(self.front[index].allocation, self.problems[at].budget) for index in others]
         found = dict(offspring) | {child: self.front[at].damping for child in repaired if child not in offspring}
         own = self.front[at].allocation
         return {child: damping for child, damping in found.items() if child != own and self.problems[at].allows(child)}
 
     def _race(self, at: int, offspring: Mapping[Allocation, float], order: Sequence[int]) -> Outcome | None:
-        """Race for a point; None where nothing challenges what it has."""
+        """Race at a point against the allocation that it has; return None if there is no offspring to race."""
         if not offspring:
             return None
         point, tokens = self.front[at], self.settings.tokens
@@ -245,7 +247,7 @@ class _Generation:
         return outcome
 
     def settle(self) -> None:
-        """Measure all points on the same sequences; one that a cheaper one beats takes that one's allocation."""
+        """Measure all points on the same sequences; a point that a cheaper one beats takes over its allocation."""
         sequences = self.order[: sequences_for(self.settings.tokens * self.settings.growth, self.problem)]
         allocations = list(dict.fromkeys(point.allocation for point in self.front))
         self.measured.step(allocations, sequences, len(allocations))
@@ -258,8 +260,9 @@ class _Generation:
 
 
 def budgets_of(budget: Budget, points: int) -> list[Budget]:
-    """Evenly from this budget, which comes first, to the dense model, which is left out; each limit as much as the
-    others.
+    """Return budgets spread evenly from this one, which comes first, towards the dense model, which is left out.
+
+    All limits of a budget are moved by the same share of the way to the dense model.
     """
     return [
         Budget(

@@ -1,16 +1,15 @@
-"""Search whose proposals know where to go (ours).
+"""Guided search, the project's own strategy: predictions say where to go, and measurements check how far.
 
-For every level of every unit a proposal predicts what it would change (`search.strategies.guided.proposals`). To first
-order every change looks better than it is: taken by the prediction alone, all units would move at once and the loss
-would multiply. So a change has a price, quadratic in how far it goes and in proportion to what the unit has at stake,
+A proposal predicts what every level of every unit would change (`search.strategies.guided.proposals`). To first order
+every change looks better than it is: by the prediction alone all units would move at once, and the loss would multiply.
+So a change has a price, which is quadratic in how far it goes and in proportion to what the unit has at stake:
 
     minimise  sum_u  g_u(l_u) + damping * stake_u * distance_u(l_u)^2     within the budget,
 
-which the knapsack solves in milliseconds: a small damping moves everything, a large one a few units a little. Offspring
-are the solutions at dampings around the one that won last, some with the prices of units drawn at random. They race
-against the parent on the same tokens (`search.strategies.guided.race`), and the parent is left only for what is clearly
-better. So the size of the steps follows how well predictions hold, and when gains shrink, more tokens are spent to see
-them.
+The knapsack solves this in milliseconds. A small damping moves everything, a large one moves a few units a little.
+Offspring are the solutions at dampings around the one that won last, some of them with prices drawn at random. They
+race against the parent on the same tokens (`search.strategies.guided.race`), and replace it only if they are clearly
+better. In this way the size of the steps follows how well predictions hold, and small gains get more tokens to be seen.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from search.strategies.state import State, read_losses, read_number, rng_state
 from supernet.errors import InputError
 from supernet.space import Allocation
 
-RATIO = 2.0  # between neighbouring dampings of a generation
-LEAST = 0.05  # sparsity that distances are measured by
-DENSER = 0.2  # price of going denser, of that of going sparser
-SPREAD = 0.7  # of the logarithm of a unit's price, in those offspring whose prices are drawn
-EXCHANGES = 3  # at most, of a blind offspring
-HIGHEST, LOWEST = 1e4, 1e-2  # dampings
-# Times `tokens` that finding the leader of a race costs, about; judging it costs `growth` times, and so does its
-# parent.
+RATIO = 2.0  # ratio of neighbouring dampings in a generation
+LEAST = 0.05  # the smallest sparsity that distances are measured in, for budgets near the dense model
+DENSER = 0.2  # price of going denser, relative to that of going sparser
+SPREAD = 0.7  # standard deviation of the logarithm of a unit's price, where prices are drawn at random
+EXCHANGES = 3  # made at most by an offspring that no prediction guides
+HIGHEST, LOWEST = 1e4, 1e-2  # limits of the damping
+# Finding the leader of a race costs about this many times `tokens`. Judging it costs `growth` times as many, and
+# measuring the parent on the same sequences costs that again.
 LEADER = 4
 
 
@@ -48,9 +47,9 @@ class GuidedState(State):
     """Where a guided search stands.
 
     Attributes:
-        damping: Around which the next generation's dampings lie.
-        pairs: What the proposal learns from.
-        known: Losses of the parent by sequence, which the next generation need not measure again.
+        damping: The damping around which those of the next generation lie.
+        pairs: The pairs of allocations that the proposal learns from.
+        known: The losses of the parent by sequence, which the next generation need not measure again.
     """
 
     damping: float = 0.0
@@ -59,7 +58,7 @@ class GuidedState(State):
 
     @classmethod
     def values_of(cls, content: Mapping[str, Any]) -> dict[str, Any]:
-        """Add those of the proposal and of the parent."""
+        """Add the fields that a guided search has besides."""
         return super().values_of(content) | {
             "damping": read_number(content["damping"]),
             "pairs": tuple(map(Pair.from_json, content["pairs"])),
@@ -67,7 +66,7 @@ class GuidedState(State):
         }
 
     def allocations(self) -> list[Allocation]:
-        """Add those of the pairs."""
+        """Add the allocations of the pairs."""
         return [self.parent, *(one for pair in self.pairs for one in (pair.first, pair.second))]
 
 
@@ -76,13 +75,14 @@ class GuidedSettings(StrategyDefaults):
     """Settings of a guided search, and how it makes offspring.
 
     Attributes:
-        generations: How many.
-        offspring: Allocations proposed a generation.
-        proposal: `gradient`, or `forward` for those who can run forward passes only.
-        proposal_tokens: Tokens that a generation's prediction is made on; None for what the proposal takes by itself.
-        tokens: Tokens that the best offspring is found on at most.
-        growth: How many times as many it is judged on at most.
-        errors: Standard errors by which an offspring must be better; half as many on all that it may be judged on.
+        generations: How many generations a round has.
+        offspring: How many allocations a generation proposes.
+        proposal: How predictions are made: `gradient`, or `forward` if only forward passes are possible.
+        proposal_tokens: How many tokens a generation's prediction is made on; None takes what the proposal suggests.
+        tokens: How many tokens the best offspring is found on at most.
+        growth: How many times as many tokens it is then judged on at most.
+        errors: By how many standard errors an offspring must beat the parent; half as many once it has been judged on
+            all the tokens it may be.
     """
 
     generations: int = 10
@@ -107,7 +107,7 @@ class GuidedSettings(StrategyDefaults):
 
     @property
     def predicted_on(self) -> int:
-        """Tokens that a generation's prediction is made on."""
+        """How many tokens a generation's prediction is made on."""
         return PROPOSALS[self.proposal].tokens if self.proposal_tokens is None else self.proposal_tokens
 
     @property
@@ -116,11 +116,16 @@ class GuidedSettings(StrategyDefaults):
         return PROPOSALS[self.proposal].cost * self.predicted_on + self.tokens * (LEADER + 2 * self.growth)
 
     def judged_on(self, pool: int, length: int) -> int:
-        """Sequences that the leader of a race is judged on at most, of a pool of sequences of a length."""
+        """Return how many sequences of a pool the leader of a race is judged on at most.
+
+        Args:
+            pool: How many sequences the pool has.
+            length: How many tokens each sequence has.
+        """
         return min(-(-self.tokens * self.growth // length), pool - 1)  # it has been found on one of them at least
 
     def pool_warning(self, sequences: int, length: int) -> str | None:
-        """Warn, too, of a text and settings with which no offspring could ever be taken."""
+        """Warn also of text and settings with which no offspring could ever replace the parent."""
         if self.judged_on(sequences, length) >= 2:
             return super().pool_warning(sequences, length)
         more, tokens = max(FEWEST, sequences), max(self.tokens, 2 * length)
@@ -138,15 +143,16 @@ class GuidedSettings(StrategyDefaults):
         predictions: Sequence[Prediction],
         rng: np.random.Generator,
     ) -> dict[Allocation, float]:
-        """Return distinct allocations, none like the parent, each with its damping.
+        """Return distinct offspring that differ from the parent, each with the damping that made it.
 
         Args:
-            problem: Whose budget they meet.
+            problem: The problem, whose budget they meet.
             parent: The allocation that the predictions start from.
-            damping: Around which the dampings of the offspring lie.
-            turn: Generations that this budget has had before; in the first one the plain knapsack is tried, too.
-            predictions: They take turns in making an offspring.
-            rng: Draws the prices of some offspring.
+            damping: The damping around which those of the offspring lie.
+            turn: How many generations this budget has had before. In the first one, the knapsack without any price is
+                tried, too.
+            predictions: The predictions, which take turns in making an offspring.
+            rng: The random generator that draws the prices of some offspring.
         """
         found: dict[Allocation, float] = {}
         if turn == 0:
@@ -156,13 +162,13 @@ class GuidedSettings(StrategyDefaults):
             if len(found) >= self.offspring:
                 break
             own = damping * RATIO ** (attempt % self.offspring - self.offspring / 2)
-            # also where unused: each attempt draws as much
+            # Drawn even if unused, so that each attempt draws equally much.
             drawn = np.exp(SPREAD * rng.standard_normal(len(parent)))
             factors = drawn if attempt % 2 or attempt >= self.offspring else np.ones(len(parent))
-            changes, prices = priced[(3 * attempt + turn) % len(priced)]  # each meets all dampings in time
+            changes, prices = priced[(3 * attempt + turn) % len(priced)]  # in time each meets every damping
             losses = [g + own * factor * price for g, price, factor in zip(changes, prices, factors, strict=True)]
             _add(found, problem, parent, relaxed(losses, problem.budget), own)
-        for _ in range(ATTEMPTS * self.offspring):  # where predictions give too little, blind exchanges
+        for _ in range(ATTEMPTS * self.offspring):  # if predictions give too few, exchange blindly
             if len(found) >= self.offspring:
                 break
             child = exchange(problem, parent, int(rng.integers(1, EXCHANGES + 1)), rng)
@@ -173,17 +179,17 @@ class GuidedSettings(StrategyDefaults):
 
 @dataclass(frozen=True)
 class Guided(GuidedSettings):
-    """Guided search for the allocation of one budget."""
+    """The guided search for the allocation of one budget."""
 
     name: ClassVar[str] = "guided"
     state_class: ClassVar[type[State]] = GuidedState
 
     def begin(self, problem: Problem, seed: int) -> GuidedState:
-        """Begin with the proposal's own damping."""
+        """Return a state at the start, with the damping that the proposal suggests."""
         return replace(GuidedState.first(problem.start, seed), damping=PROPOSALS[self.proposal].damping)
 
     def advance(self, problem: Problem, state: GuidedState) -> tuple[GuidedState, list[HistoryRow]]:
-        """Predict at the parent, make offspring and race them against it."""
+        """Predict at the parent, make offspring, and race them against it."""
         rng, proposal = state.generator(), PROPOSALS[self.proposal]
         order = [int(sequence) for sequence in rng.permutation(problem.evaluate.sequences)]
         measured = Measured(problem, state.generation, {state.parent: state.known})
@@ -210,8 +216,12 @@ class Guided(GuidedSettings):
 
 
 def next_damping(before: float, outcome: Outcome, winning: float) -> float:
-    """Where the next generation's dampings lie: towards that of the best offspring, or higher where all of them
-    lost.
+    """Return the damping for the next generation: nearer to the best offspring's, or higher if all of them lost.
+
+    Args:
+        before: The damping of this generation.
+        outcome: How the race ended.
+        winning: The damping of the race's leader.
     """
     after = (before * winning) ** 0.5 if outcome.gain > 0 else before * RATIO
     return float(np.clip(after, LOWEST, HIGHEST))
@@ -225,11 +235,11 @@ def _add(
 
 
 def prices_of(problem: Problem, parent: Allocation, changes: Prediction) -> list[np.ndarray]:
-    """For each unit and level the price of going there at a damping of 1: what is at stake, by the squared distance in
-    costs.
+    """Return the price of going to each level at a damping of 1, (levels,) for each unit.
 
-    At stake is the largest predicted change; the distance is 1 from the uniform allocation's level to the dense one.
-    Going denser is cheaper: what was removed comes back at most once, while the loss of going sparser has no bound.
+    The price is what the unit has at stake times the squared distance in cost. At stake is the largest predicted
+    change; a distance of 1 is that from the budget's sparsity to the dense unit. Going denser is cheaper, as what was
+    removed comes back at most once, while the loss of going sparser has no bound.
     """
     found, share = [], max(LEAST, 1.0 - problem.budget.leading.target / max(1, problem.budget.leading.dense))
     for costs, level, change in zip(problem.budget.leading.costs, parent, changes, strict=True):
