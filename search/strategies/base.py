@@ -19,6 +19,7 @@ from search.budgets.budget import Budget
 from search.evaluation.generation import Evaluator
 from search.strategies.state import State
 from supernet.space import Allocation, Space
+from supernet.store import Supernet
 
 FEWEST = 4  # sequences that a difference is judged on at least, if there are as many: on fewer it is mostly chance
 
@@ -68,6 +69,7 @@ class Problem:
         errors: For each unit, the squared output errors (levels,) that its candidates had when they were built,
             relative to the output that they were fitted to; 0 for the dense level. A unit whose pruner records no
             errors has None, and so has the whole problem if no candidates were built.
+        supernet: Where the candidates themselves are, for rules that run them; None if none were built.
     """
 
     space: Space
@@ -76,6 +78,7 @@ class Problem:
     evaluate: Evaluator
     dense: Dense | None = None
     errors: Sequence[Sequence[float] | None] | None = None
+    supernet: Supernet | None = None
 
     def allows(self, allocation: Allocation) -> bool:
         """Return whether an allocation meets the budget.

@@ -156,7 +156,8 @@ def bench(name: str, root: Path) -> tuple[Problem, HeldOut, HeldOut]:
         loaded.model, supernet, pool, KlDivergence(), Resources(memory=1 << 30, cache=3 << 30)
     )
     dense = Dense(loaded.model, tokens(loaded, "train.txt", CALIBRATION), 4, torch.device("cpu"))
-    problem = Problem(supernet.space, budget, uniform(supernet.space, budget), evaluator, dense, supernet.errors)
+    start = uniform(supernet.space, budget)
+    problem = Problem(supernet.space, budget, start, evaluator, dense, supernet.errors, supernet)
     texts = {"validation.txt": KlDivergence(), "test.txt": CrossEntropy()}
     held_out, text = (HeldOut(loaded, supernet, file, fitness) for file, fitness in texts.items())
     return problem, held_out, text

@@ -84,7 +84,7 @@ def _problem(run: Run, one: Round, supernet: Supernet | None) -> Iterator[Proble
     model, text = inputs.loaded.model, inputs.tokens["search"]
     given = model, supernet, text.ids, run.components.fitness, inputs.resources, text.unscored
     with closing(GenerationEvaluator(*given)) as evaluator:
-        yield Problem(one.space, one.budget, one.start, evaluator, inputs.dense, supernet.errors)
+        yield Problem(one.space, one.budget, one.start, evaluator, inputs.dense, supernet.errors, supernet)
 
 
 def _search(run: Run, one: Round, problem: Problem) -> None:

@@ -129,12 +129,11 @@ class AdaptPruner(Rule):
     def _supernet(self, problem: Problem) -> Supernet | None:
         if not self.remeasure:
             return None
-        supernet = getattr(problem.evaluate, "supernet", None)
-        if not isinstance(supernet, Supernet):
+        if problem.supernet is None:
             raise InputError(
                 "strategy.remeasure=true needs a supernet's candidates; use strategy.remeasure=false without one"
             )
-        return supernet
+        return problem.supernet
 
 
 def nearest(problem: Problem, sparsities: Sequence[float]) -> Allocation:

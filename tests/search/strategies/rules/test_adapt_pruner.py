@@ -61,7 +61,9 @@ class TestAdaptPruner:
         space = family_supernet.space
         budget = Budget.from_sparsity(0.4, space)
         evaluator = GenerationEvaluator(family_model, family_supernet, ids, KlDivergence())
-        problem = Problem(space, budget, uniform(space, budget), evaluator, dense_of(family_model, ids))
+        problem = Problem(
+            space, budget, uniform(space, budget), evaluator, dense_of(family_model, ids), supernet=family_supernet
+        )
         rule = AdaptPruner(sequences=2)
         state, rows = run(rule, problem)
         assert problem.allows(state.parent)

@@ -214,7 +214,7 @@ def test_on_a_built_supernet_of_weights(llama: PreTrainedModel, ids: Tensor, tmp
         {},
     )
     evaluator = GenerationEvaluator(llama, supernet, ids, KlDivergence())
-    problem = Problem(window.space, budget, start, evaluator, dense_of(llama, ids))
+    problem = Problem(window.space, budget, start, evaluator, dense_of(llama, ids), supernet=supernet)
     for rule in (
         Uniform(),
         Owl(),
