@@ -42,7 +42,7 @@ class Dense:
 
 
 class Unmeasurable:
-    """The evaluator of a strategy that needs no candidates: none are built, so nothing can be measured."""
+    """Stands in for the evaluator when a strategy needs no candidates: none are built, so none can be measured."""
 
     sequences = 0
     sequence_length = 0
@@ -234,8 +234,7 @@ class Strategy(Protocol[StateOf]):
 class StrategyDefaults:
     """What most strategies answer alike: they measure candidates, and take any units, rounds and budget.
 
-    A strategy that remembers more than `State` holds overrides `state_class`, and one that searches several budgets
-    overrides `front`.
+    A strategy that remembers more than `State` overrides `state_class`; one that searches several budgets, `front`.
     """
 
     state_class: ClassVar[type[State]] = State

@@ -3,8 +3,8 @@
 The samplers know boxes, not budgets, and are slow with hundreds of parameters. So a trial is a curve over depth for
 each kind of unit. It says what is added to the start's sparsities, at a few knots with half a cosine from each to the
 next. The curves are shifted until they cost as much as the start, rounded to levels so that errors even out over depth,
-and moved to the nearest allocation that meets the budget. The study is made anew in every generation, from what the
-state remembers.
+and moved to the nearest allocation that meets the budget. The state holds all trials, from which every generation makes
+the study anew.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class StudyState(State):
-    """What the study is made anew from in every generation.
+    """What the search remembers of the study, so that every generation can make it anew.
 
     Attributes:
         seed: The seed from which each generation's sampler gets its own.

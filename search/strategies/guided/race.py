@@ -3,8 +3,7 @@
 Losses differ much more from sequence to sequence than from offspring to parent, so only differences on the same
 sequences count. Each step measures the offspring on twice as many sequences, drops those that are clearly behind the
 leader, and keeps at most half of the field. The last offspring is judged against the parent on sequences that it was
-not chosen on. A single sequence proves nothing, however large the difference is. An allocation whose loss is not finite
-loses.
+not chosen on. A single sequence proves nothing, however large the difference, and a loss that is not finite loses.
 """
 
 from __future__ import annotations

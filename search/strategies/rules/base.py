@@ -108,8 +108,7 @@ def towards(problem: Problem, sparsities: Sequence[float] | np.ndarray) -> Alloc
     """Return the allocation that is nearest to the sparsities wished for, among those that the budget allows.
 
     Distance is the squared difference of sparsities, weighted by the size of the unit, so that units give way to the
-    budget in proportion to their size. Of several that are equally near, the one nearest to the uniform allocation is
-    taken.
+    budget in proportion to their size. A tie goes to the allocation nearest to the uniform one.
 
     Args:
         problem: The problem, whose budget's leading limit counts what sparsity is of.
