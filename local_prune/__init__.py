@@ -1,1 +1,1 @@
-"""From calibration activations to candidates. Knows nothing of search."""
+"""Local pruning: makes the candidates of every unit from calibration text. It knows nothing of search."""

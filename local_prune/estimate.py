@@ -1,5 +1,6 @@
-"""What a build will take, before it starts: the first block is built from one batch of text, and the rest is
-arithmetic.
+"""Estimates, before a build starts, what time, disk and memory it will take.
+
+The first block is built from one batch of text, and the rest is arithmetic.
 """
 
 from __future__ import annotations
@@ -27,29 +28,33 @@ from supernet.models.placement import Place, places
 from supernet.space import BITS, WEIGHTS, Space, Unit
 from supernet.store import Supernet
 
-HESSIANS = 7.5  # float32 copies while a unit is fitted: upper half, whole, damped, factor, inverse, and what makes them
-FITTED = 6.0  # of a layer's weight: moment, damped, optimum, and what makes them
-RANKED = 9.0  # of a layer's weight where weights are only scored: scores, their orders and ranks as int64
-SCORED = 3.0  # where members are only scored
+# How many matrices in float32 there are at the peak, as measured on layers of all shapes. Of the Hessian's size while a
+# unit is fitted: its upper half, the whole, the damped one, its factor, its inverse, and what these are made with.
+HESSIANS = 7.5
+FITTED = 6.0  # of the layer's size meanwhile: moment, damped moment, optimum, and what these are made with
+RANKED = 9.0  # of the layer's size where weights are only scored: scores, and their orders and ranks in int64
+SCORED = 3.0  # of the layer's size where members are only scored
+# Of the layer's size for each level: those that stay throughout, and those that only span the block of inputs at work.
 LEVELS = {
     WEIGHTS: (1.25, 6.0),
     BITS: (0.8, 2.0),
-}  # of a level's weight: throughout, and of the inputs in the block at work
-ACTIVATIONS = 3  # of the widest layer while a batch passes: gate, up and their product; besides, one of them in float32
+}
+# Activations of the widest layer while a batch passes: gate, up and their product. One of them is in float32, too.
+ACTIVATIONS = 3
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a build.
+    """What a build will take, about.
 
     Attributes:
-        seconds: With the survey of the dense model, if the method makes one.
-        stored: Bytes of the supernet.
+        seconds: How long it takes, with the survey of the dense model if the method makes one.
+        stored: Bytes of the supernet on disk.
         device: Bytes on the device at the peak: one block, its statistics and its candidates.
-        streams: Bytes of activations in main memory, or on disk where that has not enough.
+        streams: Bytes of activations in main memory, or on disk where main memory is too small.
         model: Bytes of the dense model in main memory.
         survey: Bytes in main memory that the survey of the dense model keeps; 0 where there is none or they are few.
-        states: Bytes on disk of the dense model's activations, while the run lasts: builds that follow read them.
+        states: Bytes of the dense model's activations on disk, which stay until the run ends for builds that follow.
     """
 
     seconds: float
@@ -84,7 +89,10 @@ def estimate(
     device: torch.device,
     dense: DenseStream | None = None,
 ) -> Estimate:
-    """Probe the first block; the arguments are those of `local_prune.walk.build`."""
+    """Build the first block from one batch of text, and estimate from that what the whole build takes.
+
+    The arguments are those of `local_prune.walk.build`.
+    """
     layers = len(blocks(model))
     batches = -(-len(calibration.ids) // calibration.batch)
     short = replace(calibration, ids=calibration.ids[: calibration.batch])
@@ -121,8 +129,9 @@ def estimate(
 
 
 def _scores(part: SubBlock, layer: str | None) -> Tensor:
-    """What a survey might have found for a unit: the last member is the best, as an order of members ends with the last
-    kept.
+    """Return scores as a survey might have found them for a unit.
+
+    Of members the last one has the highest: where scores are orders of removal, it is the one that stays longest.
     """
     if layer is None and part.groups:
         return torch.arange(part.groups.members, dtype=torch.float32)
@@ -130,7 +139,7 @@ def _scores(part: SubBlock, layer: str | None) -> Tensor:
 
 
 def _seconds_per_token(model: PreTrainedModel, calibration: Calibration, device: torch.device) -> float:
-    """Of a forward pass through the first block."""
+    """Measure the seconds that a forward pass through the first block takes for each token."""
     walk = TextWalk(model, device)
     hidden = walk.enter(calibration.ids)
     with on_device(blocks(model)[0], device):
@@ -147,8 +156,15 @@ def _block_bytes(model: PreTrainedModel) -> int:
 
 
 def working_bytes(place: Place, pruner: Pruner, space: Space, batch: Calibration) -> int:
-    """At the peak of a sub-block, besides its own parameters: its largest unit, or the passing of one batch
-    (its text).
+    """Return the bytes on the device at the peak of a sub-block's build, besides its own parameters.
+
+    The peak is either where candidates of the largest unit are made, or where a batch of text passes.
+
+    Args:
+        place: The sub-block and its units.
+        pruner: The method.
+        space: All units.
+        batch: The text of one batch.
     """
     part, most = place.part, 0.0
     shapes = {layer: part.weight(layer).shape for stage in part.stages for layer in stage}
@@ -167,10 +183,17 @@ def working_bytes(place: Place, pruner: Pruner, space: Space, batch: Calibration
 
 
 def _pruning_bytes(dense: Tensor, pruner: Pruner, unit: Unit, fits: bool) -> float:
-    """While candidates are made of a layer (d_out, d_in); factors are as they were measured on layers of all shapes."""
+    """Return the bytes that it takes to make the candidates of a unit.
+
+    Args:
+        dense: (d_out, d_in), the weight of the layer at work.
+        pruner: The method.
+        unit: The unit and its levels.
+        fits: Whether the method fits the weights that it keeps (`LeastSquares`), or only scores them.
+    """
     d_out, d_in = dense.shape
     weight, hessian, levels = 4 * d_out * d_in, 4 * d_in * d_in, unit.levels[1:]
-    if not fits and unit.total == 1:  # present or not
+    if not fits and unit.total == 1:  # a sub-block or block that is present or not has no weights to store
         return 0.0
     if not fits:
         masks = len(levels) * d_out * d_in if unit.kind == WEIGHTS else 0

@@ -1,6 +1,6 @@
-"""What candidates depend on, for the fingerprint of a supernet: all that changes them, and nothing that does not.
+"""Records what candidates depend on, for the fingerprint of a supernet: all that changes them, and nothing else.
 
-The model's and the text's own fingerprints are the caller's; everything else that a build is given is recorded here.
+The caller adds the fingerprints of the model and of the text; everything else that a build is given is recorded here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from local_prune.walk import VERSION, Mixture, fit_of
 from supernet.models.architecture import sub_blocks
 from supernet.space import Space
 
-# settings that decide which levels there are, and nothing else of candidates
+# Settings that only decide which levels there are: the space says that already.
 OF_THE_SPACE = ("multiple", "query_heads")
 
 
@@ -30,13 +30,12 @@ def build_record(
     mixture: Mixture,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What candidates depend on besides the dense model and the text, JSON-able. Arguments as for
-    `local_prune.walk.build`.
+    """Return a JSON-able record of what candidates depend on besides the dense model and the text.
 
-    Of libraries the first two parts of the version: kernels, and with them rounding and ties, change from one minor
-    release of torch to the next, patches mend single faults. transformers computes the activations, so its version
-    counts where text is read. The number of sequences in a forward pass (`prune.batch`) and the index of a device
-    change no more than the last bits.
+    The arguments are those of `local_prune.walk.build`. Of a library's version the first two parts count: kernels, and
+    with them rounding and ties, change from one minor release of torch to the next, whereas patches mend single faults.
+    transformers computes the activations, so its version counts where text is read. The number of sequences in a
+    forward pass (`prune.batch`) and the index of a device change no more than the last bits, and are left out.
     """
     record = {
         "walk": VERSION,
@@ -53,10 +52,10 @@ def build_record(
 
 
 def identity_of(pruner: Pruner) -> dict[str, Any]:
-    """A pruner's name, its version, and all of its settings as they really are, JSON-able.
+    """Return a JSON-able record of a pruner: its name, its version, and the settings that change candidates.
 
-    Settings of the type float are floats here, so that 1 and 1.0 are one value, and lists are lists whatever the
-    configuration made of them.
+    Settings of the type float are written as floats, so that 1 and 1.0 are one value. Sequences are written as lists,
+    whatever the configuration made of them.
     """
     given: list[Field[Any]] = (
         [one for one in fields(pruner) if one.name not in OF_THE_SPACE] if is_dataclass(pruner) else []
@@ -66,8 +65,9 @@ def identity_of(pruner: Pruner) -> dict[str, Any]:
 
 
 def reads_text(model: PreTrainedModel, calibration: Calibration, pruner: Pruner) -> bool:
-    """Whether candidates depend on the calibration text: by a survey of the dense model, or by what layers get as
-    inputs.
+    """Return whether candidates depend on the calibration text.
+
+    They do if the method surveys the dense model, or if it looks at the inputs of layers.
     """
     return pruner.survey_tokens(calibration) > 0 or _sees_inputs(model, pruner)
 

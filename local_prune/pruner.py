@@ -1,4 +1,8 @@
-"""The seam between the walk and the methods: what a method is asked for, and what it is given."""
+"""The interface between the walk through the model and the pruning methods.
+
+A method implements `Pruner`. `local_prune.walk` calls it, hands it a `Task` for each unit, and stores the candidates
+that it returns.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +25,16 @@ FITS = ("pruned", "dense", "residual")
 
 
 class Statistics(Protocol):
-    """Sums over the calibration tokens of what a layer gets as inputs."""
+    """Sums over the calibration tokens, taken of a layer's inputs."""
 
     def add(self, inputs: Tensor) -> None:
-        """Add a batch: X (tokens, d_in), of any float dtype."""
+        """Add a batch of inputs X (tokens, d_in), of any float dtype. Called once for each batch of text."""
         ...
 
     def merge(self, other: Self) -> None:
         """Add the sums over other tokens, which another process or thread has added up for the same layer.
 
-        Called, if at all, when all batches have been added, and before candidates are made.
+        Called, if at all, after all batches have been added and before candidates are made.
         """
         ...
 
@@ -41,12 +45,12 @@ class Calibration:
 
     Attributes:
         ids: (sequences, tokens) int64.
-        batch: Sequences in one forward pass.
-        fit: What the kept weights are fitted to: `pruned`, the dense layer's output on the inputs of the pruned model;
-            `dense`, its output on the inputs of the dense model; `residual`, the dense model's whole residual stream
-            behind the sub-block, so that each fit also makes up for the error that came before it. Layers that do not
-            end a sub-block are fitted as `pruned`, and so are those that do where a norm stands between them and the
-            stream (the Gemmas).
+        batch: How many sequences pass through the model together.
+        fit: What the kept weights are fitted to. With `pruned` it is the dense layer's output on the inputs of the
+            pruned model; with `dense` its output on the inputs of the dense model; with `residual` the dense model's
+            whole residual stream behind the sub-block, so that each fit also makes up for the error that came before
+            it. With `residual`, layers that do not end a sub-block are fitted as with `pruned`, and so are those that
+            end one where a norm stands between them and the stream (the Gemmas).
         unscored: First positions of each sequence that losses leave out, as they predict tokens that always begin a
             sequence. Statistics of activations take all tokens: that is how the model is used.
     """
@@ -65,16 +69,18 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Task:
-    """One unit to be pruned.
+    """One unit to be pruned, and what is known about it.
 
     Attributes:
-        where: Name of the unit, for messages.
-        dense: (d_out, d_in) weight of the linear layer at work; for structured units the layer that loses input
-            columns.
-        statistics: Sums over the calibration tokens, from the object that `Pruner.statistics` made.
-        scores: What `Pruner.survey` found for the unit: (members,) structured, (d_out, d_in) unstructured.
-        width: Input columns per member; 1 except for heads.
-        bias: (d_out,) of the layer, if it has one.
+        where: The name of the unit, for messages.
+        dense: (d_out, d_in), the dense weight of the linear layer at work; for structured units that is the layer that
+            loses input columns.
+        statistics: The sums over the calibration tokens, in the object that `Pruner.statistics` made; None for methods
+            that look at no inputs.
+        scores: What `Pruner.survey` found for the unit, if anything: (members,) for structured units, (d_out, d_in)
+            for unstructured ones.
+        width: How many input columns a member has; 1 except for heads.
+        bias: (d_out,), the bias of the layer; None if it has none.
     """
 
     where: str
@@ -86,73 +92,83 @@ class Task:
 
 
 class NoSurvey:
-    """What methods inherit that need nothing from the dense model as a whole."""
+    """The base class of methods that need nothing from the dense model as a whole: their survey is empty."""
 
     def survey(
         self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
     ) -> Mapping[str, Tensor]:
-        """No scores."""
+        """Return no scores."""
         return {}
 
     def survey_tokens(self, calibration: Calibration) -> int:
-        """No tokens."""
+        """Return 0: no tokens are passed."""
         return 0
 
     def survey_bytes(self, parts: Sequence[SubBlock]) -> int:
-        """No bytes worth a word; a survey that keeps gradients says how many."""
+        """Return 0; only surveys that keep something large, such as gradients, say more."""
         return 0
 
 
 class Pruner(Protocol):
-    """A local pruning method. `_target_` of `prune.pruner` in the configuration.
+    """A local pruning method. The configuration names its class as the `_target_` of `prune.pruner`.
 
     Attributes:
-        name: What the method is called on disk, whatever its class is called and wherever that lies; it never changes.
-        version: Raised by one whenever the same settings would give other candidates, so that supernets that were built
-            before are not taken for new ones. `tests/local_prune/methods/test_golden.py` fails where that was
-            forgotten.
+        name: What the method is called on disk. It never changes, even if the class is renamed or moved.
+        version: A number that is raised by one whenever the same settings would give other candidates, so that a
+            supernet that was built before is not taken for a new one. `tests/local_prune/methods/test_golden.py` fails
+            where that was forgotten.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
 
     def prunables(self, parts: Sequence[SubBlock]) -> tuple[Prunable, ...]:
-        """The units that the method prunes, in the order of the forward pass."""
+        """Return the units that the method prunes, in the order of the forward pass.
+
+        Called before the levels are chosen, with all sub-blocks of the model.
+        """
         ...
 
     def survey(
         self, model: PreTrainedModel, calibration: Calibration, device: torch.device, track: Track
     ) -> Mapping[str, Tensor]:
-        """Scores by unit that are taken from the dense model as a whole before the walk, on `device`; empty for most
-        methods.
+        """Return scores by the name of their unit, taken from the dense model as a whole; most methods have none.
+
+        Called before the walk; work is done on `device`, and `track` draws progress. What it returns may be used by
+        several builds on the same model and text. Each unit's scores come back in its `Task`.
         """
         ...
 
     def survey_tokens(self, calibration: Calibration) -> int:
-        """About how many forward tokens the survey costs (a backward pass counts as two); 0 where there is none."""
+        """Return about how many forward tokens the survey costs; 0 where there is none.
+
+        A backward pass counts as two forward passes.
+        """
         ...
 
     def survey_bytes(self, parts: Sequence[SubBlock]) -> int:
-        """Bytes in main memory that the survey of a model with these sub-blocks keeps; 0 where they are few."""
+        """Return how many bytes of main memory the survey of a model with these sub-blocks keeps; 0 where few."""
         ...
 
     def statistics(self, dense: Tensor, width: int) -> Statistics | None:
-        """A fresh accumulator for the inputs of a layer of weight (d_out, d_in); None where the method looks at no
-        inputs.
+        """Return an empty accumulator for the inputs of layers; None where the method looks at no inputs.
 
-        Layers with the same inputs (queries, keys and values; gate and up) share one, with their weights stacked as
-        `dense`.
+        Called before the text passes. Layers with the same inputs (queries, keys and values; gate and up) share one.
+
+        Args:
+            dense: (d_out, d_in), the weight of the layer, or the stacked weights of layers that share their inputs.
+            width: How many input columns a member has; 1 except for heads.
         """
         ...
 
     def candidates(self, task: Task, kept: Sequence[int]) -> list[Candidate]:
-        """The candidates of one unit.
+        """Make the candidates of one unit. Called once for each unit, when its statistics are complete.
 
         Args:
             task: The unit.
-            kept: What each level keeps, falling, without the dense level: members, weights, or bits.
+            kept: How many members, weights or bits each level keeps, falling, without the dense level.
 
         Returns:
-            One candidate a level.
+            One candidate for each of these levels.
         """
         ...

@@ -1,6 +1,7 @@
-"""Bonsai's regression of losses on what sub-models lack: a ridge towards a prior, chosen by how well it ranks losses.
+"""The regression of Bonsai (Dery et al., 2024): from the losses of sub-models to what each member is worth.
 
-The pruner and strategies use it. It imports nothing of the project.
+It is a ridge regression towards a prior, whose strength is chosen by how well it ranks losses. Both the pruner and
+strategies use it, so it imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -10,25 +11,25 @@ import math
 import torch
 from torch import Tensor
 
-# Strengths of the ridge that are tried, relative to the mean squared row; infinite is the prior alone.
+# The strengths of the ridge that are tried, relative to the mean squared norm of a row; infinite is the prior alone.
 STRENGTHS = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
-FOLDS = 5  # of the cross-validation that chooses among them
+FOLDS = 5  # parts of the cross-validation that chooses among the strengths
 
 
 def kendall_tau(a: Tensor, b: Tensor) -> float:
-    """Kendall's tau-a of a and b, (n,) each: concordant less discordant pairs, divided by the number of pairs."""
+    """Return Kendall's tau-a of a and b, (n,) each: concordant less discordant pairs, divided by all pairs."""
     n = len(a)
     concordance = torch.sign(a.unsqueeze(0) - a.unsqueeze(1)) * torch.sign(b.unsqueeze(0) - b.unsqueeze(1))
     return float(concordance.sum()) / max(1, n * (n - 1))
 
 
 def ridge(signs: Tensor, differences: Tensor, prior: Tensor, strength: float) -> Tensor:
-    """Coefficients that explain the differences, shrunk towards the prior, itself scaled to fit best.
+    """Return coefficients that explain the differences, shrunk towards the prior, which is first scaled to fit best.
 
-    With b = r a: min_a ||S b - y||^2 + strength s ||a - c||^2, where c >= 0 is the least-squares scale of the prior r,
-    and s the mean squared norm of the rows of S diag(r). So a coefficient may leave the prior in proportion to the
-    prior: a head weighs as much as hundreds of neurons. Solved in the dual form, as there are many more members than
-    pairs.
+    With b = r a they minimise ||S b - y||^2 + strength s ||a - c||^2, where c >= 0 is the least-squares scale of the
+    prior r, and s the mean squared norm of the rows of S diag(r). So a coefficient may leave the prior in proportion to
+    the prior, which suits members of unlike size: a head weighs as much as hundreds of neurons. The problem is solved
+    in its dual form, as there are many more members than pairs.
 
     Args:
         signs: S, (pairs, members).
@@ -53,10 +54,10 @@ def ridge(signs: Tensor, differences: Tensor, prior: Tensor, strength: float) ->
 
 
 def strength_of(signs: Tensor, differences: Tensor, prior: Tensor) -> float:
-    """Choose the ridge that best ranks pairs that it has not seen, by Kendall's tau; of equal ones the strongest.
+    """Choose the strength with which the ridge best ranks pairs that it has not seen; of equal ones the strongest.
 
-    Both sub-models of a pair stay in one fold, as either gives the other away: what is ranked are the differences
-    together with their negatives. Arguments are those of `ridge`.
+    The measure is Kendall's tau. Both sub-models of a pair stay in one fold, as either gives the other away: what is
+    ranked are the differences together with their negatives. The arguments are those of `ridge`.
     """
     folds = torch.arange(len(signs)) % min(FOLDS, len(signs))
     truth = torch.cat([differences, -differences])

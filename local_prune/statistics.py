@@ -1,5 +1,7 @@
-"""What is accumulated over the calibration tokens for the projection of one unit. Shapes: X (tokens, d_in), T (tokens,
-d_out).
+"""Sums over the calibration tokens that methods prune by, and the least-squares problems that follow from them.
+
+A layer's inputs are X (tokens, d_in), and what its output should be is T (tokens, d_out). `Moments` serves methods that
+only score, `LeastSquares` those that fit the weights that they keep.
 """
 
 from __future__ import annotations
@@ -20,14 +22,24 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-ATTEMPTS = 6  # at a factorisation, each with ten times the damping of the one before
-ROWS = 1024  # of X that are float64 at a time
-LARGEST = 1e9  # of a setting that weighs one term against another: float32 keeps nothing of the other beyond that
-PANELS = 6  # of a Gram matrix: its upper triangle takes (PANELS + 1) / (2 PANELS) of the products of the whole
+ATTEMPTS = 6  # how often a factorisation is tried, each time with ten times the damping of the time before
+ROWS = 1024  # how many rows of X are float64 at a time
+LARGEST = (
+    1e9  # the most that one term may weigh against another by a setting: beyond, float32 keeps nothing of the other
+)
+# Panels that a Gram matrix is computed in: its upper triangle takes (PANELS + 1) / (2 PANELS) of the whole's products.
+PANELS = 6
 
 
 def check_number(name: str, value: float, usual: str, zero: bool = False) -> None:
-    """InputError unless the setting `prune.pruner.<name>` is finite and above 0, or 0 where `zero` says so."""
+    """Raise InputError unless the setting `prune.pruner.<name>` is finite, at most `LARGEST`, and above 0.
+
+    Args:
+        name: The name of the setting.
+        value: What the user gave.
+        usual: The usual choice, which the message names.
+        zero: Whether 0 is allowed, too.
+    """
     if not (0 <= value if zero else 0 < value) or not math.isfinite(value):
         limit = "not below 0" if zero else "above 0"
         raise InputError(f"prune.pruner.{name}={value} must be finite and {limit}; {usual} is the usual choice")
@@ -36,29 +48,32 @@ def check_number(name: str, value: float, usual: str, zero: bool = False) -> Non
 
 
 def finite(scores: Tensor, where: str, what: str = "activations") -> Tensor:
-    """The scores themselves; InputError if one is NaN or infinite, which says what it comes from."""
+    """Return the scores; raise InputError if one is NaN or infinite. `what` names what they were computed from."""
     if not bool(torch.isfinite(scores).all()):
         raise InputError(f"{where}: {what} are not finite; check the model's weights, or use dtype=float32")
     return scores
 
 
 def add_gram(gram: Tensor, X: Tensor) -> None:
-    """Add X^T X to the upper triangle of `gram` (d, d), panel by panel; `symmetric` gives the whole. X: (tokens, d)."""
+    """Add X^T X to the upper triangle of `gram` (d, d), panel by panel, for X (tokens, d).
+
+    What is below the triangle is not up to date then; `symmetric` gives the whole matrix.
+    """
     step = -(-len(gram) // PANELS)
     for start in range(0, len(gram), step):
         gram[start : start + step, start:].addmm_(X[:, start : start + step].T, X[:, start:])
 
 
 def symmetric(gram: Tensor) -> Tensor:
-    """The whole of a matrix of which only the upper triangle is up to date."""
+    """Return the whole of a symmetric matrix of which only the upper triangle is up to date."""
     return gram.triu() + gram.triu(1).T
 
 
 def zeros_of(dense: Tensor) -> Tensor | None:
-    """(d_in, d_out) bool, True where a dense weight (d_out, d_in) is 0 already; None where none is.
+    """Return where a dense weight (d_out, d_in) is 0 already, (d_in, d_out) bool; None where no weight is.
 
-    A model may be sparse before it is pruned. Methods that fit weights keep its zeros: they go first, and come back at
-    no level.
+    A model may be sparse before it is pruned. Methods that fit weights keep its zeros: these weights are removed first,
+    and are zero at every level.
     """
     zero = dense.T == 0
     return zero if bool(zero.any()) else None
@@ -69,10 +84,10 @@ class Moments:
     """Sums over the calibration tokens of each input alone, for methods that only score.
 
     Attributes:
-        total: Sum of x, (d_in,) float64.
-        squares: Sum of x^2, (d_in,) float64.
-        absolute: Sum of |x|, (d_in,) float64.
-        tokens: Rows of X so far.
+        total: The sum of x, (d_in,) float64.
+        squares: The sum of x^2, (d_in,) float64.
+        absolute: The sum of |x|, (d_in,) float64.
+        tokens: How many rows of X have been added.
     """
 
     total: Tensor
@@ -82,21 +97,21 @@ class Moments:
 
     @classmethod
     def zeros(cls, d_in: int, device: torch.device | str = "cpu") -> Moments:
-        """Before any batch."""
+        """Return the sums before any batch was added."""
         total, squares, absolute = torch.zeros(3, d_in, dtype=torch.float64, device=device)
         return cls(total, squares, absolute)
 
     def add(self, inputs: Tensor) -> None:
         """Add a batch: X (tokens, d_in), of any float dtype."""
         for rows in inputs.split(ROWS):
-            X = rows.double()  # float32 squares would leave nothing of a variance that is small beside the mean
+            X = rows.double()  # squares in float32 would leave nothing of a variance that is small beside the mean
             self.total += X.sum(0)
             self.squares += X.square().sum(0)
             self.absolute += X.abs().sum(0)
         self.tokens += len(inputs)
 
     def merge(self, other: Moments) -> None:
-        """See `Statistics`."""
+        """Add the sums over other tokens."""
         self.total += other.total
         self.squares += other.squares
         self.absolute += other.absolute
@@ -104,31 +119,33 @@ class Moments:
 
     @property
     def norms(self) -> Tensor:
-        """||X_j||_2, (d_in,) float32."""
+        """The norm of each input over the tokens, ||X_j||_2, (d_in,) float32."""
         return self.squares.sqrt().float()
 
     @property
     def mean(self) -> Tensor:
-        """(d_in,) float32."""
+        """The mean of each input over the tokens, (d_in,) float32."""
         return (self.total / max(1, self.tokens)).float()
 
     @property
     def variance(self) -> Tensor:
-        """Of x over the tokens, (d_in,) float32."""
+        """The variance of each input over the tokens, (d_in,) float32."""
         mean = self.total / max(1, self.tokens)
         return (self.squares / max(1, self.tokens) - mean.square()).clamp_min(0.0).float()
 
 
 @dataclass
 class LeastSquares:
-    """The least-squares problem `min_W ||X W - T||^2` of one projection, summed over batches in float32.
+    """The least-squares problem `min_W ||X W - T||^2` of one linear layer, summed over batches in float32.
+
+    W (d_in, d_out) is the layer's weight, transposed.
 
     Attributes:
-        upper: H = X^T X, (d_in, d_in); only its upper triangle, see `hessian`.
+        upper: H = X^T X, (d_in, d_in), of which only the upper triangle is up to date; `hessian` is the whole.
         moment: G = X^T T, (d_in, d_out).
-        energies: ||T_o||^2 of each output, (d_out,) float64: what errors are relative to.
-        tokens: Rows of X so far.
-        own_output: T is X W for the dense W, which is then the solution.
+        energies: ||T_o||^2 of each output, (d_out,) float64, which errors are relative to.
+        tokens: How many rows of X have been added.
+        own_output: Whether T is X W for the dense W, which is then the solution.
     """
 
     upper: Tensor
@@ -136,17 +153,22 @@ class LeastSquares:
     energies: Tensor
     tokens: int = 0
     own_output: bool = False
-    _factors: dict[float, Factor] = field(default_factory=dict)  # by damping; layers with the same inputs share them
+    # Factorisations by damping, which layers with the same inputs share.
+    _factors: dict[float, Factor] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, d_in: int, d_out: int, device: torch.device | str = "cpu") -> LeastSquares:
-        """Before any batch."""
+        """Return the sums before any batch was added."""
         energies = torch.zeros(d_out, dtype=torch.float64, device=device)
         return cls(torch.zeros(d_in, d_in, device=device), torch.zeros(d_in, d_out, device=device), energies)
 
     def add(self, inputs: Tensor, target: Tensor | None = None) -> None:
-        """Add a batch: X (tokens, d_in) and T (tokens, d_out), of any float dtype; without T see
-        `target_own_output`.
+        """Add a batch.
+
+        Args:
+            inputs: X, (tokens, d_in), of any float dtype.
+            target: T, (tokens, d_out), of any float dtype. It is left out of all batches where T is the dense layer's
+                own output; then `target_own_output` sets it in the end.
         """
         X = inputs.float()
         add_gram(self.upper, X)
@@ -157,7 +179,7 @@ class LeastSquares:
             self.energies += T.square().sum(0)
 
     def merge(self, other: LeastSquares) -> None:
-        """See `Statistics`; the dense layer's own output becomes the target behind the last merge, not before."""
+        """Add the sums over other tokens. `target_own_output` may be called after the last merge only."""
         assert not (self.own_output or other.own_output or self._factors)
         self.upper += other.upper
         self.moment += other.moment
@@ -166,7 +188,7 @@ class LeastSquares:
 
     @property
     def energy(self) -> float:
-        """||T||^2."""
+        """||T||^2, summed over all outputs."""
         return float(self.energies.sum())
 
     @property
@@ -181,15 +203,15 @@ class LeastSquares:
         self.own_output = True
 
     def outputs(self, chosen: slice) -> LeastSquares:
-        """The problem of some of the outputs alone: one layer of several that share their inputs."""
+        """Return the problem of some of the outputs alone, such as one layer of several that share their inputs."""
         moment, energies = self.moment[:, chosen], self.energies[chosen]
         return LeastSquares(self.upper, moment, energies, self.tokens, self.own_output, self._factors)
 
     def errors(self, levels: Iterable[tuple[Tensor | slice, Tensor]]) -> list[float]:
-        """Relative squared output errors ||X_k W_k - T||^2 / ||T||^2.
+        """Return the relative squared output error of each level, ||X_k W_k - T||^2 / ||T||^2.
 
         Args:
-            levels: For each level the columns it keeps, (k,) or a slice, and its weight (k, d_out).
+            levels: For each level the input columns that it keeps, (k,) or a slice, and its weight W_k, (k, d_out).
         """
         hessian, errors = self.hessian, []
         for kept, weight in levels:
@@ -199,13 +221,16 @@ class LeastSquares:
         return errors
 
     def factor(self, damping: float, where: str, attempt: int = 0) -> Factor:
-        """The damped Hessian's factorisation; `damping` times the mean diagonal, tenfold again with a warning while it
-        fails.
+        """Return the factorisation of the damped Hessian. While it fails the damping is made tenfold, with a warning.
 
         Args:
-            damping: Fraction of the mean diagonal of H.
-            where: Unit name, for messages.
-            attempt: How often the damping is tenfold already; not above 0 but where something that follows has failed.
+            damping: What is added to the diagonal of H, as a fraction of its mean.
+            where: The name of the unit, for messages.
+            attempt: How often the damping is made tenfold from the start: above 0 only where something that follows
+                from an earlier factorisation has failed.
+
+        Raises:
+            InputError: The largest damping is not enough, or activations are not finite.
         """
         known = self._factors.get(damping)
         if known is None or known.attempt < attempt:
@@ -215,7 +240,7 @@ class LeastSquares:
 
 @dataclass(frozen=True)
 class Factor:
-    """A damped Hessian `H + ridge I`, (d_in, d_in), with what methods need of its inverse."""
+    """A damped Hessian `H + ridge I`, (d_in, d_in), and what methods need of its inverse."""
 
     hessian: Tensor
     ridge: float
@@ -225,14 +250,14 @@ class Factor:
 
     @cached_property
     def inverse(self) -> Tensor:
-        """(d_in, d_in)."""
+        """The inverse of the damped Hessian, (d_in, d_in)."""
         return torch.cholesky_inverse(self.lower)
 
     def upper_of_inverse(self, order: Tensor | None = None) -> Tensor:
-        """U, upper triangular, with U^T U = the inverse, its inputs sorted by `order` (d_in,) if that is given.
+        """Return the upper triangular U with U^T U = the inverse, its inputs sorted by `order` (d_in,) if given.
 
         U is what SparseGPT and GPTQ need: U[i:, i:]^T U[i:, i:] is the inverse of the Hessian of the inputs from i on.
-        The last one is kept: layers with the same inputs ask for the same.
+        The U of the last call is kept, as layers with the same inputs ask for the same.
         """
         if self._uppers and _same(order, self._uppers[0]):
             known: Tensor = self._uppers[1]
@@ -277,40 +302,43 @@ def _not_finite(where: str) -> InputError:
 
 @dataclass(frozen=True)
 class Damped:
-    """The problem with a ridge towards the dense weight, which makes it positive definite.
+    """A least-squares problem with a ridge towards the dense weight, which makes it positive definite.
 
-    `min ||X W - T||^2 + ridge ||W - W_dense||^2` has the normal equations `hessian W = moment`.
+    The problem `min ||X W - T||^2 + ridge ||W - W_dense||^2` has the normal equations `hessian W = moment`.
     """
 
     factor: Factor
     moment: Tensor  # (d_in, d_out)
-    known: Tensor | None = None  # the solution, where no solving is needed, which would round it
+    known: Tensor | None = None  # the solution, where it is known without solving, which would round it
 
     @property
     def hessian(self) -> Tensor:
-        """(d_in, d_in)."""
+        """The damped Hessian, (d_in, d_in)."""
         return self.factor.hessian
 
     @property
     def inverse(self) -> Tensor:
-        """(d_in, d_in)."""
+        """The inverse of the damped Hessian, (d_in, d_in)."""
         return self.factor.inverse
 
     @property
     def solution(self) -> Tensor:
-        """The unpruned optimum W, (d_in, d_out)."""
+        """The optimum W where nothing is pruned, (d_in, d_out)."""
         return torch.cholesky_solve(self.moment, self.factor.lower) if self.known is None else self.known
 
 
 def damped(problem: LeastSquares, dense: Tensor, damping: float, where: str, attempt: int = 0) -> Damped:
-    """Add a ridge of `damping` times the mean diagonal; see `LeastSquares.factor`.
+    """Add a ridge towards the dense weight to a problem, tenfold while the factorisation fails.
 
     Args:
         problem: The sums over all calibration tokens.
-        dense: (d_in, d_out), the dense weight transposed. Inputs that were never active get zero weight.
-        damping: Fraction of the mean diagonal of H.
-        where: Unit name, for messages.
-        attempt: See `LeastSquares.factor`.
+        dense: (d_in, d_out), the dense weight transposed. For inputs that were never active the ridge is towards 0.
+        damping: The ridge, as a fraction of the mean diagonal of H.
+        where: The name of the unit, for messages.
+        attempt: How often the damping is made tenfold from the start.
+
+    Raises:
+        InputError: The largest damping is not enough, or activations are not finite.
     """
     factor = problem.factor(damping, where, attempt)
     if not bool(torch.isfinite(problem.moment).all()):
@@ -320,18 +348,21 @@ def damped(problem: LeastSquares, dense: Tensor, damping: float, where: str, att
 
 
 def solved(problem: LeastSquares, dense: Tensor, damping: float, where: str, solve: Callable[[Damped], R]) -> R:
-    """What `solve` makes of the damped problem, which gets ten times the ridge, with a warning, while its own steps
-    fail.
+    """Return what `solve` makes of the damped problem; while it fails, the ridge is made tenfold, with a warning.
 
-    A Hessian that is close to singular may pass the first factorisation and not those of its parts, or in another
-    order.
+    A Hessian that is close to singular may pass the first factorisation, while those of its parts, or of its inputs in
+    another order, fail.
 
     Args:
-        problem: As for `damped`, like `dense`, `damping` and `where`.
-        solve: Raises torch.linalg.LinAlgError where a step fails; it is called again then.
+        problem: The sums over all calibration tokens.
+        dense: (d_in, d_out), the dense weight transposed.
+        damping: The ridge, as a fraction of the mean diagonal of H.
+        where: The name of the unit, for messages.
+        solve: Makes something of the damped problem, and raises torch.linalg.LinAlgError where a step of it fails. It
+            is then called again, with more damping.
 
     Raises:
-        InputError: Where the largest damping is not enough either.
+        InputError: The largest damping is not enough, or activations are not finite.
     """
     attempt = 0
     while True:

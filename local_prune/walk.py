@@ -1,9 +1,10 @@
-"""Through the model, sub-block by sub-block: statistics, candidates, and what the next sub-block will see.
+"""Builds a supernet: walks through the model sub-block by sub-block, and makes the candidates of each unit.
 
-One block lies on the device at a time; the residual stream of the calibration text waits in main memory or on disk, and
-what a layer gets as inputs is computed batch by batch and never kept. A unit that the supernet holds already is not
-built again: its stored candidates are propagated, which gives the same stream bit for bit, so an interrupted build goes
-on as if nothing had happened.
+In front of each sub-block it sums statistics over the calibration text, lets the pruner make candidates, and computes
+what the next sub-block will see. One block lies on the device at a time. The residual stream of the text waits in main
+memory or on disk; a layer's inputs are computed batch by batch, and at most those of the sub-block's last layer are
+kept for a while. A unit that the supernet holds already is not built again: its stored candidates are propagated, which
+gives the same stream bit for bit, so that an interrupted build goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from supernet.store import Supernet
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the walk: raised by one whenever the same pruner would give other candidates, see `Pruner.version`
-TOLD = 0.01  # of the weights, from which on it is told that they are zero already: a few are in every model
+VERSION = 2  # of the walk: raised by one whenever a change to it makes the same pruner give other candidates
+TOLD = 0.01  # the share of zero weights from which on the user is told: a few zeros are in every model
 Mixture = Mapping[str, Sequence[float]]
 Stage = list[tuple[int, str]]  # units whose layers share their inputs: (index of the unit in the space, its layer)
 
@@ -56,17 +57,20 @@ def build(
 
     Args:
         model: The dense model.
-        calibration: Text and how to use it.
-        pruner: Makes candidates.
-        supernet: Written unit by unit; units that it holds are kept.
-        mixture: Unit -> weight of each of its levels in what the next sub-block sees; they sum to 1. All on the dense
-            level is no error accumulation, all on another one is exact accumulation along an allocation, a spread is
-            the expectation over levels (Týr-the-Pruner, section 3.2).
+        calibration: The calibration text and how it is used.
+        pruner: Makes the candidates.
+        supernet: Is written unit by unit; units that it holds already are kept.
+        mixture: For each unit the weights of its levels, which sum to 1, in what the next sub-block sees. With all the
+            weight on the dense level no error accumulates; with all of it on another level errors accumulate exactly
+            as along an allocation; a spread gives the expectation over levels (Týr-the-Pruner, section 3.2).
         device: Where the block at work lies.
         track: Draws progress.
         title: What the progress is called.
         scores: What `pruner.survey` found before on the same model and text; None to survey now.
-        dense: The dense model's stream of the same text, which several builds share.
+        dense: The dense model's residual stream of the same text, if several builds share it; None computes it anew.
+
+    Raises:
+        InputError: Weights, activations or candidates are not finite, or files cannot be written.
     """
     with supernet.building():
         supernet.refresh()
@@ -85,11 +89,12 @@ class Walk:
     """A build under way; `step` takes one sub-block after the other.
 
     Attributes:
-        streams: The calibration text in the model pruned so far; None for methods that look at no inputs.
-        behind_norms: The fit was to be to the residual stream, but a norm stands between it and every layer that is
-            pruned.
-        scores: What the survey found, by unit.
-        pruning: Seconds spent on candidates rather than on passes over the text.
+        streams: The residual stream of the calibration text in the model pruned so far; None for methods that look at
+            no inputs.
+        behind_norms: Whether `fit=residual` was asked for in vain, as a norm stands between the stream and every layer
+            that is pruned.
+        scores: What the survey found, by the name of the unit.
+        pruning: How many seconds were spent on candidates, rather than on passes over the text.
     """
 
     def __init__(
@@ -115,7 +120,7 @@ class Walk:
             self.streams.close()
 
     def step(self, place: Place) -> None:
-        """Build what is missing of a sub-block's units, and move on."""
+        """Build what is missing of a sub-block's units, and take the text behind the sub-block."""
         part, present = place.part, 1.0
         replaced: dict[str, Tensor] = {}
         with on_device(blocks(self.model)[part.block], self.device), blocked_attention(self.model):
@@ -140,7 +145,7 @@ class Walk:
         return self.supernet.space.units[index]
 
     def _build(self, part: SubBlock, stage: Stage, replaced: Mapping[str, Tensor]) -> None:
-        """Write the candidates of a stage's units that the supernet does not hold."""
+        """Write the candidates of those units of a stage that the supernet does not hold yet."""
         layers = [layer for _, layer in stage]
         width = part.groups.width if part.groups and self._unit(stage[0][0]).name == part.name else 1
         statistics, target = self._statistics(part, layers, width, replaced)
@@ -155,7 +160,7 @@ class Walk:
     def _build_unit(
         self, part: SubBlock, layer: str, unit: Unit, statistics: Statistics | None, target: str, width: int
     ) -> None:
-        """Write the candidates of one unit; nothing of them stays in memory."""
+        """Make and write the candidates of one unit, none of which stays in memory."""
         task = Task(unit.name, part.weight(layer), statistics, self.scores.get(unit.name), width, part.bias(layer))
         if not bool(torch.isfinite(task.dense).all()):
             raise InputError(f"{unit.name}: weights are not finite; check the model's weights, or use dtype=float32")
@@ -176,8 +181,9 @@ class Walk:
     def _statistics(
         self, part: SubBlock, layers: Sequence[str], width: int, replaced: Mapping[str, Tensor]
     ) -> tuple[Statistics | None, str]:
-        """Sums over the calibration tokens of the inputs that a stage's layers share, and what a fit to them
-        aims at.
+        """Return the statistics of the inputs that a stage's layers share, and what a fit to them aims at.
+
+        The text is passed for that; statistics are None for methods that look at no inputs.
         """
         dense = torch.cat([part.weight(layer) for layer in layers])
         statistics = self.pruner.statistics(dense, width)
@@ -198,10 +204,10 @@ class Walk:
 def fit_of(
     model: PreTrainedModel, calibration: Calibration, pruner: Pruner, space: Space, mixture: Mixture
 ) -> tuple[str | None, bool]:
-    """What kept weights are really fitted to, and whether that is `pruned` only because norms follow the sub-blocks.
+    """Return what kept weights are really fitted to, and whether that is `pruned` only as norms follow the sub-blocks.
 
-    None for methods that look at no inputs. `dense` and `residual` differ from `pruned` only where errors accumulate,
-    and only for methods that fit.
+    The first is None for methods that look at no inputs. The fits `dense` and `residual` differ from `pruned` only
+    where errors accumulate, and only for methods that fit weights; elsewhere `pruned` is returned.
     """
     parts = [place.part for place in places(model, space) if place.units]
     statistics = pruner.statistics(parts[0].weight(parts[0].column), 1)
@@ -214,7 +220,7 @@ def fit_of(
 
 
 def _tell_of_zeros(model: PreTrainedModel, pruner: Pruner, space: Space) -> None:
-    """Say so where a good part of what is pruned is zero already, and what becomes of it."""
+    """Warn the user if a good part of the weights to prune is zero already, and say what becomes of these zeros."""
     found = [place for place in places(model, space) if place.units]
     layers = [place.part.weight(layer or place.part.column) for place in found for _, layer in place.units]
     share = sum(int((weight == 0).sum()) for weight in layers) / sum(weight.numel() for weight in layers)
@@ -234,7 +240,7 @@ def _tell_of_zeros(model: PreTrainedModel, pruner: Pruner, space: Space) -> None
 
 
 def _stages(place: Place) -> list[Stage]:
-    """The units of a sub-block, those together whose layers share their inputs, in the order of computation."""
+    """Return the units of a sub-block in the order of computation; those whose layers share inputs are one stage."""
     part = place.part
     whole: list[Stage] = [[(index, part.column)] for index, layer in place.units if layer is None]
     linear = {layer: index for index, layer in place.units if layer is not None}
@@ -243,7 +249,7 @@ def _stages(place: Place) -> list[Stage]:
 
 
 def _kept_and_weight(task: Task, part: SubBlock, layer: str, candidate: Candidate) -> tuple[Tensor | slice, Tensor]:
-    """The input columns that a candidate keeps, and their weights (k, d_out)."""
+    """Return the input columns that a candidate keeps, and their weights (k, d_out)."""
     if isinstance(candidate, Members):
         columns = member_columns(candidate.kept, task.width)
         return columns, task.dense.T[columns] if candidate.weight is None else candidate.weight.T
@@ -251,7 +257,7 @@ def _kept_and_weight(task: Task, part: SubBlock, layer: str, candidate: Candidat
 
 
 def _is_finite(candidate: Candidate) -> bool:
-    """Of all values that it stores."""
+    """Return whether all values that a candidate stores are finite."""
     values = [
         getattr(candidate, name, None) for name in ("bias", "scale" if isinstance(candidate, Quantised) else "weight")
     ]
@@ -261,17 +267,22 @@ def _is_finite(candidate: Candidate) -> bool:
 def mean_parameters(
     part: SubBlock, layer: str, candidates: Mapping[int, Candidate], weights: Sequence[float]
 ) -> tuple[dict[str, Tensor], float]:
-    """The layer whose output is the mean over a unit's levels, and its share: without levels that drop the sub-block.
+    """Return the parameters with which a layer gives the mean output over a unit's levels.
 
     Removed members do not change what the others put in, and the layer is linear, so the mean output is that of the
-    mean weight: one product instead of one a level. Between the layers of a sub-block it is the expectation's first
-    order.
+    mean weight: one product instead of one for each level. Where several layers of a sub-block are replaced in this
+    way, the sub-block's output is the expectation to first order only.
 
     Args:
         part: The sub-block.
         layer: The linear layer that differs from level to level.
-        candidates: Level -> candidate, of all levels but the dense that have a weight.
-        weights: Of each level, summing to 1.
+        candidates: The candidate of each level that has a weight, by level; the dense level has none.
+        weights: The weights of all levels, which sum to 1.
+
+    Returns:
+        The parameters that stand for the sub-block's own, by name, and the share of the weight that is on levels at
+        which the sub-block is present. The mean is over these levels alone. No parameters are returned if all of the
+        share is on the dense level, or if there is none.
     """
     gone = sum(weights[level] for level, candidate in candidates.items() if is_absent(candidate))
     share = 1.0 - gone

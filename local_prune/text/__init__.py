@@ -1,5 +1,4 @@
-"""Calibration text through the dense model, block by block: streams of activations, gradients, and the device they are
-lent to.
+"""Takes calibration text through the model block by block: its residual streams, its gradients, and the device's part.
 
 May import `supernet`; the walk and the methods use it.
 """

@@ -1,6 +1,4 @@
-"""The residual stream of the calibration text between sub-blocks: in main memory, or in a file where memory would not
-do.
-"""
+"""Where the residual stream of the calibration text waits between sub-blocks: in main memory, or else in a file."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ from torch import Tensor
 
 from supernet.errors import InputError
 
-SHARE = 0.5  # of the memory that is free, which activations may take
+SHARE = 0.5  # the share of the free memory that activations may take
 
 
 class Activations:
-    """A list of equally typed tensors that are set one by one: (batch, tokens, hidden) each, undefined before.
+    """A list of tensors (batch, tokens, hidden) of one dtype, each of which is undefined until it is set.
 
-    They lie in one buffer: in main memory, or in an unlinked file below `folder` that the system pages in and out as it
-    likes.
+    They lie in one buffer: in main memory, or in a file in `folder` that vanishes with the process. The system pages it
+    in and out as it likes.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, in_memory: bool, folder: Path) -> None:
@@ -43,7 +41,7 @@ class Activations:
 
 
 def _file(size: int, dtype: torch.dtype, folder: Path) -> Tensor:
-    """An uninitialised tensor (size,) in a file that vanishes with the process."""
+    """Return an uninitialised tensor (size,) in a file that vanishes with the process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix="activations-") as file:
@@ -58,5 +56,5 @@ def _file(size: int, dtype: torch.dtype, folder: Path) -> Tensor:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Take the disk space now: a page that finds the disk full later would kill the process."""
+    """Take the disk space now, as a page that found the disk full later would kill the process."""
     os.posix_fallocate(descriptor, 0, max(1, size))

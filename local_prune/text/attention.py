@@ -1,8 +1,8 @@
 """Causal attention in bfloat16 or float16 on a CPU, about half again as fast as torch's own.
 
-torch's fused kernel works on blocks that suit it badly on CPUs without matrix units; here scores are plain batched
-matrix products in float32, in blocks of queries so that nothing above the diagonal but within a block is computed, with
-the query heads of a group in one product. Whatever else is asked for (masks, other devices and dtypes) goes to torch's
+torch's fused kernel works on blocks that suit CPUs without matrix units badly. Here scores are plain batched matrix
+products in float32, with the query heads of a group in one product. They are taken in blocks of queries, so that above
+the diagonal nothing is computed but within a block. Whatever else is asked for (masks, other devices) goes to torch's
 kernel.
 """
 
@@ -19,15 +19,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "sparsity_search_blocked"
-BLOCK = 128  # queries in a product: fewer make small products, more compute more above the diagonal
+BLOCK = 128  # queries in a product: with fewer the products are small, with more there is more above the diagonal
 
 
 @contextmanager
 def blocked_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model on a CPU that uses torch's kernel use `attention` instead.
+    """Let a model in bfloat16 or float16 on a CPU use `attention` instead of torch's kernel; leave others alone.
 
-    Masks must have been made before (by `supernet.models.architecture.entry`): how they are made depends on the
-    kernel's name.
+    Masks must have been made before (by `supernet.models.forward.entry`), as how they are made depends on the kernel's
+    name.
     """
     before = model.config._attn_implementation
     if before != "sdpa" or model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float16):
@@ -51,9 +51,7 @@ def attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers asks of an attention function: query (batch, heads, tokens, dim) -> (batch, tokens, heads,
-    dim).
-    """
+    """Attention as transformers calls it: query (batch, heads, tokens, dim) -> (batch, tokens, heads, dim)."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and causal and not dropout and others.get("softcap") is None
     if not plain or query.device.type != "cpu" or query.shape[2] != key.shape[2] or value.shape[3] != query.shape[3]:
@@ -68,13 +66,15 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
 
 
 def blocked_causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """softmax(scaling * Q K^T) V of earlier tokens. Scores are float32: rounded, large ones are off by tenths.
+    """Return softmax(scaling * Q K^T) V, where each token attends to itself and those before it.
+
+    Scores are float32, as large ones would be off by tenths if they were rounded to 16 bits.
 
     Args:
         query: (batch, heads, tokens, dim).
-        key: (batch, groups, tokens, dim), each group for heads / groups neighbouring heads.
-        value: Like the keys.
-        scaling: Of the scores.
+        key: (batch, groups, tokens, dim), where each group serves heads / groups neighbouring heads.
+        value: Of the shape of `key`.
+        scaling: The factor on the scores.
 
     Returns:
         (batch, tokens, heads, dim).

@@ -1,4 +1,7 @@
-"""The dense model's residual stream of the calibration text: what fits aim at, and the same in all builds of a run."""
+"""The dense model's residual stream of the calibration text, which fits aim at.
+
+It is the same in all builds of a run, so what the first build computes is kept on disk for those that follow.
+"""
 
 from __future__ import annotations
 
@@ -20,41 +23,41 @@ from supernet.system.memory import available
 
 log = logging.getLogger(__name__)
 
-MOST = 4 << 30  # bytes of a file of states
-FREE = 0.5  # of the free disk space that such a file may take
+MOST = 4 << 30  # the most bytes of a file of states
+FREE = 0.5  # the share of the free disk space that such a file may take
 
 
 def state_dtype(walk: TextWalk) -> torch.dtype:
-    """Of the residual stream."""
+    """Return the dtype of the residual stream."""
     return torch.float32 if walk.parts[0].wide_residual else walk.model.dtype
 
 
 def state_shapes(walk: TextWalk, batches: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """(batch, tokens, hidden) of each batch (batch, tokens)."""
+    """Return the shape of the residual stream, (batch, tokens, hidden), for each batch of ids (batch, tokens)."""
     return [(*ids.shape, int(walk.model.config.hidden_size)) for ids in batches]
 
 
 def state_bytes(walk: TextWalk, batches: Sequence[Tensor]) -> int:
-    """What one residual stream of the text takes."""
+    """Return how many bytes one residual stream of the text takes."""
     return sum(prod(shape) for shape in state_shapes(walk, batches)) * state_dtype(walk).itemsize
 
 
 class DenseStream:
-    """The dense model's residual stream, batch by batch, at the sub-block at work.
+    """Gives the dense model's residual stream at the sub-block at work, batch by batch.
 
-    Sub-blocks are numbered in the order of the forward pass, and visited in that order; before a build, `rewind`. With
-    a file of states, what one build computes is read by the next.
+    Sub-blocks are numbered in the order of the forward pass, and a build visits them in that order. `rewind` is called
+    before each build. If there is room for a file of states, what one build computes is read by the next.
     """
 
     def __init__(self, walk: TextWalk, ids: Tensor, batch: int, folder: Path, keep: bool = True) -> None:
         """Bind to text; nothing is computed yet.
 
         Args:
-            walk: Through the dense model.
+            walk: The walk of text through the dense model.
             ids: The text, (sequences, tokens).
-            batch: Sequences that pass together.
+            batch: How many sequences pass together.
             folder: Where states lie that main memory has no room for.
-            keep: Whether states are kept for another build, in a file in that folder, if it has room.
+            keep: Whether states are kept for another build, in a file in that folder, if there is room for it.
         """
         self.walk, self.folder, self.keep = walk, folder, keep
         self.batches = ids.split(batch)
@@ -64,7 +67,7 @@ class DenseStream:
 
     @property
     def kept_bytes(self) -> int:
-        """What the file takes; 0 where there is none."""
+        """The bytes that the file of states takes, or will take; 0 where there is none."""
         size = (len(self.walk.parts) + 1) * state_bytes(self.walk, self.batches)
         return size if self.keep and has_room(size, self.folder) else 0
 
@@ -81,7 +84,10 @@ class DenseStream:
             self._at[index] = 0
 
     def before(self, number: int, index: int) -> Tensor:
-        """The state of a batch before a sub-block that it has come to, (batch, tokens, hidden) on the device."""
+        """Return the state of a batch before the sub-block that it has come to.
+
+        Its shape is (batch, tokens, hidden), and it is on the device.
+        """
         assert self._states is not None
         if self._at[index] != number:
             assert self._file is not None
@@ -90,7 +96,7 @@ class DenseStream:
         return self._states[index].to(self.walk.device)
 
     def behind(self, part: SubBlock, number: int, index: int) -> Tensor:
-        """The state of a batch behind a sub-block that it has come to, whose block is on the device."""
+        """Return the state of a batch behind the sub-block that it has come to, whose block is on the device."""
         if self._at[index] == number + 1 or self._known(number + 1, index):
             return self.before(number + 1, index)
         hidden = self.before(number, index)
@@ -103,7 +109,10 @@ class DenseStream:
         return behind
 
     def pass_by(self, part: SubBlock, number: int, index: int) -> None:
-        """Let a batch be behind a sub-block, whose block is on the device, whether or not anybody has asked for it."""
+        """Take a batch behind a sub-block, whose block is on the device, unless its state there is in the file.
+
+        Called for each batch when a sub-block is done with, whether or not anybody has asked for the state behind it.
+        """
         if not self._known(number + 1, index):
             self.behind(part, number, index)
 
@@ -112,13 +121,13 @@ class DenseStream:
 
 
 class StateFile:
-    """Equally typed tensors that are written once and read often, in a file that vanishes with the process.
+    """Tensors of one dtype that are written once and read often, in a file that vanishes with the process.
 
-    It is read and written piece by piece, not mapped, so that it takes no memory of the process.
+    The file is read and written piece by piece and not mapped, so that it takes no memory of the process.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, folder: Path) -> None:
-        """Begin an empty file in a folder; `shapes` are those of the tensors of one number."""
+        """Begin an empty file in a folder; for each number it may hold tensors of these shapes."""
         self._shapes, self._dtype = shapes, dtype
         sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
         self._starts = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
@@ -128,11 +137,11 @@ class StateFile:
         self._full = False
 
     def has(self, number: int, index: int) -> bool:
-        """Whether tensor `index` of a number is there."""
+        """Return whether tensor `index` of a number is there."""
         return (number, index) in self._held
 
     def write(self, number: int, index: int, tensor: Tensor) -> None:
-        """Keep a tensor; nothing more is kept from when the disk is full."""
+        """Keep a tensor. Once the disk is full, neither it nor any later one is kept."""
         if self._full:
             return
         content = tensor.to("cpu", self._dtype).contiguous().view(torch.uint8).flatten().numpy().data
@@ -146,7 +155,7 @@ class StateFile:
             self._held.add((number, index))
 
     def read(self, number: int, index: int) -> Tensor:
-        """A tensor that is there, in main memory."""
+        """Return a tensor that is there, in main memory."""
         found = torch.empty(self._shapes[index], dtype=self._dtype)
         content = found.view(torch.uint8).flatten().numpy().data
         done = 0
@@ -159,6 +168,6 @@ class StateFile:
 
 
 def has_room(size: int, folder: Path) -> bool:
-    """Whether a file of so many bytes may be kept in a folder (of which the last parts need not exist yet)."""
+    """Return whether a file of so many bytes may be kept in a folder, which need not exist yet."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return size <= MOST and size <= FREE * shutil.disk_usage(there).free

@@ -1,4 +1,4 @@
-"""Lending modules and what blocks are told to the device that does the work."""
+"""Lends modules, and the arguments that blocks take, to the device that does the work."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Lend a module to the device, and put it back where it was: as it was, what the device has is thrown away."""
+    """Lend a module to the device, and put it back as it was; what has become of it on the device is thrown away."""
     tensors = [*module.parameters(), *module.buffers()]
     homes = [tensor.data for tensor in tensors]
-    try:  # from here on: there may be too little memory for all of them
+    try:  # already here, as the device may have too little memory for all of them
         for tensor in tensors:
             tensor.data = tensor.data.to(device)
         yield
@@ -25,8 +25,9 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def moved(contexts: Sequence[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """What `entry` says of the blocks, on another device; masks and rotary tables that blocks share are moved once and
-    shared.
+    """Return the arguments of blocks, as `entry` gives them, on another device.
+
+    Masks and rotary tables that blocks share are moved once, and are shared there, too.
     """
     known: dict[
         int, Tensor

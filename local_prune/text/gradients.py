@@ -20,7 +20,8 @@ from local_prune.text.passes import Context, TextWalk, loss_gradient, prediction
 from supernet.errors import InputError
 from supernet.models.architecture import SubBlock
 
-COST = 4  # of a gradient in forward passes: forward, once more with autograd, and backward, which counts as two
+# What a gradient costs in forward passes: forward, once more with autograd, and backward, which counts as two.
+COST = 4
 
 Visit = Callable[[SubBlock, Mapping[str, Tensor]], None]
 
@@ -38,10 +39,14 @@ def gradients(model: PreTrainedModel, ids: Tensor, device: torch.device, visit: 
         device: Where the block at work lies.
         visit: Called for each sub-block, the last one first, with the gradients (d_out, d_in) of its linear layers'
             weights, in float32 (or wider where the model is).
-        unscored: First positions of each sequence that the loss leaves out; see `Calibration`.
+        unscored: First positions of each sequence that the loss leaves out, as they predict tokens that always begin
+            a sequence.
 
     Returns:
         The loss.
+
+    Raises:
+        InputError: The loss or a gradient is not finite.
     """
     walk, streams = TextWalk(model, device), list[Tensor]()
     for step in walk.steps(ids):
@@ -60,13 +65,13 @@ def gradients(model: PreTrainedModel, ids: Tensor, device: torch.device, visit: 
 
 @dataclass(frozen=True)
 class Backward:
-    """One sub-block backwards.
+    """What a backward pass through one sub-block gives.
 
     Attributes:
-        before: Gradient at its input, (batch, tokens, hidden).
-        weights: Gradients of the weights (d_out, d_in) that were asked for, by layer.
-        bias: Gradient of the bias (d_out,) of the layer that ends it, if that was asked for.
-        change: What the sub-block adds to the residual stream.
+        before: The gradient at the sub-block's input, (batch, tokens, hidden).
+        weights: The gradients of the weights (d_out, d_in) that were asked for, by layer.
+        bias: The gradient of the bias (d_out,) of the layer that ends the sub-block, if that was asked for.
+        change: What the sub-block adds to the residual stream, (batch, tokens, hidden).
     """
 
     before: Tensor
@@ -86,11 +91,11 @@ def backward(
     """Compute one sub-block once more with autograd on some weights alone, and take the gradient through it.
 
     Args:
-        part: On the device of the tensors.
-        weights: Weights (d_out, d_in) by layer whose gradients are asked for; they stand for the module's own.
-        hidden: (batch, tokens, hidden) residual stream before the sub-block.
-        context: What its block's attention gets besides.
-        behind: Gradient of the loss at its output, of the same shape.
+        part: The sub-block, on the device of the tensors.
+        weights: The weights (d_out, d_in) whose gradients are asked for, by layer; they stand for the module's own.
+        hidden: (batch, tokens, hidden), the residual stream before the sub-block.
+        context: What its attention takes besides hidden states.
+        behind: The gradient of the loss at its output, of the same shape.
         bias: The bias of the layer that ends it, which stands for its own; None where its gradient is not asked for.
     """
     leaves = {layer: weight.detach().requires_grad_() for layer, weight in weights.items()}

@@ -1,4 +1,4 @@
-"""Passes of the dense model over text, and their loss, with one block at a time lent to the device."""
+"""Passes text through the model, and takes its next-token loss, with one block at a time lent to the device."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from supernet.models.families import family_of
 from supernet.models.forward import entry, final_norm_and_head, head_of
 from supernet.system.memory import give_back_freed_memory
 
-PREDICTIONS = 128  # whose logits exist at a time: with a vocabulary of 128k they take 64 MiB
+PREDICTIONS = 128  # how many tokens have logits at a time: with a vocabulary of 128k they take 64 MiB
 
-Context = Mapping[str, Any]  # what a block's attention gets besides the hidden states
-Replaced = Mapping[str, Tensor] | None  # of a sub-block's module, that stand for its own; None where it is left out
+Context = Mapping[str, Any]  # what a block's attention takes besides hidden states: masks, rotary tables
+Replaced = Mapping[str, Tensor] | None  # parameters that stand for a sub-block's own; None where it is left out
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Step:
 
     Attributes:
         part: The sub-block; its block is on the device while the step is looked at.
-        context: What its attention gets besides the hidden states.
-        before: (batch, tokens, hidden) residual stream before it.
-        behind: The same behind it.
-        inputs: What its linear layers got, (tokens, d_in) by name, of each stage's first layer for all of them; empty
-            unless they were asked for, or where the sub-block was left out.
+        context: What its attention takes besides hidden states.
+        before: (batch, tokens, hidden), the residual stream before it.
+        behind: (batch, tokens, hidden), the residual stream behind it.
+        inputs: What its linear layers got, (tokens, d_in) by name; the layers of a stage share one tensor. Empty unless
+            that was asked for, and where the sub-block was left out.
     """
 
     part: SubBlock
@@ -61,9 +61,9 @@ class TextWalk:
         """Bind to a model.
 
         Args:
-            model: Wherever it lies.
-            device: Does the work.
-            give_back: Whether the system gets back what is freed, behind every block: where memory is short.
+            model: The model, wherever it lies.
+            device: The device that does the work.
+            give_back: Whether freed memory is given back to the system behind every block, for where memory is short.
         """
         self.model, self.device, self.give_back = model, device, give_back
         self.parts = sub_blocks(model)
@@ -77,14 +77,14 @@ class TextWalk:
         return entry(self.model, ids)[0].to(self.device)
 
     def context(self, part: SubBlock, length: int) -> Context:
-        """What the attention of a sub-block's block gets besides hidden states of sequences of this length.
+        """Return what a sub-block's attention takes besides hidden states of sequences of this length.
 
-        Text of that length has entered before.
+        Text of that length must have entered before.
         """
         return self._contexts[length][part.block]
 
     def lent(self, backwards: bool = False) -> Generator[SubBlock, None, None]:
-        """The sub-blocks one after the other, or the other way round; the block of each is on the device meanwhile."""
+        """Yield the sub-blocks forwards or backwards; the block of each is on the device meanwhile."""
         layers = blocks(self.model)
         for index, group in groupby(reversed(self.parts) if backwards else self.parts, key=lambda part: part.block):
             with on_device(layers[index], self.device):
@@ -95,12 +95,13 @@ class TextWalk:
     def steps(
         self, ids: Tensor, replaced: Callable[[SubBlock], Replaced] | None = None, record: bool = False
     ) -> Iterator[Step]:
-        """Pass one batch of text through all sub-blocks.
+        """Pass one batch of text through all sub-blocks, and yield what happens at each.
 
         Args:
             ids: (batch, tokens).
-            replaced: Parameters of a sub-block's module that stand for its own, by name; None leaves the sub-block out.
-            record: Whether to note what linear layers get.
+            replaced: Gives, for a sub-block, parameters that stand for its own, by name; if it gives None, the
+                sub-block is left out.
+            record: Whether to record what linear layers get.
         """
         hidden = self.enter(ids)
         for part in self.lent():
@@ -115,7 +116,10 @@ class TextWalk:
 
 @contextmanager
 def recorded(part: SubBlock) -> Iterator[dict[str, Tensor]]:
-    """What the linear layers of a sub-block get while it runs, (tokens, d_in) by name."""
+    """Yield a dictionary that is filled, while the sub-block runs, with what its linear layers get.
+
+    Inputs are (tokens, d_in) by name; those of a stage's first layer stand for all of the stage.
+    """
     seen: dict[str, Tensor] = {}
 
     def hooked(layers: Sequence[str]) -> RemovableHandle:
@@ -135,12 +139,17 @@ def recorded(part: SubBlock) -> Iterator[dict[str, Tensor]]:
 
 
 def next_token_loss(model: PreTrainedModel, hidden: Tensor, ids: Tensor, unscored: int = 0) -> float:
-    """Mean cross-entropy of the next tokens.
+    """Return the mean cross-entropy of the next tokens.
 
     Args:
+        model: The model, of which the final norm and the head are used.
         hidden: (batch, tokens, hidden), the residual stream behind the last sub-block.
         ids: (batch, tokens).
-        unscored: First positions of each sequence that are left out; see `Calibration`.
+        unscored: First positions of each sequence that are left out, as they predict tokens that always begin a
+            sequence.
+
+    Raises:
+        InputError: Sequences have a single token.
     """
     with torch.no_grad(), lent_head(model, hidden.device):
         total = sum(float(_summed_loss(model, *chunk)) for chunk in _predictions(hidden, ids, unscored))
@@ -148,7 +157,10 @@ def next_token_loss(model: PreTrainedModel, hidden: Tensor, ids: Tensor, unscore
 
 
 def loss_gradient(model: PreTrainedModel, hidden: Tensor, ids: Tensor, unscored: int = 0) -> tuple[float, Tensor]:
-    """The mean loss, and the gradient of the *summed* loss at the hidden states; arguments as for `next_token_loss`."""
+    """Return the mean loss, and the gradient of the *summed* loss at the hidden states, which has their shape.
+
+    The arguments and errors are those of `next_token_loss`.
+    """
     total, found = 0.0, list[Tensor]()
     with torch.enable_grad(), lent_head(model, hidden.device):
         for states, following in _predictions(hidden.detach(), ids, unscored):
@@ -162,12 +174,12 @@ def loss_gradient(model: PreTrainedModel, hidden: Tensor, ids: Tensor, unscored:
 
 
 def predictions(ids: Tensor, unscored: int = 0) -> int:
-    """How many next tokens are predicted."""
+    """Return how many next tokens of ids (batch, tokens) are predicted."""
     return ids[:, unscored + 1 :].numel()
 
 
 def _predictions(hidden: Tensor, ids: Tensor, unscored: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of the hidden states from which a token is predicted, (n, hidden), and of these tokens, (n,)."""
+    """Yield chunks of the states from which a token is predicted, (n, hidden), each with these tokens, (n,)."""
     if ids.shape[1] < 2:
         raise InputError("sequences of one token have no next token to predict; use data.sequence_length=2 or more")
     states, following = hidden[:, unscored:-1].flatten(0, 1), ids[:, unscored + 1 :].flatten().to(hidden.device)
@@ -175,7 +187,7 @@ def _predictions(hidden: Tensor, ids: Tensor, unscored: int) -> Iterator[tuple[T
 
 
 def _summed_loss(model: PreTrainedModel, hidden: Tensor, following: Tensor) -> Tensor:
-    """Cross-entropy of the model's logits, summed: hidden (n, hidden) before the final norm, following (n,)."""
+    """Return the summed cross-entropy of tokens (n,) that follow states (n, hidden) before the final norm."""
     normed, head = final_norm_and_head(model, hidden.unsqueeze(0))
     logits = head.linear(normed).squeeze(0)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -186,6 +198,6 @@ def _summed_loss(model: PreTrainedModel, hidden: Tensor, following: Tensor) -> T
 
 @contextmanager
 def lent_head(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Lend what turns the residual stream into logits to the device: the final norm and the head."""
+    """Lend the final norm and the head, which turn the residual stream into logits, to the device."""
     with on_device(model.get_submodule(family_of(model).final_norm), device), on_device(head_of(model).linear, device):
         yield

@@ -1,4 +1,7 @@
-"""The residual stream of the calibration text, batch by batch: what layers get as inputs, and what a fit aims at."""
+"""Carries the calibration text through the pruned and the dense model, batch by batch.
+
+From its residual streams follow the inputs of the layers at work, and what a fit of their weights aims at.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +20,22 @@ from local_prune.text.workers import Workers
 from supernet.models.architecture import SubBlock, sub_blocks
 from supernet.system.memory import available
 
-OWN_OUTPUT = "own output"  # of the dense layer, on the inputs that it gets in the pruned model
+OWN_OUTPUT = "own output"  # the target that is the dense layer's output on the inputs that it gets in the pruned model
 TARGETS = {"pruned": OWN_OUTPUT, "dense": "dense output", "residual": "residual"}  # by fit, as the manifest calls them
-INPUTS = 256 << 20  # bytes of a last layer's inputs that are kept until the text moves on, instead of computed again
+INPUTS = 256 << 20  # the most bytes of a last layer's inputs that are kept, so that they need not be computed twice
 
 
 def stream_bytes(model: PreTrainedModel, calibration: Calibration, fit: str) -> int:
-    """What the residual streams of the calibration text take: the pruned model's and, where the fit needs it, the
-    dense one's.
+    """Return how many bytes the residual streams of the calibration text take.
+
+    There is the pruned model's stream and, where the fit needs it, the dense model's.
     """
     size = state_bytes(TextWalk(model, torch.device("cpu")), [calibration.ids])
     return size if fit == "pruned" else 2 * size
 
 
 def kept_input_bytes(model: PreTrainedModel, calibration: Calibration) -> int:
-    """What the inputs of a sub-block's last layer take that are kept while it is pruned."""
+    """Return how many bytes are kept, at most, of the inputs of a sub-block's last layer while it is pruned."""
     widest = max(part.weight(part.column).shape[1] for part in sub_blocks(model))
     return min(INPUTS, calibration.ids.numel() * widest * model.dtype.itemsize)
 
@@ -42,9 +46,9 @@ class Streams:
     On a CPU a few batches are passed side by side. `close` ends the threads that do so.
 
     Attributes:
-        fit: See `Calibration`.
-        pruned: (batch, tokens, hidden) of each batch, before the sub-block at work.
-        dense: The same of the dense model; None where nothing is fitted to it.
+        fit: What is really fitted to, one of `FITS`.
+        pruned: The pruned model's stream before the sub-block at work, (batch, tokens, hidden) for each batch.
+        dense: The dense model's stream; None where nothing is fitted to it.
     """
 
     def __init__(
@@ -60,11 +64,11 @@ class Streams:
 
         Args:
             model: The dense model.
-            calibration: Its text.
-            fit: What is really fitted to; see `Calibration`.
+            calibration: The text.
+            fit: What is really fitted to (`local_prune.walk.fit_of`), which may differ from `calibration.fit`.
             device: Where the block at work lies.
             folder: Where activations lie that main memory has no room for.
-            dense: The dense model's stream of the same text, from an earlier build; made anew where there is none.
+            dense: The dense model's stream of the same text, which builds share; None makes one if the fit needs it.
         """
         self.device, self.fit, self.walk = device, fit, TextWalk(model, device)
         self.workers = Workers(device)
@@ -82,7 +86,7 @@ class Streams:
 
     @property
     def target(self) -> str:
-        """What a layer is fitted to that is not fitted to its own output."""
+        """The name of what layers are fitted to, unless they are fitted to their own output."""
         return TARGETS[self.fit]
 
     def close(self) -> None:
@@ -92,10 +96,18 @@ class Streams:
     def inputs_and_targets(
         self, part: SubBlock, layers: Sequence[str], dense: Tensor, replaced: Mapping[str, Tensor]
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """For each batch the inputs X (tokens, d_in) of the layers, and what the fit aims at, (tokens, d_out).
+        """Yield, for each batch, the inputs X of layers that share them, and what the fit of their weights aims at.
 
-        The target is None where it is the output of the dense layers, stacked weight `dense` (d_out, d_in), on X
-        itself. The next batches are computed while one is looked at.
+        The next batches are computed while one is looked at.
+
+        Args:
+            part: The sub-block at work, on the device.
+            layers: The names of the layers.
+            dense: (d_out, d_in), their stacked dense weights.
+            replaced: Parameters of the sub-block that stand for its own, by name.
+
+        Yields:
+            X (tokens, d_in), and the target (tokens, d_out) or None where that is the dense layers' output on X itself.
         """
 
         def computed(index: int) -> tuple[Tensor, Tensor | None]:
@@ -111,8 +123,9 @@ class Streams:
             yield X, target
 
     def _at_residual(self, part: SubBlock, layers: Sequence[str]) -> bool:
-        """Whether the fit is to the stream behind the sub-block: a norm between the layer and the stream stands in the
-        way.
+        """Return whether layers are fitted to the residual stream behind the sub-block.
+
+        Only the last layer can be, and only if no norm stands between it and the stream.
         """
         return self.fit == "residual" and layers[0] == part.column and part.post_norm is None
 
@@ -131,9 +144,12 @@ class Streams:
         return target if bias is None else target - bias
 
     def advance(self, part: SubBlock, replaced: Mapping[str, Tensor], present: float) -> None:
-        """Move behind the sub-block with these parameters, what it adds taken `present` times.
+        """Take the text behind the sub-block. Where the inputs of its last layer are kept, only that layer is computed.
 
-        Where the inputs of its last layer are known, only that layer is computed.
+        Args:
+            part: The sub-block, on the device.
+            replaced: Parameters that stand for its own, by name, in the pruned model.
+            present: The factor from 0 to 1 on what it adds to the pruned model's stream.
         """
 
         def move(index: int) -> None:

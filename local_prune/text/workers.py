@@ -1,4 +1,4 @@
-"""Independent pieces of work side by side on a CPU.
+"""Does independent pieces of work side by side on a CPU.
 
 An operation on a few megabytes that is split over all threads waits for them to wake and to meet again; meanwhile
 another piece of work can go on. The pieces keep torch's number of threads: `torch.set_num_threads` would break batched
@@ -20,45 +20,51 @@ import torch
 
 from supernet.models.architecture import SubBlock
 
-SIDE_BY_SIDE = 2  # pieces of work, each on all threads
+SIDE_BY_SIDE = 2  # how many pieces of work are done at a time, each on all of torch's threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Workers:
-    """Threads that work side by side; none where there is one core, or on other devices, which do so themselves."""
+    """Threads that work side by side. There are none where torch has one thread, and on devices other than CPUs.
+
+    Attributes:
+        count: How many pieces of work are done at a time.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        """Start them if the device has use for them."""
+        """Start the threads if the device has use for them."""
         self.count = SIDE_BY_SIDE if device.type == "cpu" and torch.get_num_threads() > 1 else 1
         self._own = threading.local()
         self._pool = ThreadPoolExecutor(self.count, "worker") if self.count > 1 else None
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work` of every item, in their order and without gradients. When it ends, with an error too, no thread is at
-        work.
+        """Return the results of `work` for all items, in their order. Threads record nothing for gradients.
+
+        When it ends, be it with an error, no thread is at work.
         """
         return list(self.stream(work, items, len(items)))
 
     def stream(
         self, work: Callable[[Item], Result], items: Sequence[Item], ahead: int | None = None
     ) -> Generator[Result, None, None]:
-        """`work` of every item, in their order and without gradients, a few of them ahead of whoever takes the results.
+        """Yield the results of `work` for all items, in their order, a few of them computed in advance.
 
-        When it ends, with an error too or because nobody asks for more, no thread is at work.
+        Threads record nothing for gradients. When it ends, be it with an error or because nobody asks for more, no
+        thread is at work.
 
         Args:
-            work: Called from several threads.
+            work: The function, which is called from several threads.
             items: What it is called with.
-            ahead: How many results may be under way or wait at a time; as many as there are threads if not said.
+            ahead: How many results may be under way or wait at a time; None for as many as there are threads.
         """
         if self._pool is None or len(items) < 2:
             yield from map(work, items)
             return
 
         def without_gradients(item: Item) -> Result:
-            with torch.no_grad():  # every thread has its own mode
+            with torch.no_grad():  # whether torch records for gradients is set for each thread
                 return work(item)
 
         waiting: deque[Future[Result]] = deque()
@@ -80,10 +86,10 @@ class Workers:
             self._pool.shutdown()
 
     def own(self, part: SubBlock) -> SubBlock:
-        """The sub-block for the thread that asks: its module can run with other parameters than those of other threads'
-        modules.
+        """Return the sub-block for the thread that asks.
 
-        All share the model's parameters themselves.
+        Each thread gets a module of its own, as several threads may run it with different parameters at a time. All
+        these modules share the model's own parameters.
         """
         if self._pool is None or threading.current_thread() is threading.main_thread():
             return part
@@ -94,7 +100,7 @@ class Workers:
 
 
 def _twin(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a module that shares its tensors and configuration."""
+    """Return a copy of a module that shares its tensors and configuration."""
     shared = [
         *module.parameters(),
         *module.buffers(),
