@@ -1,1 +1,1 @@
-"""What can be pruned, and the candidates on disk. Knows nothing of pruning methods or of search."""
+"""Knows what can be pruned in a model, and keeps the candidates on disk. It knows nothing of methods or of search."""

@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command line, by default the one in `sys.argv`."""
+    """Run a command line, by default the one in `sys.argv`; SystemExit with status 1 where something is wrong."""
     with told_when_stopped("nothing is half done; give the same command again"):
         _main(arguments)
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# What a command needs is imported when it runs: torch takes seconds, and `ls` can do without.
+# What a command needs is imported when it runs: to import torch takes seconds, and `ls` can do without.
 
 
 def _ls(given: argparse.Namespace) -> bool:

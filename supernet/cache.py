@@ -1,4 +1,4 @@
-"""Candidates in memory: those that were used last are kept, and the next ones are read in the background."""
+"""Keeps candidates in memory: those that were used last stay, and the next ones are read in the background."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Key = tuple[int, int]  # the index of a unit in the space, and a level
 
 
 class CandidateCache:
-    """Keeps candidates up to a number of bytes; those that were not used for the longest time go first."""
+    """Keeps candidates up to a number of bytes; those that have not been used for the longest time go first."""
 
     def __init__(self, read: Callable[[int, int], Candidate], limit: int) -> None:
         """Start empty.
 
         Args:
-            read: Gives the candidate of a unit (index in the space) and a level. It is called from this thread and from
-                one in the background.
+            read: Gives the candidate of a unit (index in the space) and a level. It is called from the thread that asks
+                and from one in the background.
             limit: The most bytes to keep. A candidate that was asked for in advance is kept besides until it is used.
         """
         self.limit, self.bytes = limit, 0
@@ -32,7 +32,7 @@ class CandidateCache:
         self._reader = ThreadPoolExecutor(1, "candidates")
 
     def get(self, unit: int, level: int) -> Candidate:
-        """The candidate of a unit and a level; whatever `read` raised is raised here."""
+        """Return the candidate of a unit at a level; whatever `read` raised is raised here."""
         key = unit, level
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -73,6 +73,6 @@ class CandidateCache:
 
 
 def candidate_bytes(candidate: Candidate) -> int:
-    """Bytes of a candidate's tensors."""
+    """Return how many bytes a candidate's tensors take."""
     values = [getattr(candidate, field.name) for field in fields(candidate)]
     return sum(value.nbytes for value in values if isinstance(value, Tensor))

@@ -1,5 +1,6 @@
-"""What a candidate is, one class a kind: the weights of a unit at one level, without what the dense model has anyway.
+"""What a candidate is: the weights of a unit at one level, without what the dense model has anyway.
 
+There is a class for each kind: members that stay, weights that stay, quantised weights, and a dropped sub-block.
 May import nothing of the project; encodings, the store, the local pruners and the search use it.
 """
 
@@ -16,10 +17,11 @@ class Members:
     """Structured pruning: some members (KV groups, query heads, neurons) stay.
 
     Attributes:
-        kept: The members that stay, (k,) int64, rising.
-        weight: Their columns of the layer that ends the sub-block, refitted, (d_out, k * width); None where they are
-            the dense ones.
-        bias: Stands for that layer's own bias, if it has one, (d_out,); None where nothing makes up for what is gone.
+        kept: The indices of the members that stay, (k,) int64, rising.
+        weight: The refitted columns of these members in the layer that ends the sub-block, (d_out, k * width); None
+            where they are the dense ones.
+        bias: (d_out,), which stands for that layer's own bias, if it has one; None where nothing makes up for what is
+            gone.
     """
 
     kept: Tensor
@@ -73,12 +75,12 @@ Candidate = Members | Weights | Quantised | Dropped
 
 
 def member_columns(kept: Tensor, width: int) -> Tensor:
-    """The columns (or rows) that belong to members (k,), each of which has `width` neighbouring ones: (k * width,)."""
+    """Return the columns (or rows) of members (k,), each of which has `width` neighbouring ones: (k * width,)."""
     return (kept.unsqueeze(1) * width + torch.arange(width, device=kept.device)).flatten()
 
 
 def count(candidate: Candidate) -> int:
-    """How much a candidate keeps, counted as its levels are: in members, in weights, or in bits."""
+    """Return how much a candidate keeps, counted as its levels are: in members, in weights, or in bits."""
     match candidate:
         case Members():
             return len(candidate.kept)

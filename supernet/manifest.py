@@ -1,10 +1,10 @@
-"""A supernet's manifest: what its candidates depend on, and which units it holds. No torch here: `ls` answers at once.
+"""Reads and writes a supernet's manifest, which says what its candidates depend on and which units it holds.
 
-`format`, `description` and `space` are what candidates depend on; their hash, the fingerprint, names the folder.
-`labels` are for people and play no part in that. An entry of `units` has the size of the unit's file, the checksum of
-its header, and what the build noted of it (errors that searches decide by, seconds). The header of a unit's file has
-the checksums of all its tensors, and one checksum covers the whole manifest: so whatever is read of a supernet is
-verified along this chain.
+Its fields `format`, `description` and `space` are what candidates depend on; their hash, the fingerprint, names the
+folder. The field `labels` is for people and plays no part in that. An entry of `units` has the size of the unit's file,
+the checksum of its header, and what the build noted of it (errors that searches decide by, seconds). The header of a
+unit's file has the checksums of all its tensors, and one checksum covers the whole manifest: so whatever is read of a
+supernet is verified along this chain. Nothing here needs torch, so that `ls` answers at once.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ UNIT_NAME = re.compile(r"\w[\w.\-]{0,199}")
 
 
 def new_manifest(space: Space, description: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of a supernet that holds no unit yet."""
+    """Return the manifest of a supernet that holds no unit yet."""
     identity = {"format": FORMAT, "description": dict(description), "space": space.to_json(), "labels": dict(labels)}
     manifest: dict[str, Any] = json.loads(json.dumps(identity))  # as it will be read back: JSON knows no tuples
     return manifest | {"fingerprint": fingerprint_of(manifest), "units": {}}
 
 
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
-    """Hash of all that the candidates depend on."""
+    """Return the hash of all that the candidates depend on."""
     identity = {key: manifest[key] for key in ("format", "description", "space")}
     return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
 
 
 def unit_path(folder: Path, name: str) -> Path:
-    """The file of a unit's candidates."""
+    """Return the path of the file with a unit's candidates."""
     return folder / UNITS / f"{name}.safetensors"
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write a manifest, in place of the one that is there."""
+    """Write a manifest, in place of the one that is there; InputError where that is not possible."""
     write_record(folder / MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest in a supernet's folder, which may be of another format; None where there is none.
+    """Return the manifest in a supernet's folder, which may be of another format; None where there is none.
 
     Raises:
-        InputError: It is damaged.
+        InputError: It is damaged, or cannot be read.
     """
     path = folder / MANIFEST
     try:
@@ -92,7 +92,7 @@ def _check(manifest: Mapping[str, Any]) -> None:
 
 
 def _is_whole(entry: Mapping[str, Any], unit: Unit) -> bool:
-    """Whether an entry has what it must have; errors are one number for each level but the dense one."""
+    """Return whether an entry has what it must have; its errors are one number for each level but the dense one."""
     sizes, errors = (entry["bytes"], entry["header"]), entry.get("errors")
     if (
         any(type(size) is not int or size < 1 for size in sizes)
@@ -119,7 +119,7 @@ def check_size(path: Path, size: int) -> None:
 
 
 def damaged(path: Path, why: str) -> InputError:
-    """The error for a file of a supernet, its manifest or a unit's, that is not as it was written."""
-    # The whole supernet has to go, as its manifest names the file.
+    """Return the error for a supernet's manifest or the file of a unit that is not as it was written."""
+    # The user is told to delete the whole supernet, as its manifest names the file.
     folder = path.parent if path.name == MANIFEST else path.parent.parent
     return InputError(f"the supernet file {path} is damaged: {why}; delete the folder {folder} and build again")

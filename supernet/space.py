@@ -23,7 +23,7 @@ Allocation = tuple[int, ...]  # one level index per unit, in the order of the sp
 
 @dataclass(frozen=True)
 class Level:
-    """One choice for a unit: `kept` of its members stay, at a cost of `cost` parameters."""
+    """One choice for a unit: `kept` of its members stay, at a cost of `cost` parameters (or bits)."""
 
     kept: int
     cost: int
@@ -34,10 +34,10 @@ class Unit:
     """The smallest thing that gets its own level.
 
     Attributes:
-        name: Name of the sub-block, linear layer or block.
-        kind: One of the kinds above.
+        name: The name of the sub-block, linear layer or block.
+        kind: One of the kinds that this module names.
         total: How many members it has.
-        levels: The dense level first; costs fall strictly from level to level.
+        levels: Its levels, the dense one first; costs fall strictly from level to level.
     """
 
     name: str
@@ -57,11 +57,11 @@ class Unit:
             raise ValueError(f"{self.name}: levels must start dense and fall strictly in cost, not {self.levels}")
 
     def sparsity(self, level: int) -> float:
-        """Fraction of the unit's members removed at a level."""
+        """Return the fraction of the unit's members that is removed at a level."""
         return 1.0 - self.levels[level].kept / self.total
 
     def nearest(self, kept: int) -> int:
-        """The level whose number of members is nearest to `kept`; of two as near, the denser one."""
+        """Return the level that keeps nearest to `kept` members; of two that are as near, the denser one."""
         return min(range(len(self.levels)), key=lambda index: abs(self.levels[index].kept - kept))
 
 
@@ -76,12 +76,12 @@ class Space:
 
     @cached_property
     def dense_cost(self) -> int:
-        """Cost of the dense allocation."""
+        """The cost of the dense allocation."""
         return sum(unit.levels[0].cost for unit in self.units)
 
     @cached_property
     def lowest_cost(self) -> int:
-        """Cost of the sparsest allocation."""
+        """The cost of the sparsest allocation."""
         return sum(unit.levels[-1].cost for unit in self.units)
 
     @cached_property
@@ -92,23 +92,23 @@ class Space:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all units and levels."""
+        """The hash of all units and levels."""
         return xxhash.xxh3_128_hexdigest(json.dumps(self.to_json()).encode())
 
     def cost(self, allocation: Sequence[int]) -> int:
-        """Sum of the costs of the chosen levels."""
+        """Return the cost of an allocation: the sum of the costs of the chosen levels."""
         return sum(unit.levels[level].cost for unit, level in zip(self.units, allocation, strict=True))
 
     def kept(self, allocation: Sequence[int]) -> dict[str, int]:
-        """How many members each unit keeps, by name: an allocation that does not depend on the space's levels."""
+        """Return how many members each unit keeps, by name: an allocation that can be read without the levels."""
         return {unit.name: unit.levels[level].kept for unit, level in zip(self.units, allocation, strict=True)}
 
     def nearest(self, kept: dict[str, int]) -> Allocation:
-        """The allocation of this space that is nearest, unit by unit, to these numbers of members."""
+        """Return the allocation of this space that is nearest, unit by unit, to these numbers of members."""
         return tuple(unit.nearest(kept[unit.name]) for unit in self.units)
 
     def to_json(self) -> list[dict[str, object]]:
-        """A JSON-able list of the units, which `from_json` reads back."""
+        """Return a JSON-able list of the units, which `from_json` reads back."""
         return [
             {"name": u.name, "kind": u.kind, "total": u.total, "levels": [[v.kept, v.cost] for v in u.levels]}
             for u in self.units
@@ -116,7 +116,7 @@ class Space:
 
     @staticmethod
     def from_json(units: Iterable[Mapping[str, Any]]) -> Space:
-        """Read what `to_json` gave; ValueError, KeyError or TypeError for what it cannot have given."""
+        """Read what `to_json` gave; raise ValueError, KeyError or TypeError for what it cannot have given."""
         space = Space(tuple(map(_unit_from_json, units)))
         if len({unit.name for unit in space.units}) < len(space.units):
             raise ValueError("two units have the same name")
@@ -136,9 +136,9 @@ def _unit_from_json(content: Mapping[str, Any]) -> Unit:
 
 
 def kept_counts(total: int, sparsities: Iterable[float], multiple: int) -> tuple[int, ...]:
-    """How many members to keep at each sparsity, rounded to a multiple: distinct numbers, falling, `total` first.
+    """Return how many members to keep at each sparsity: distinct numbers, falling, `total` first.
 
-    A total that is no multiple itself stays as it is at level 0.
+    They are rounded to a multiple of `multiple`; only the total stays as it is.
     """
     counts = {min(total, max(0, round((1.0 - s) * total / multiple) * multiple)) for s in sparsities}
     return tuple(sorted(counts | {total}, reverse=True))

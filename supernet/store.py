@@ -1,4 +1,4 @@
-"""The supernet on disk: a safetensors file for each unit, a manifest, and notes of the runs that use it.
+"""Stores a supernet on disk: a safetensors file for each unit, a manifest, and notes of the runs that use it.
 
     <root>/<fingerprint>/manifest.json                      `supernet.manifest`
     <root>/<fingerprint>/units/<unit name>.safetensors      `supernet.unit_file`
@@ -55,14 +55,17 @@ class Supernet:
     def open_or_create(
         cls, root: Path, space: Space, description: Mapping[str, Any], labels: Mapping[str, Any] | None = None
     ) -> Supernet:
-        """Find the supernet of these settings below `root`, whole or begun; where there is none, a new empty one.
+        """Return the supernet of these settings below `root`, whole or begun; where there is none, a new empty one.
 
         Args:
-            root: Folder of all supernets.
-            space: Units and levels.
-            description: JSON-able record of all that the candidates depend on besides the space.
-            labels: JSON-able, for people (`python -m supernet ls`). A new supernet gets them; they play no part in
+            root: The folder of all supernets.
+            space: The units and their levels.
+            description: A JSON-able record of all that the candidates depend on besides the space.
+            labels: A JSON-able record for people (`python -m supernet ls`). A new supernet gets it; it plays no part in
                 finding one.
+
+        Raises:
+            InputError: The supernet of these settings is damaged, or cannot be read.
         """
         manifest = new_manifest(space, description, labels or {})
         supernet = cls(root / manifest["fingerprint"][:16], manifest)
@@ -71,7 +74,7 @@ class Supernet:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that the candidates depend on."""
+        """The hash of all that the candidates depend on."""
         return str(self.manifest["fingerprint"])
 
     @property
@@ -80,15 +83,15 @@ class Supernet:
         return all(self.has(unit.name) for unit in self.space.units)
 
     def has(self, name: str) -> bool:
-        """Whether the unit of this name is built."""
+        """Return whether the unit of this name is built."""
         return name in self.manifest["units"]
 
     def note_use(self, referrer: Path) -> None:
-        """Note that a run's file lists this supernet's fingerprint, so that `gc` keeps it (`supernet.uses`)."""
+        """Note that a file of a run lists this supernet's fingerprint, so that `gc` keeps it (`supernet.uses`)."""
         note_use(self.path, self.fingerprint, referrer)
 
     def lock(self) -> FileLock:
-        """The lock that is held while building, so that two runs with the same settings do not both build.
+        """Return the lock that is held while building, so that two runs with the same settings do not both build.
 
         The kernel frees the lock of a process that dies.
         """
@@ -97,11 +100,11 @@ class Supernet:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """Hold the lock while building. Where another process holds it, say so and wait."""
+        """Hold the lock while building. Where another process holds it, tell the user and wait."""
         try:
             try:
                 lock = self._acquired()
-            except FileNotFoundError:  # another process was removing the folder
+            except FileNotFoundError:  # another process was removing the folder, so it is made once more
                 lock = self._acquired()
         except OSError as error:
             why = f"cannot lock {self.path / LOCK}: {error.strerror}"
@@ -132,9 +135,13 @@ class Supernet:
         """Store a unit's candidates of levels 1, 2, ... (level 0 is dense), then name them in the manifest.
 
         Args:
-            name: The unit.
+            name: The name of the unit.
             candidates: One for each level of the unit but level 0.
             record: JSON-able notes of the unit's build (relative output errors, seconds).
+
+        Raises:
+            ValueError: Candidates do not keep what their levels say.
+            InputError: The disk is full, or the folder cannot be written.
         """
         unit = self.space.units[self._index[name]]
         kept = [count(candidate) for candidate in candidates]
@@ -157,10 +164,14 @@ class Supernet:
         return [None if record is None else [0.0, *record] for record in records]
 
     def candidate(self, unit: int, level: int, device: torch.device | str = "cpu") -> Candidate:
-        """The candidate of a unit (index in the space) at a level of at least 1, on `device`.
+        """Return the candidate of a unit (index in the space) at a level of at least 1, on `device`.
 
         What is read is verified when this process reads it first. On the CPU a candidate may share its memory with the
-        file, so it is not to be changed.
+        file, so it must not be changed.
+
+        Raises:
+            ValueError: The unit has no such level.
+            InputError: The unit is not built yet, or its file is damaged.
         """
         if not 0 < level < len(self.space.units[unit].levels):  # the caller's mistake: it says nothing about the files
             raise ValueError(f"{self.space.units[unit].name} has no level {level}")
@@ -175,7 +186,7 @@ class Supernet:
             raise damaged(file.path, f"level {level} cannot be decoded ({error})") from error
 
     def unit_file(self, name: str) -> UnitFile:
-        """The file of a unit's candidates, mapped when it is first asked for; InputError where it is not built yet."""
+        """Return the file of a unit's candidates, mapped when it is first asked for; InputError if it is not built."""
         if (file := self._open.get(name)) is not None:
             return file
         with self._changing:

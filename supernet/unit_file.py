@@ -1,4 +1,4 @@
-"""The file of one unit's candidates: safetensors, with the checksum of every tensor in its metadata.
+"""Writes and reads the file of one unit's candidates: safetensors, with each tensor's checksum in the metadata.
 
 The file is memory-mapped, and a tensor is verified when this process reads it first, so that reading one level costs no
 more than that level.
@@ -38,7 +38,7 @@ DTYPES = {
 
 
 def serialised(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Any]]:
-    """The content of a file with these tensors, and what its entry in the manifest says of it."""
+    """Return the content of a file with these tensors, and what its entry in the manifest says of it."""
     checksums = {
         name: _checksum(tensor.reshape(-1).view(torch.uint8)) for name, tensor in tensors.items() if tensor.numel()
     }
@@ -58,7 +58,7 @@ class UnitFile:
             entry: The unit's entry in the manifest.
 
         Raises:
-            InputError: It cannot be read, or is not the one that was written.
+            InputError: The file cannot be read, or is not the one that was written.
         """
         self.path = path
         self.header_bytes: int = entry["header"]
@@ -77,15 +77,15 @@ class UnitFile:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each tensor."""
+        """The bytes of each tensor, by name."""
         return {name: _size(tensor) for name, tensor in self._tensors.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as it was written, in memory shared with the file: not to be changed.
+        """Return a tensor as it was written. It shares its memory with the file, so it must not be changed.
 
         Raises:
             InputError: Its bytes are not those that were written.
-            ValueError: There is none of this name.
+            ValueError: There is no tensor of this name.
         """
         if name not in self._tensors:
             raise ValueError(f"there is no tensor {name}")
@@ -100,12 +100,12 @@ class UnitFile:
 
 
 def _described(header: bytes, begin: int, end: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors that a header describes, and their checksums.
+    """Return the tensors that a header describes, and their checksums, both by name.
 
     Args:
-        header: JSON.
-        begin: Where in the file the tensors begin.
-        end: Where the file ends.
+        header: The header's JSON.
+        begin: Where in the file the tensors begin, in bytes.
+        end: Where the file ends, in bytes.
 
     Raises:
         One of `WRONG` where the header cannot be right, whoever wrote it.
@@ -133,12 +133,12 @@ def _size(described: Mapping[str, Any]) -> int:
 
 
 def _checksum(data: Tensor) -> str:
-    """The hash of bytes, (n,) uint8, which are not copied."""
+    """Return the hash of bytes (n,) uint8, which are not copied."""
     return xxhash.xxh3_128_hexdigest(data.numpy().data)
 
 
 def _mapped(path: Path, size: int) -> Tensor:
-    """The bytes of a file, (size,) uint8. No descriptor stays open: there may be fewer of them than units."""
+    """Map the bytes of a file, (size,) uint8. No descriptor stays open, as a process may have fewer than units."""
     check_size(path, size)
     try:
         return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Which runs use a supernet, so that `python -m supernet gc` knows what may go.
+"""Notes which runs use a supernet, so that `python -m supernet gc` knows what may go.
 
 For each run there is a small record below `<supernet>/uses`. It names a file of the run that lists the supernet's
 fingerprint, and counts while that file is there and still lists it. So nobody needs to tell a supernet that a run's
@@ -26,10 +26,10 @@ YEARS = (1970, 9000)
 
 @dataclass(frozen=True)
 class Use:
-    """A record: some run uses a supernet.
+    """A record that some run uses a supernet.
 
     Attributes:
-        referrer: The run's file.
+        referrer: A file of the run.
         fingerprint: The supernet's fingerprint, which that file lists.
         last_used: When the run opened the supernet last.
     """
@@ -40,7 +40,7 @@ class Use:
 
     @property
     def counts(self) -> bool:
-        """Whether the run's file is still there and lists the supernet."""
+        """Whether the run's file is still there and lists the supernet, or may do so but cannot be read."""
         try:
             listed = read_regular(self.referrer, MOST)
         except UnreadableError:  # no run wrote that
@@ -51,7 +51,7 @@ class Use:
 
 
 def note_use(folder: Path, fingerprint: str, referrer: Path) -> None:
-    """Note that a run's file lists a supernet. Where nothing can be written it is left: one can do without the note."""
+    """Note that a file of a run lists a supernet. Where nothing can be written there is no note, and no error."""
     path = str(referrer.resolve())
     use = {"referrer": path, "fingerprint": fingerprint, "last_used": datetime.now(UTC).isoformat()}
     with suppress(InputError):
@@ -59,18 +59,18 @@ def note_use(folder: Path, fingerprint: str, referrer: Path) -> None:
 
 
 def uses_of(folder: Path) -> list[Use]:
-    """All uses that were noted and can be read, the latest first."""
+    """Return all uses that were noted and can be read, the latest first."""
     found = [use for file in _records(folder) if (use := _read(file)) is not None]
     return sorted(found, key=lambda use: use.last_used, reverse=True)
 
 
 def unreadable_uses(folder: Path) -> list[Path]:
-    """Records that are damaged. A run may refer to the supernet by one of them, and nobody can tell."""
+    """Return the records that are damaged: a run may refer to the supernet by one of them, and nobody can tell."""
     return sorted(file for file in _records(folder) if _read(file) is None)
 
 
 def _records(folder: Path) -> list[Path]:
-    """The files of records. Links are left out, and so is all that is in a folder that is a link."""
+    """Return the files of records, without links, and without all that is in a folder that is a link."""
     uses = folder / USES
     try:
         if uses.is_symlink():

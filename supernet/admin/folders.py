@@ -1,4 +1,4 @@
-"""Supernet folders as they lie on disk: which folders are supernets, what state they are in, and which runs use them.
+"""Looks at folders of supernets: which folders are supernets, what state they are in, and which runs use them.
 
 Nothing here needs torch, changes anything, follows a link or trusts what it finds: a folder may be damaged, of an older
 format, or no supernet at all.
@@ -37,7 +37,7 @@ class Folder:
         path: The folder.
         format: The format of its files; this version's where nothing says otherwise.
         manifest: The content of its manifest; None where there is none, or none that this version can read.
-        damage: What is wrong and what to do about it; None where nothing is.
+        damage: What is wrong and what to do about it; None where nothing is wrong.
     """
 
     path: Path
@@ -47,12 +47,12 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The folder's name, as it can be printed."""
+        """The folder's name, made fit to be printed."""
         return plain(self.path.name)
 
     @cached_property
     def space(self) -> Space:
-        """Units and levels; empty where they are not known."""
+        """The units and their levels; empty where they are not known."""
         return Space.from_json(self.manifest["space"] if self.manifest else ())
 
     @property
@@ -72,12 +72,12 @@ class Folder:
         return "complete" if self.manifest and self.built == len(self.space.units) else "unfinished"
 
     def label(self, key: str) -> str:
-        """A label that the run gave the supernet when it made it, as it can be printed; empty where there is none."""
+        """Return a label that the run gave the supernet when it made it, fit to be printed; empty without one."""
         return plain(str(self.manifest["labels"].get(key, ""))) if self.manifest else ""
 
     @cached_property
     def bytes(self) -> int:
-        """The size of all files."""
+        """The size of all files in the folder, in bytes."""
         return size_of(self.path)
 
     @cached_property
@@ -97,7 +97,7 @@ class Folder:
 
 
 def supernet_folders(path: Path) -> list[Path]:
-    """The supernet that `path` is, or the supernets that it holds, without links; InputError where there are none."""
+    """Return `path` itself if it is a supernet, else the supernets in it, without links; InputError without any."""
     if not path.is_dir():
         raise InputError(f"there is no folder {path}; give a supernet, or the folder of all supernets (supernet.root)")
     found = [path] if _is_ours(path) else [folder for folder in sorted(path.iterdir()) if _is_ours(folder)]
@@ -127,7 +127,7 @@ def inspect(path: Path) -> Folder:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a living process builds this supernet."""
+    """Return whether a living process builds this supernet."""
     lock = path / LOCK
     if lock.is_symlink() or not lock.is_file():  # to open what a link points at would change it
         return False
@@ -141,7 +141,7 @@ def is_locked(path: Path) -> bool:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of all files in a folder. Files may come and go meanwhile."""
+    """Return the bytes of all files in a folder, at any depth. Files may come and go meanwhile."""
     total = 0
     for folder, _, names in os.walk(path):
         for name in names:
@@ -151,9 +151,9 @@ def size_of(path: Path) -> int:
 
 
 def foreign(path: Path) -> Path | None:
-    """The first thing in a folder, at any depth, whose name or type says that it belongs to no supernet.
+    """Return the first thing in a folder, at any depth, whose name or type says that it belongs to no supernet.
 
-    None where everything may be a supernet's.
+    None says that everything may be a supernet's.
     """
     with suppress(FileNotFoundError):  # removed meanwhile
         return next(_foreign(path), None)
@@ -180,12 +180,12 @@ def _entries(path: Path) -> list[os.DirEntry[str]]:
 
 
 def is_plain_file(entry: os.DirEntry[str]) -> bool:
-    """Whether this is a file, and no folder, link, pipe or device."""
+    """Return whether this is a file, and no folder, link, pipe or device."""
     return entry.is_file(follow_symlinks=False)
 
 
 def plain(text: str) -> str:
-    """A text as it can be printed: without line breaks, escape sequences and what no terminal shows.
+    """Return a text fit to be printed: line breaks, escape sequences and what no terminal shows are written out.
 
     Names and labels in a folder may be anybody's.
     """
@@ -193,7 +193,7 @@ def plain(text: str) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder is a supernet. Its manifest tells; where none can be read, its name and all that is in it do."""
+    """Return whether a folder is a supernet. Its manifest tells; without a readable one, its name and content do."""
     if path.is_symlink() or not path.is_dir() or path.name.startswith("."):
         return False
     with suppress(InputError):
@@ -201,5 +201,5 @@ def _is_ours(path: Path) -> bool:
             return True
     try:
         return bool(NAME.fullmatch(path.name)) and any(path.iterdir()) and foreign(path) is None
-    except OSError:  # not for us to look at, which is told: see `inspect`
+    except OSError:  # it is not for us to look at, which `inspect` will tell the user
         return bool(NAME.fullmatch(path.name))

@@ -1,4 +1,4 @@
-"""`python -m supernet verify` and `size`: every byte against its checksum, and what each unit and level takes."""
+"""`python -m supernet verify` checks every byte against its checksum; `size` tells what each unit and level takes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from supernet.space import BITS, WEIGHTS, Unit
 from supernet.store import Supernet
 from supernet.unit_file import UnitFile
 
-# Columns of the table besides the levels: tensors that all levels share, and the description of the tensors.
+# Columns of the table besides the levels: the tensors that all levels share, and the header that describes tensors.
 SHARED, HEADER = -1, -2
-# Bytes of a weight in a dense file of one level, which is how EvoPress and others keep candidates.
+# Bytes of a weight in a dense file for each level, which is how EvoPress and others keep candidates.
 DENSE_BYTES = 2
 
 
 def verify(path: Path) -> Iterator[tuple[str, bool]]:
-    """Check all supernets of a folder: for each a line, and whether it is as it was written."""
+    """Check all supernets of a folder; yield a line for each, and whether it is as it was written."""
     for folder in map(inspect, supernet_folders(path)):
         if folder.format != FORMAT:
             yield f"{folder.name}: not checked, it is of format {folder.format} and this version reads {FORMAT}", True
@@ -37,7 +37,7 @@ def verify(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _problems(supernet: Supernet) -> list[str]:
-    """What is wrong with each unit that is damaged."""
+    """Return what is wrong with each unit that is damaged."""
     found = []
     for index, unit in enumerate(supernet.space.units):
         try:
@@ -50,7 +50,7 @@ def _problems(supernet: Supernet) -> list[str]:
 
 
 def _check(supernet: Supernet, index: int) -> None:
-    """InputError where a tensor is not as it was written, or a level is not what its unit says."""
+    """Raise InputError if a tensor of a unit is not as it was written, or a level does not keep what the unit says."""
     unit = supernet.space.units[index]
     file = supernet.unit_file(unit.name)
     for name in file.names:
@@ -62,7 +62,7 @@ def _check(supernet: Supernet, index: int) -> None:
 
 
 def sizes(path: Path) -> Iterator[tuple[str, bool]]:
-    """Tell the sizes of all supernets of a folder: for each a table, and whether it could be read.
+    """Yield a table of sizes for each supernet of a folder, and whether it could be read.
 
     The table shows bytes by unit and level, and totals by kind of unit and altogether.
     """
@@ -101,7 +101,7 @@ def _size_table(by_unit: Mapping[Unit, Mapping[int, int]]) -> str:
 
 
 def _bytes_by_column(file: UnitFile) -> dict[int, int]:
-    """Bytes of each level of a unit, of what its levels share, and of the header."""
+    """Return the bytes of each level of a unit, of what its levels share, and of the header."""
     found = {HEADER: file.header_bytes}
     for tensor, size in file.sizes.items():
         level, dot, _ = tensor.partition(".")
@@ -111,9 +111,9 @@ def _bytes_by_column(file: UnitFile) -> dict[int, int]:
 
 
 def _compared(total: int, units: Sequence[Unit]) -> str:
-    """A few words that compare a supernet of linear layers with dense files of all its levels.
+    """Return a few words that compare a supernet of linear layers with dense files of all its levels.
 
-    Nothing for heads and neurons, for which the space does not say how large the layers are.
+    They are empty for heads and neurons, for which the space does not say how large the layers are.
     """
     if not {unit.kind for unit in units} <= {WEIGHTS, BITS}:
         return ""

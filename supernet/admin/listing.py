@@ -1,4 +1,4 @@
-"""`python -m supernet ls`: a table of supernets, and how sizes and tables are printed."""
+"""`python -m supernet ls` prints a table of supernets. `size` and `gc` use how it prints sizes and tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDEST = 60  # letters of a label that are printed
 
 
 def listing(path: Path) -> tuple[str, bool]:
-    """A table with a line for each supernet, the one that was used last first, and whether none is damaged."""
+    """Return a table of the supernets, the one that was used last first, and whether none of them is damaged."""
     folders = sorted(map(inspect, supernet_folders(path)), key=lambda folder: folder.last_used, reverse=True)
     return table([HEADER, *map(_row, folders)], NUMBERS), not any(folder.damage for folder in folders)
 
@@ -37,7 +37,7 @@ def _row(folder: Folder) -> tuple[str, ...]:
 
 
 def spread(numbers: Sequence[int]) -> str:
-    """The smallest and the largest number, such as "3-9"; one number where all are the same."""
+    """Return the smallest and the largest number, such as "3-9"; a single number where all are the same."""
     return "-" if not numbers else "-".join(map(str, sorted({min(numbers), max(numbers)})))
 
 
@@ -47,7 +47,7 @@ def shortened(label: str) -> str:
 
 
 def readable(size: int) -> str:
-    """A number of bytes in the unit that leaves few digits, such as "1.2 GB"."""
+    """Return a number of bytes in the unit that leaves few digits, such as "1.2 GB"."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
             return f"{size / factor:,.1f} {unit}"

@@ -22,9 +22,9 @@ from supernet.manifest import FORMAT, LOCK, UNITS
 from supernet.system.atomic import left_behind
 from supernet.uses import USES, unreadable_uses, uses_of
 
-# How the name of a folder ends while it is being removed; it starts with a dot.
+# How the name of a folder ends while it is being removed; meanwhile it also starts with a dot.
 REMOVED = ".removed"
-# The name, while it is being removed, of a supernet that kept the name that it was made with.
+# What a supernet is called while it is being removed, if nobody had renamed it before.
 HALF_REMOVED = re.compile(r"\.[0-9a-f]{16}\.removed")
 
 
@@ -72,7 +72,7 @@ def _supernets(path: Path, or_none: bool) -> list[Path]:
 
 
 def _half_removed(path: Path) -> list[Path]:
-    """Supernets in or beside `path` that an earlier call renamed but did not come to remove."""
+    """Return the supernets in or beside `path` that an earlier call renamed but was killed before it removed them."""
     found = [*path.glob(f".*{REMOVED}"), *path.parent.glob(f".{path.name}{REMOVED}")] if path.is_dir() else []
     folders = sorted(
         folder for folder in found if folder.is_dir() and not folder.is_symlink() and foreign(folder) is None
@@ -81,10 +81,11 @@ def _half_removed(path: Path) -> list[Path]:
 
 
 def _tidied(folder: Path, dry_run: bool) -> tuple[str, str, int]:
-    """Remove a supernet if it can go, else what killed processes left in it.
+    """Remove a supernet if no run needs it, and else what killed processes left in it.
 
     Returns:
-        Why it goes, or empty; why it stays where that is worth a line, or empty; and the bytes that go.
+        Why the supernet goes, or an empty text; why it stays, if that is worth a line, or an empty text; and the bytes
+        that go.
 
     Raises:
         Timeout: It is being built.
@@ -104,7 +105,7 @@ def _tidied(folder: Path, dry_run: bool) -> tuple[str, str, int]:
 
 @contextmanager
 def _nobody_builds(folder: Path, dry_run: bool) -> Iterator[None]:
-    """Keep builders out of a supernet. Where nothing is changed it is enough that nobody builds now."""
+    """Keep builders out of a supernet; Timeout if one is at work. A dry run only looks whether one is."""
     if not dry_run:
         try:
             lock = FileLock(folder / LOCK)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the temporary files that a killed process may leave.
+"""Writes files that appear whole or not at all, and removes the temporary files that a killed process may leave.
 
 A full disk or a read-only folder is an InputError, and what was there before stays.
 """
@@ -19,15 +19,17 @@ import xxhash
 
 from supernet.errors import InputError
 
-# The name of a temporary file says where its process ran, and which one it was; a random part keeps it apart from all
-# others.
+# The name of a temporary file says on which machine its process ran, and which process it was; a random part makes it
+# unique.
 TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d{1,10})-[0-9a-f]{8}\.tmp")
 ABANDONED = 24 * 3600.0  # seconds after which a file of another machine is left behind: no write takes that long
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; a full disk or a read-only folder is an InputError and leaves nothing
-    behind.
+    """Write a file whole or not at all.
+
+    Raises:
+        InputError: The disk is full, or the folder cannot be written. Nothing is left behind then.
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{_this_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -48,12 +50,12 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def first_free(path: Path, word: str) -> Path:
-    """The first name of `<path>.<word>-1`, `<path>.<word>-2`, ... that is free."""
+    """Return the first path of `<path>.<word>-1`, `<path>.<word>-2`, ... that does not exist."""
     return next(one for number in count(1) if not (one := path.with_name(f"{path.name}.{word}-{number}")).exists())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make sure that what was renamed in a folder survives a power failure, where the file system can do that."""
+    """Make sure that what was renamed in a folder survives a power failure, if the file system can do that."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -71,7 +73,7 @@ def make_folder(path: Path) -> None:
 
 
 def left_behind(folder: Path) -> list[Path]:
-    """Temporary files in a folder that nobody will finish: their process, on this machine, has ended, or they are old.
+    """Return temporary files that nobody will finish, as their process on this machine has ended, or they are old.
 
     Links are not followed. Whether a process of another machine or container still runs cannot be seen from here.
     """
@@ -101,9 +103,9 @@ def _is_abandoned(entry: os.DirEntry[str]) -> bool:
 
 @cache
 def _this_machine() -> str:
-    """A word that tells this machine, since it was started, and this container from all others.
+    """Return a word that tells this machine, since it was started, and this container from all others.
 
-    The number of a process says nothing elsewhere.
+    The number of a process means nothing outside of them.
     """
     parts = [platform.node()]
     with suppress(OSError):  # where there is no such thing, the name will do
@@ -116,6 +118,6 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # it is another user's process
         return True
     return True

@@ -1,4 +1,4 @@
-"""How much memory is free, on the device and on this machine, how much was taken at most, and how it is given back."""
+"""Tells how much memory is free, on the device and on this machine, and how much was taken; gives freed memory back."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_KEPT = 32 << 20  # glibc takes no higher threshold
 CPU = torch.device("cpu")
-# Limit and usage, then what of the usage is page cache, which the kernel takes back when memory is short, and what of
-# that cache is shared memory, which it does not.
+# For each version of control groups the files with the limit and the usage, then two names in `memory.stat`: the page
+# cache in that usage, which the kernel takes back when memory is short, and the shared memory in that cache, which it
+# does not take back.
 CGROUPS = (
     ("memory.max", "memory.current", "file", "shmem"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache", "total_shmem"),
@@ -32,7 +33,7 @@ SHORT = (
 
 
 def available(device: torch.device = CPU) -> int:
-    """Bytes that could be allocated on the device now."""
+    """Return how many bytes could be allocated on the device now."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + idle
@@ -44,7 +45,7 @@ def available(device: torch.device = CPU) -> int:
 
 
 def _left_in_group(limit: str, usage: str, cache: str, shared: str, root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes left below the limits of this process's control group and of those around it; None without limits.
+    """Return the bytes left below the limits of this process's control group and those around it; None without any.
 
     A container sees its own group at the root. Elsewhere the group's path is in /proc/self/cgroup.
     """
@@ -66,7 +67,7 @@ def _left_in(folder: Path, limit: str, usage: str, cache: str, shared: str) -> i
 
 
 def _group_folders(root: Path) -> list[Path]:
-    """The memory controller's folders of this process's group and of all groups around it, up to the root."""
+    """Return the memory controller's folders of this process's group and of all groups around it, up to the root."""
     try:
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -79,9 +80,9 @@ def _group_folders(root: Path) -> list[Path]:
 
 
 def restart_peak() -> bool:
-    """Start to count the peak of this process's memory anew.
+    """Start to count the peak of this process's memory anew, and return whether that was possible.
 
-    False where that is not possible, as on macOS: the peak is then that since the process began.
+    Where it is not, as on macOS, `peak` counts from when the process began.
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -91,7 +92,7 @@ def restart_peak() -> bool:
 
 
 def peak() -> int:
-    """The most bytes of main memory that this process held since `restart_peak`, with pages of mapped files."""
+    """Return the most bytes of main memory that this process held since `restart_peak`, with pages of mapped files."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(lines["VmHWM"].split()[0]) * 1024
@@ -118,7 +119,7 @@ def give_back_freed_memory() -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library if it is glibc, whose settings are meant; else None."""
+    """Return the C library if it is glibc, which has these settings; else None."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
@@ -126,7 +127,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no memory left, on a device or in main memory."""
+    """Return whether an error says that there was no memory left, on a device or in main memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):

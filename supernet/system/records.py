@@ -1,4 +1,4 @@
-"""JSON files with a checksum of their content, so that nothing else is ever taken for what was written.
+"""Reads and writes JSON files with a checksum, so that nothing else is ever taken for what was written.
 
 Other tools can still read them: the checksum is one more field. A file that was edited by hand is refused, and so is
 one of a version that wrote no checksums. Parsers are never given more than a limit, and whatever one raises comes out
@@ -30,7 +30,7 @@ class UnreadableError(Exception):
 
 
 def write_record(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object and its checksum, whole or not at all."""
+    """Write a JSON object and its checksum, whole or not at all; InputError where that is not possible."""
     plain = json.loads(json.dumps(content))  # as it will be read back: JSON knows no tuples
     write_atomic(path, (json.dumps(plain | {CHECKSUM: checksum_of(plain)}, indent=1) + "\n").encode())
 
@@ -39,7 +39,7 @@ def read_record(path: Path, most: int = MOST) -> dict[str, Any] | None:
     """Read the object that was written, without its checksum; None where there is no file.
 
     Raises:
-        UnreadableError: It is not what was written.
+        UnreadableError: The file is not as it was written.
         InputError: The system does not let us read it.
     """
     content = read_json(path, most)
@@ -58,7 +58,10 @@ def read_json(path: Path, most: int = MOST) -> Any:
 
 
 def read_regular(path: Path, most: int = MOST) -> bytes | None:
-    """The bytes of a file, None where there is none. Folders, pipes and devices are refused: reading may never end."""
+    """Return the bytes of a file; None where there is none. Raises what `read_record` does.
+
+    Folders, pipes and devices are refused, as to read them might never end.
+    """
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -82,7 +85,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def verified(content: Any) -> dict[str, Any]:
-    """A parsed object without its checksum; UnreadableError where that does not match."""
+    """Return a parsed object without its checksum; UnreadableError where the checksum does not match."""
     if not isinstance(content, dict):
         raise UnreadableError("it holds no object")
     if CHECKSUM not in content:
@@ -94,7 +97,7 @@ def verified(content: Any) -> dict[str, Any]:
 
 
 def checksum_of(plain: Mapping[str, Any]) -> str:
-    """Hash of the content of a parsed JSON object, whatever its layout in the file was."""
+    """Return the hash of a parsed JSON object, which does not depend on its layout in the file."""
     try:
         return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
     except WRONG as error:

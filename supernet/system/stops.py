@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command line with one line and the usual status: 130 and 143."""
+"""Ends a command line that is stopped by Ctrl-C or SIGTERM with one line and the usual status, 130 or 143."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Terminated(BaseException):
 
 @contextmanager
 def told_when_stopped(advice: str) -> Iterator[None]:
-    """End the process with one line if it is stopped meanwhile. `advice` says what the state is, and how to go on."""
+    """End the process with one line if it is stopped meanwhile; in it `advice` says how things are and how to go on."""
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
