@@ -21,7 +21,7 @@ from search.strategies.state import State
 from supernet.space import Allocation, Space
 from supernet.store import Supernet
 
-FEWEST = 4  # sequences that a difference is judged on at least, if there are as many: on fewer it is mostly chance
+FEWEST_SEQUENCES = 4  # to judge a difference on, if there are as many: on fewer it is mostly chance
 
 
 @dataclass(frozen=True)
@@ -257,9 +257,12 @@ class StrategyDefaults:
 
     def pool_warning(self, sequences: int, length: int) -> str | None:
         """Warn if there are so few sequences that differences between allocations are mostly chance."""
-        if sequences >= FEWEST:
+        if sequences >= FEWEST_SEQUENCES:
             return None
-        return f"data.sequences.search={sequences}: differences on so few are mostly chance; take at least {FEWEST}"
+        return (
+            f"data.sequences.search={sequences}: differences on so few are mostly chance; take at least "
+            f"{FEWEST_SEQUENCES}"
+        )
 
     def front(self, state: Any) -> Sequence[FrontPoint] | None:
         """Return None, because only the run's own budget is searched."""

@@ -20,7 +20,7 @@ from search.strategies.measuring import Measured, sequences_for
 from search.strategies.state import State, rng_state
 from supernet.space import Allocation
 
-ATTEMPTS = 50  # failed tries, for each offspring wanted, after which nothing new is left to propose
+ATTEMPTS = 50  # how often proposing is tried, for each offspring wanted, before a generation makes do with fewer
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from search.strategies.base import FEWEST
+from search.strategies.base import FEWEST_SEQUENCES
 from search.strategies.measuring import Measured
 from supernet.space import Allocation
 
-LAST = 0.5  # the share of the standard errors asked for that is enough when all sequences have been measured
+LAST = 0.5  # this share of the standard errors is enough once all sequences have been measured
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _judged(measured: Measured, parent: Allocation, leader: Allocation, fresh: S
     not is worth taking when nothing more may be spent on the question. The race ends early, and the parent stays, if
     the gain could not become clear even if it were the same on all the sequences left.
     """
-    sequences = min(FEWEST, len(fresh))
+    sequences = min(FEWEST_SEQUENCES, len(fresh))
     while True:
         begun = time.perf_counter()
         losses = measured.losses([parent, leader], fresh[:sequences])

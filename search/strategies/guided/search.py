@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from search.budgets.knapsack import relaxed
-from search.strategies.base import FEWEST, HistoryRow, Problem, StrategyDefaults
+from search.strategies.base import FEWEST_SEQUENCES, HistoryRow, Problem, StrategyDefaults
 from search.strategies.checks import check_whole
 from search.strategies.evolution.base import ATTEMPTS, exchange
 from search.strategies.guided.proposals import PROPOSALS, Pairs, Prediction
@@ -128,7 +128,7 @@ class GuidedSettings(StrategyDefaults):
         """Warn also of text and settings with which no offspring could ever replace the parent."""
         if self.judged_on(sequences, length) >= 2:
             return super().pool_warning(sequences, length)
-        more, tokens = max(FEWEST, sequences), max(self.tokens, 2 * length)
+        more, tokens = max(FEWEST_SEQUENCES, sequences), max(self.tokens, 2 * length)
         return (
             "offspring are judged on a single sequence, which proves nothing, so none will be taken: use "
             f"data.sequences.search={more} or more, and strategy.tokens={tokens}"

@@ -61,7 +61,7 @@ def stepped(
         sizes: (blocks,) how much each block counts in the mean sparsity.
         sparsity: The mean sparsity that the budget asks for.
         steps: How many steps there are at most.
-        amplitude: By how much the most and the least important block differ from the others within a step.
+        amplitude: By how much the sparsity of a block may grow more, or less, than the mean within a step.
     """
     found = np.zeros(len(sizes))
     for _ in range(steps):
@@ -77,7 +77,7 @@ class AdaptPruner(Rule):
 
     Attributes:
         steps: How many steps of pruning there are at most.
-        amplitude: By how much blocks may differ from the mean within a step, as a sparsity.
+        amplitude: By how much the sparsity of a block may grow more, or less, than the mean within a step.
         remeasure: Whether similarities are measured before each step on the supernet's candidates; if not, they are
             measured once, on the dense model.
         sequences: How many sequences of the calibration text they are measured on.

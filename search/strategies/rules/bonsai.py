@@ -32,7 +32,7 @@ from supernet.errors import InputError
 from supernet.space import Allocation
 
 PORTION = 10  # how many pairs a generation measures
-FEWEST = 2  # how many pairs a regression needs
+FEWEST_PAIRS = 2  # how many pairs a regression needs
 
 
 def pair_around(
@@ -181,7 +181,7 @@ class Bonsai(StrategyDefaults):
     def _best(self, problem: Problem, start: Allocation, pairs: Sequence[Pair]) -> Allocation:
         """Return the allocation with the least loss that the pairs predict."""
         limit = problem.budget.leading
-        if len(pairs) < FEWEST:
+        if len(pairs) < FEWEST_PAIRS:
             raise InputError(
                 "the losses of nearly all sub-models are not finite; check the model's weights, or use dtype=float32"
             )
