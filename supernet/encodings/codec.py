@@ -1,18 +1,18 @@
-"""The compact tensors that candidates are stored as: `encode` makes them, `decode` reads a candidate back.
+"""Turns candidates into compact tensors: `encode` makes them, `decode` reads a candidate back.
 
 Values that are the dense model's own are never stored: a method that only chooses what stays gives candidates without
-weights, and all of a unit's levels share one order of removal where they are nested. These are the tensors of a level;
-before each name stands the level's number:
+weights, and all of a unit's levels share one order of removal where they are nested. These are the tensors of a level
+(each name begins with the level's number; those in brackets may be missing):
 
-    kept, [weight], [bias]              members: indices and their columns
+    kept, [weight], [bias]              members: their indices and their columns
     [bias]                              members or weights whose choice is in the shared `order`, with its `shape`
-    mask, shape, [values]               weights: a bit for each, and the values that stay
-    ranks, shape, pattern, [values]     weights of N:M: the set that each group keeps (`supernet.encodings.patterns`)
-    codes, shape, scale, [zero]         quantised groups
-    dropped                             nothing
+    mask, shape, [values]               weights: a bit for each, and the values of those that stay
+    ranks, shape, pattern, [values]     N:M weights: the set that each group keeps (`supernet.encodings.patterns`)
+    codes, shape, scale, [zero]         quantised weights, in groups
+    dropped                             a sub-block that is dropped
 
-A level also has `contents`: what it counts, and how many other tensors it has. Masks, orders, ranks and codes are bit
-planes; shape, pattern, dropped and contents are headers (`supernet.encodings.tensors`).
+Each level also has `contents`: how much it keeps, and how many other tensors it has. Masks, orders, ranks and codes are
+bit planes; shape, pattern, dropped and contents are headers (`supernet.encodings.tensors`).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from supernet.encodings.packing import at_least, gathered, keeps, plane_bytes, s
 from supernet.encodings.patterns import find_pattern, mask_of, rank_bits, ranks_of
 from supernet.encodings.tensors import Stored, header, planes
 
-# The most levels that share one order of removal, which is made in bytes.
+# The most levels that may share one order of removal, which is a byte for each member or weight while it is made.
 MOST_ORDERED = 255
 INDEX = torch.int32  # how the indices of kept members are stored
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def encode(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
-    """Make named tensors on the CPU, for one file, of the candidates of levels 1, 2, ...; `decode` reads one back.
+    """Return named tensors on the CPU, for one file, with the candidates of levels 1, 2, ...
 
     Level 0 is the dense model's own weight and is never stored. Where all levels are nested and keep dense values, what
-    is stored is the last level that keeps each member or weight, unless storing the levels one by one takes less.
+    is stored is the last level that keeps each member or weight, unless to store the levels one by one takes less.
     """
     masks = _ordered_masks(candidates)
     tensors: dict[str, Tensor] = {}
@@ -55,7 +55,7 @@ def encode(candidates: Sequence[Candidate]) -> dict[str, Tensor]:
 
 
 def _choice(candidate: Candidate) -> dict[str, Tensor]:
-    """The tensors that say which members or weights stay."""
+    """Return the tensors that say which members or weights stay."""
     match candidate:
         case Members():
             return {"kept": candidate.kept.to(INDEX)}
@@ -83,7 +83,7 @@ def _choice_bytes(candidate: Candidate) -> int:
 
 
 def _values(candidate: Candidate) -> dict[str, Tensor]:
-    """The tensors with values that the dense model does not have."""
+    """Return the tensors with values that the dense model does not have."""
     match candidate:
         case Members():
             both = {"weight": candidate.weight, "bias": candidate.bias}
@@ -99,7 +99,7 @@ def _values(candidate: Candidate) -> dict[str, Tensor]:
 
 
 def _middle(scale: Tensor, bits: int) -> Tensor:
-    """The zeros of symmetric grids, which need not be stored: uint8, of the shape of the scales (d_out, groups)."""
+    """Return the zeros of symmetric grids, which are not stored: uint8, of the shape of the scales (d_out, groups)."""
     return torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
 
 
@@ -108,9 +108,10 @@ def _is_symmetric(candidate: Quantised) -> bool:
 
 
 def _ordered_masks(candidates: Sequence[Candidate]) -> list[Tensor] | None:
-    """What each level keeps, as masks on the CPU, if one order of removal can stand for all levels and takes less.
+    """Return what each level keeps, as masks on the CPU, if one order of removal stands for all levels and takes less.
 
-    None where levels are not nested, have values of their own, are more than `MOST_ORDERED`, or take less one by one.
+    None says that levels are not nested, have values of their own, are more than `MOST_ORDERED`, or take less one by
+    one.
     """
     chosen = [_chosen(candidate) for candidate in candidates]
     masks = [mask for mask in chosen if mask is not None]
@@ -125,7 +126,7 @@ def _ordered_masks(candidates: Sequence[Candidate]) -> list[Tensor] | None:
 
 
 def _chosen(candidate: Candidate) -> Tensor | None:
-    """What stays, as a mask or as indices; None where the values that stay are not the dense ones."""
+    """Return what stays, as a mask or as indices; None where the values that stay are not the dense ones."""
     if isinstance(candidate, Members | Weights) and candidate.weight is None:
         return (candidate.kept if isinstance(candidate, Members) else candidate.mask).cpu()
     return None
@@ -136,16 +137,16 @@ def _order_bytes(masks: Sequence[Tensor]) -> int:
 
 
 def decode(read: Callable[[str], Tensor], names: Sequence[str], level: int) -> Candidate:
-    """The candidate of a level, on the device of the tensors that `read` gives.
+    """Return the candidate of a level, on the device of the tensors that `read` gives.
 
     Args:
         read: Gives the tensor of a name.
         names: The names of all tensors there are.
-        level: At least 1.
+        level: The level, at least 1.
 
     Raises:
-        ValueError: Tensors are missing or do not fit together. Damage that only values show is looked for on the CPU
-            alone: on other devices that would mean to wait for them.
+        ValueError: Tensors are missing or do not fit together. Damage that only shows in values is looked for on the
+            CPU alone, as on other devices one would have to wait for them.
     """
     there = frozenset(names)
     own = Stored(read, there, f"{level}.")
@@ -172,8 +173,11 @@ def _ordered(own: Stored, shared: Stored, level: int, count: int) -> Candidate:
 
 
 def _indices(mask: Tensor, count: int) -> Tensor:
-    """Where a mask (n,) is True, (count,) int64: `nonzero` would wait for the device to tell how many there are."""
-    places = torch.where(mask, mask.cumsum(0) - 1, count).clamp_(max=count)  # the last one takes what is not kept
+    """Return where a mask (n,) is True, (count,) int64.
+
+    `nonzero` would do the same, but wait for the device to tell how many there are.
+    """
+    places = torch.where(mask, mask.cumsum(0) - 1, count).clamp_(max=count)  # the last place takes what is not kept
     indices = torch.zeros(count + 1, dtype=torch.int64, device=mask.device)
     return indices.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:count]
 
@@ -226,5 +230,5 @@ def _optional(own: Stored, name: str, dim: int) -> Tensor | None:
 
 
 def _on_cpu(tensor: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device."""
+    """Return whether values can be looked at without waiting for a device."""
     return tensor.device.type == "cpu"

@@ -1,7 +1,7 @@
-"""Whole numbers as bit planes, and values gathered by a mask: what the encodings of candidates are made of.
+"""Packs whole numbers into bit planes, and gathers values by a mask: what the encodings of candidates are made of.
 
-Plane b holds bit b of every number, eight numbers to a byte, the first in its highest bit. Packing happens on the CPU;
-unpacking on the device where the planes are, without waiting for it.
+Plane b holds bit b of every number: eight numbers to a byte, the first of them in its highest bit. Numbers are packed
+on the CPU, and unpacked on the device where the planes are, without waiting for it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Numbers of a mask that are looked at together: the indices of those that are True stay in the caches.
+# How many numbers of a mask are looked at together: few enough that the indices of the True ones stay in the caches.
 PIECE = 1 << 18
 
 
 def plane_bytes(count: int, bits: int) -> int:
-    """Bytes of `count` numbers of `bits` bits as bit planes."""
+    """Return how many bytes `count` numbers of `bits` bits take as bit planes."""
     return bits * (-(-count // 8))
 
 
@@ -47,10 +47,10 @@ def unpacked(planes: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _bytes(planes: Tensor, count: int) -> Tensor:
-    """The numbers of up to 8 planes, (count,) uint8.
+    """Return the numbers of up to 8 planes, (count,) uint8.
 
-    A byte of a plane is looked up as a word of 64 bits, which holds that bit of eight numbers. On CPUs that takes less
-    than half the time of unpacking plane by plane to bytes.
+    Each byte of a plane is looked up as a word of 64 bits, which holds that bit of eight numbers, one in each of its
+    bytes. On CPUs that takes less than half the time of unpacking plane by plane to bytes.
     """
     spread = _spread(planes.device)
     words = spread[0].index_select(0, planes[0].int())
@@ -62,23 +62,23 @@ def _bytes(planes: Tensor, count: int) -> Tensor:
 
 @lru_cache
 def _spread(device: torch.device) -> Tensor:
-    """The words to look up, (8, 256) int64: [b, x] has the bits of the byte x as its eight bytes, each at bit b."""
+    """Return the words to look up, (8, 256) int64: the eight bytes of [b, x] have the bits of the byte x at bit b."""
     bits = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8)).reshape(256, 8))
     return torch.stack([(bits << bit).view(torch.int64).flatten() for bit in range(8)]).to(device)
 
 
 def at_least(planes: Tensor, least: int) -> Tensor:
-    """Whether numbers are at least `least`, found without unpacking them.
+    """Compare numbers with `least`, without unpacking them.
 
     Args:
         planes: The numbers' bit planes, (bits, ceil(n / 8)) uint8.
-        least: Above 0.
+        least: The number to compare with, above 0.
 
     Returns:
-        One bit plane, (1, ceil(n / 8)) uint8.
+        One bit plane, (1, ceil(n / 8)) uint8, with a 1 for each number that is at least `least`.
     """
     above = torch.zeros_like(planes[0])
-    equal = torch.full_like(above, 255)  # to the bits of `least - 1`, from the highest down to the one at hand
+    equal = torch.full_like(above, 255)  # which numbers equal `least - 1` in all bits down to the one at hand
     for bit in reversed(range(len(planes))):
         if (least - 1) >> bit & 1:
             equal &= planes[bit]
@@ -89,15 +89,15 @@ def at_least(planes: Tensor, least: int) -> Tensor:
 
 
 def keeps(mask: Tensor, count: int) -> bool:
-    """Whether `count` numbers of a mask are True (or not zero).
+    """Return whether `count` numbers of a mask are True (or not zero).
 
-    That is only looked at on the CPU. On other devices it would mean to wait for them, so the answer is yes.
+    This is only checked on the CPU. On other devices the answer is always yes, as one would have to wait for them.
     """
     return mask.device.type != "cpu" or int(np.count_nonzero(mask.numpy())) == count
 
 
 def gathered(whole: Tensor, mask: Tensor) -> Tensor:
-    """The values where a mask is True, in order: (k,)."""
+    """Return the values (k,) where a mask is True, in their order."""
     if mask.device.type != "cpu":
         return whole[mask]
     values = torch.empty(int(mask.count_nonzero()), dtype=whole.dtype)
@@ -111,8 +111,8 @@ def scattered(values: Tensor, mask: Tensor) -> Tensor:
     """Put values, as `gathered` gives them, back where a mask is True; the result is zero elsewhere.
 
     Args:
-        values: (k,).
-        mask: Bool of any shape, with k True.
+        values: (k,), of any dtype.
+        mask: Bool of any shape, True at k places.
     """
     whole = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
     if mask.device.type != "cpu":
@@ -124,10 +124,10 @@ def scattered(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _true_indices(mask: Tensor) -> Iterator[tuple[NDArray[np.int64], slice]]:
-    """Where a flattened mask is True, piece by piece: the indices, and where they stand among all indices.
+    """Yield, piece by piece, the indices where a flattened mask is True, and their place among all such indices.
 
-    NumPy finds them without branches: gathering and scattering by index takes a quarter of the time that PyTorch takes
-    by mask.
+    NumPy finds indices without branches: with them, to gather and scatter takes a quarter of the time that PyTorch
+    takes with the mask.
     """
     flat, found = mask.numpy().reshape(-1), 0
     for start in range(0, len(flat), PIECE):
@@ -138,8 +138,8 @@ def _true_indices(mask: Tensor) -> Iterator[tuple[NDArray[np.int64], slice]]:
 
 
 def _integers(values: Tensor) -> NDArray[Any]:
-    """A flattened tensor as NumPy's integers of the same size, (n,), as NumPy has no bfloat16.
+    """Return a flattened tensor as integers of the same size in NumPy, (n,), which has no bfloat16.
 
-    The memory is the same where the tensor is contiguous.
+    They share the tensor's memory if it is contiguous.
     """
     return values.contiguous().view(-1).view(torch.uint8).numpy().view(f"i{values.element_size()}")

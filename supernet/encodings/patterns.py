@@ -1,6 +1,6 @@
-"""N:M masks as packed numbers: for each group of M neighbours, which of all sets of N stays, as the rank of that set.
+"""Packs N:M masks: of each group of M neighbours it stores the rank, among all sets of N, of the set that stays.
 
-So 2:4 takes 3 bits a group and 4:8 takes 7, where a mask takes 4 and 8.
+So a group of 2:4 takes 3 bits and one of 4:8 takes 7, where a mask takes 4 and 8.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch import Tensor
 
 from supernet.encodings.packing import plane_bytes
 
-WIDEST = 64  # the largest M: a set is a number of as many bits while its rank is looked up
-SETS = 1 << 16  # the most sets that a group may choose from: all of them are in a table
-PROBED = 64  # groups that are looked at first; they tell most masks without a pattern from those with one
+WIDEST = 64  # the largest M, as a set is a number of M bits while its rank is looked up
+SETS = 1 << 16  # the most sets that a group may choose from, as all of them are in a table
+PROBED = 64  # how many groups are looked at first: they tell most masks without a pattern from those with one
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def rank_bits(keep: int, of: int) -> int:
-    """How many bits the rank of a group's set takes; ValueError where N:M has no packed form."""
+    """Return how many bits the rank of a group's set takes; ValueError where N:M has no packed form."""
     if not 0 < keep < of <= WIDEST or comb(of, keep) > SETS:
         raise ValueError(f"{keep}:{of} is no pattern of at most {SETS} sets")
     return (comb(of, keep) - 1).bit_length()
 
 
 def find_pattern(mask: Tensor) -> tuple[int, int] | None:
-    """N and M such that of every M neighbours exactly N are True, and that ranks take the fewest bytes.
+    """Return N and M such that of every M neighbours exactly N are True, and that ranks take the fewest bytes.
 
-    None where there are none, or where a mask takes fewer bytes.
+    None says that there are no such numbers, or that a mask takes no more bytes.
 
     Args:
         mask: (d_out, d_in) bool, on the CPU.
@@ -51,7 +51,7 @@ def find_pattern(mask: Tensor) -> tuple[int, int] | None:
 
 
 def ranks_of(mask: Tensor, keep: int, of: int) -> Tensor:
-    """The ranks of a mask's sets.
+    """Return the ranks of a mask's sets.
 
     Args:
         mask: (d_out, d_in) bool on the CPU, with `keep` True of every `of` neighbours.
@@ -64,14 +64,16 @@ def ranks_of(mask: Tensor, keep: int, of: int) -> Tensor:
 
 
 def mask_of(ranks: Tensor, keep: int, of: int) -> Tensor:
-    """The mask of ranks, as `ranks_of` makes them, on the device of the ranks.
+    """Return the mask (d_out, groups * of) bool that `ranks_of` made these ranks of, on the device of the ranks.
 
     Args:
         ranks: (d_out, groups) uint8 or int32, below 2 ** rank_bits.
+        keep: N, how many weights of a group stay.
+        of: M, the size of a group.
 
     Raises:
-        ValueError: A rank is that of no set. This is only looked at on the CPU; on other devices such a rank stands
-            for the last set, so that N of every M stay in any case.
+        ValueError: A rank is that of no set. This is only checked on the CPU; on other devices such a rank stands for
+            the last set, so that N of every M stay in any case.
     """
     if ranks.device.type == "cpu" and ranks.numel() and int(ranks.max()) >= comb(of, keep):
         raise ValueError(f"a group of {keep}:{of} has a rank above {comb(of, keep) - 1}")
@@ -84,7 +86,7 @@ def _all_keep(groups: Tensor, keep: int) -> bool:
 
 
 def _as_numbers(groups: Tensor) -> Tensor:
-    """Sets (n, M) bool as numbers (n,) uint8 or int64, whose bits say what is in the set."""
+    """Return sets (n, M) bool as numbers (n,) uint8 or int64, whose bits say what is in the set."""
     numbers = torch.zeros(len(groups), dtype=torch.uint8 if groups.shape[1] <= 8 else torch.int64)
     for member in groups.unbind(1):
         numbers.bitwise_left_shift_(1).bitwise_or_(member)
@@ -93,7 +95,7 @@ def _as_numbers(groups: Tensor) -> Tensor:
 
 @lru_cache
 def _sets(keep: int, of: int) -> tuple[Tensor, Tensor]:
-    """All sets by rank, (sets, M) bool, and the same `_as_numbers`, rising, (sets,)."""
+    """Return all sets by rank, (sets, M) bool, and the numbers that stand for them, rising, (sets,)."""
     members = torch.tensor(list(combinations(range(of), keep)))
     sets = torch.zeros(len(members), of, dtype=torch.bool).scatter_(1, members, True)
     numbers, order = _as_numbers(sets).sort()
@@ -102,7 +104,7 @@ def _sets(keep: int, of: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def _table(keep: int, of: int, device: torch.device) -> Tensor:
-    """The sets by rank as a few wide words, which are looked up faster: (2 ** bits,), or (2 ** bits, words)."""
+    """Return the sets by rank as a few wide words, which are looked up faster: (2 ** bits,) or (2 ** bits, words)."""
     sets, _ = _sets(keep, of)
     ranks = torch.arange(1 << rank_bits(keep, of)).clamp(max=len(sets) - 1)
     return sets[ranks].view(WORDS[gcd(of, 8)]).squeeze(1).to(device)

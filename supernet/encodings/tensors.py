@@ -1,4 +1,4 @@
-"""Named tensors that tell what they are, and are checked as they are read: headers, and bit planes with their shape.
+"""Makes tensors that tell what they are, and checks them as they are read: headers, and bit planes with their shape.
 
 A header is a tensor without elements. Its numbers are its own shape, which ends in a 0. So it takes no bytes in a file,
 and is known without asking the device that it is on.
@@ -17,20 +17,20 @@ from supernet.encodings.packing import packed, plane_bytes
 
 
 def header(*numbers: int) -> Tensor:
-    """A header with these numbers: uint8 of the shape (*numbers, 0)."""
+    """Return a header with these numbers: uint8 of the shape (*numbers, 0)."""
     return torch.empty(*numbers, 0, dtype=torch.uint8)
 
 
 def planes(name: str, numbers: Tensor, bits: int) -> dict[str, Tensor]:
-    """Two tensors: the bit planes of whole numbers, of this name, and the header `shape` with their bits and shape."""
+    """Return whole numbers as two tensors: bit planes of this name, and a header `shape` with their bits and shape."""
     return {name: packed(numbers, bits), "shape": header(bits, *numbers.shape)}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The stored tensors whose names begin with the same prefix; methods take the rest of a name.
+    """The stored tensors whose names begin with the same prefix, such as those of one level.
 
-    Reading one that is missing, or not what it should be, raises a ValueError.
+    Methods take the rest of a name. To read a tensor that is missing, or not what it should be, raises a ValueError.
 
     Attributes:
         read: Gives the tensor of a whole name.
@@ -49,7 +49,7 @@ class Stored:
         return sum(name.startswith(self.prefix) for name in self.names)
 
     def check(self, right: bool, name: str, wrong: str) -> None:
-        """Raise a ValueError that says what is wrong about a tensor, unless it is right."""
+        """Raise a ValueError that says what is wrong with a tensor, unless it is right."""
         if not right:
             raise ValueError(f"tensor {self.prefix}{name} {wrong}")
 
@@ -70,7 +70,7 @@ class Stored:
         return tuple(shape[:-1])
 
     def planes(self, name: str, dims: Collection[int]) -> tuple[Tensor, tuple[int, ...]]:
-        """Read bit planes, (bits, bytes) uint8, and the shape of their numbers, as long as one of `dims`."""
+        """Read bit planes, (bits, bytes) uint8, and the shape of their numbers, whose length must be one of `dims`."""
         bits, *shape = self.header("shape", [dim + 1 for dim in dims])
         found = self.tensor(name, (torch.uint8,), 2)
         expected = bits, plane_bytes(prod(shape), 1)
