@@ -1,4 +1,4 @@
-"""What a run begins with: the dense model and its text.
+"""Loads what a run begins with: the dense model and its text.
 
 May import `supernet` and the helpers beside it (`errors`, `paths`); all that follows in `search` may import it.
 """

@@ -1,5 +1,4 @@
-"""From text to token sequences: the calibration, the search and the evaluation part, which never share a
-text.
+"""Turns text into token sequences for three parts that never share a text: calibration, search and evaluation.
 
 A text source (`sources.py`, `packaged.py`, `generated.py`) yields documents, texts or chats, out of `files.py` or
 elsewhere; `prepare` (`parts.py`) deals them to the parts, tokenises them (`encoder.py`) and packs the tokens into

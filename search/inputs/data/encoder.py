@@ -1,4 +1,4 @@
-"""From documents to token ids: without the tokenizer's own special tokens, and no more ids than are needed."""
+"""Turns documents into token ids, without the tokenizer's own special tokens, and into no more than are needed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from search.inputs.data.leading import own_leading_tokens
 from search.inputs.data.rows import Chat, Document, checked
 from supernet.errors import InputError
 
-# Encoding takes some 250 bytes of memory a character while it lasts. This is more than the test set of WikiText-2,
-# whose joined text is encoded as one, as others do.
+# How many characters are encoded at once, which takes some 250 bytes of memory for each. The test set of WikiText-2,
+# whose joined text others encode as one, is shorter and so is encoded as one, too.
 ENCODED_CHARACTERS = 1 << 21
-LEAST_CHARACTERS = 1 << 14  # encoded at once, where few tokens are needed
-CHARACTERS = 8  # a token has fewer in most texts
-TAIL = 64  # tokens before a cut, which might be others if the text went on
+LEAST_CHARACTERS = 1 << 14  # how many characters are encoded at once where few tokens are needed
+CHARACTERS = 8  # how many characters are taken for each token that is needed: most texts have fewer in a token
+TAIL = 64  # how many tokens before a cut are not used, as they might be others if the text went on
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Encoder:
         # afterwards.
         try:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as error:  # of whatever library the tokenizer is made of
+        except Exception as error:  # whatever library the tokenizer is made of has errors of its own
             raise InputError(
                 f"the model's tokenizer cannot encode the text that begins {json.dumps(text[:40])} ({reason(error)}); "
                 "take it out, or use another tokenizer"

@@ -1,4 +1,4 @@
-"""Text files, read no further than they are asked for.
+"""Reads text files, and no more of them than is asked for.
 
 A file of ordinary size is read whole. A large one is visited in pieces, in an order that the generator gives, so that a
 sample of it costs a sample, from all over the file.
@@ -28,10 +28,10 @@ from supernet.errors import InputError
 
 log = logging.getLogger(__name__)
 
-LARGE = 16 << 20  # bytes: of a file beyond which it is visited in pieces, and the most of a row's text that counts
+LARGE = 16 << 20  # bytes beyond which a file is visited in pieces, and the most bytes of a row that are read
 SECTION = 64 << 10  # bytes of a large .txt that make a document: several sequences of 4,096 tokens
 BLOCK = 1 << 20  # bytes of a large .jsonl whose rows are shuffled together
-ROWS = 1024  # of a large .parquet that are shuffled together
+ROWS = 1024  # how many rows of a large .parquet are shuffled together
 MANY_ROWS = 1 << 16
 WINDOW = 4096  # bytes in which a line end or a blank is looked for, to cut there
 
@@ -47,10 +47,10 @@ Where = Callable[[], str]
 
 
 def text_files(root: str, setting: str) -> list[Path]:
-    """The file `root`, or all files with a known ending in the folder `root` and below it, sorted.
+    """Return the file `root`, or all files with a known ending in the folder `root` and below it, sorted.
 
     Raises:
-        InputError: there is no such path, it is no file or folder, its ending is unknown, or the folder has no text
+        InputError: There is no such path, it is no file or folder, its ending is unknown, or the folder has no text
             file.
     """
     path, known = Path(root).expanduser(), ", ".join(READERS)
@@ -105,7 +105,7 @@ def _files_below(folder: Path, given: str) -> list[Path]:
 
 
 def read(file: Path, column: str, generator: np.random.Generator) -> Iterator[Document]:
-    """The documents of a file, in an order that the generator gives."""
+    """Yield the documents of a file, in an order that the generator gives."""
     documents = READERS[file.suffix.lower()](file, column, generator)
     while True:
         try:
@@ -116,7 +116,7 @@ def read(file: Path, column: str, generator: np.random.Generator) -> Iterator[Do
             raise InputError(
                 f"{file} may not be read ({reason(error)}); give yourself the right to: chmod u+r"
             ) from error
-        # What wrong encodings, broken files and pyarrow have in common.
+        # These are what wrong encodings, broken files and pyarrow raise.
         except (OSError, ValueError, pa.ArrowException, RecursionError, MemoryError) as error:
             raise InputError(f"{file} cannot be read ({reason(error)}); give what its ending says, in UTF-8") from error
         yield document
@@ -135,7 +135,7 @@ def _read_txt(file: Path, column: str, generator: np.random.Generator) -> Iterat
 
 
 def _edge(content: object, offset: int, size: int) -> int:
-    """Where to cut near an offset: behind a line end, else behind a blank, else before a character."""
+    """Return where to cut near an offset: behind a line end, else behind a blank, else before a character."""
     if offset in (0, size) or offset > size:
         return min(offset, size)
     content.seek(offset)  # type: ignore[attr-defined]
@@ -148,7 +148,7 @@ def _edge(content: object, offset: int, size: int) -> int:
 
 
 def _text(data: bytes, file: Path, start: int) -> str:
-    """The text of some bytes of a file that begin at `start`; line ends become those of Unix."""
+    """Return the text of some bytes of a file that begin at `start`; line ends become those of Unix."""
     if start == 0:
         data = _without_mark(data, file)
     if b"\0" in data:
@@ -164,7 +164,7 @@ def _text(data: bytes, file: Path, start: int) -> str:
 
 
 def _without_mark(data: bytes, file: Path) -> bytes:
-    """The first bytes of a file without UTF-8's byte order mark."""
+    """Return the first bytes of a file without UTF-8's byte order mark; InputError if they are in another encoding."""
     for mark, name in ENCODINGS.items():
         if data.startswith(mark):
             raise InputError(f"{file} cannot be read (it is {name}); convert it to UTF-8: iconv -f {name} -t UTF-8")
@@ -179,7 +179,7 @@ def _not_utf8(file: Path, offset: int, error: UnicodeDecodeError) -> str:
 
 
 def _line(file: Path, offset: int) -> int:
-    """The number of the line that an offset is on."""
+    """Return the number of the line that an offset is on, from 1."""
     lines, left = 1, offset
     with file.open("rb") as content:
         while left > 0 and (data := content.read(min(left, BLOCK))):
@@ -204,7 +204,7 @@ def _at(file: Path, line: int) -> str:
 
 
 def _rows_of_block(file: Path, column: str, start: int) -> list[Document]:
-    """The rows whose lines begin within a block of a file."""
+    """Return the rows whose lines begin within the block of a file that begins at `start`."""
     with file.open("rb") as content:
         content.seek(max(0, start - 1))
         data = content.read(BLOCK + (start > 0))
@@ -243,7 +243,7 @@ def _row(line: bytes, column: str, where: Where) -> Document:
 
 
 def _long_row(line: str, column: str, where: Where) -> str:
-    """The beginning of a text whose row is too long to be read whole; what comes before it in the row must be short."""
+    """Return the beginning of a text whose row is too long to be read whole; what precedes it there must be short."""
     decoder, at = json.JSONDecoder(), line.index("{") + 1
     while True:
         at = _skip(line, at, ",")
@@ -262,10 +262,10 @@ def _skip(line: str, at: int, separator: str) -> int:
 
 
 def _string_from(line: str, start: int) -> str:
-    """The JSON string whose contents begin at `start`, as far as the line goes."""
+    """Return the JSON string whose contents begin at `start`, as far as the line goes."""
     try:
         return str(scanstring(line, start, True)[0])
-    # it goes on behind the end: without an escape that is cut, or half of a surrogate pair
+    # It goes on behind the end. What is left out is an escape that is cut, or half of a surrogate pair.
     except json.JSONDecodeError:
         body = line[start:]
         cut = re.search(r"(?:\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{0,3})$", body[-12:])

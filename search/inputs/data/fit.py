@@ -1,4 +1,4 @@
-"""Whether text suits a model: sequences no longer than its positions, ids no larger than its vocabulary.
+"""Checks whether text suits a model: sequences no longer than its positions, ids no larger than its vocabulary.
 
 This is checked before any work begins. Beyond its positions, a model with learned position embeddings fails in the
 middle of a pass; one with rotary embeddings goes on, and what is measured is a state that it was never trained for.

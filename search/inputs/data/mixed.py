@@ -1,4 +1,4 @@
-"""Several texts as one."""
+"""Mixes several texts, which then count as one."""
 
 from __future__ import annotations
 

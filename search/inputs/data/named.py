@@ -14,7 +14,7 @@ from supernet.errors import InputError
 
 
 def check_name(name: object, setting: str) -> None:
-    """InputError for a name that `source_named` does not know; `setting` is where the user wrote it."""
+    """Raise InputError for a name that `source_named` does not know; `setting` is where the user wrote it."""
     known = _known()
     if type(name) is not str or not name:
         raise InputError(f"{setting} holds {name}, which is no name of a text; choose from {', '.join(sorted(known))}")

@@ -1,4 +1,4 @@
-"""Documents are dealt to the parts (calibration, search, evaluation), tokenised, and packed into equal sequences.
+"""Deals documents to the parts (calibration, search, evaluation), tokenises them, and packs them into sequences.
 
 What a part consists of depends on nothing but the source, the tokenizer and the seed.
 """

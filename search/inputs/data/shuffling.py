@@ -1,4 +1,4 @@
-"""The one way to shuffle, by a generator that is passed; and the one way to mix."""
+"""Shuffles documents, by a random generator that the caller passes, and mixes those of several texts."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -9,12 +9,12 @@ T = TypeVar("T")
 
 
 def shuffled(items: Sequence[T], generator: np.random.Generator) -> Iterator[T]:
-    """The items in an order that the generator gives; numpy itself would make arrays of them."""
+    """Yield the items in an order drawn from the generator. (numpy's own shuffling would turn them into arrays.)"""
     return (items[index] for index in generator.permutation(len(items)))
 
 
 def in_turns(texts: Sequence[Iterator[str]]) -> Iterator[str]:
-    """Documents of several texts; the one that has given the fewest characters gives the next, until all have ended."""
+    """Yield the documents of several texts, the next one always from the text that has given the fewest characters."""
     waiting, given = dict(enumerate(texts)), dict.fromkeys(range(len(texts)), 0)
     while waiting:
         index = min(waiting, key=given.__getitem__)

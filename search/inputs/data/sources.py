@@ -27,7 +27,7 @@ class TextSource(Protocol):
     """Documents of text, in one or several named splits."""
 
     def for_model(self, loaded: LoadedModel, device: torch.device) -> TextSource:
-        """The source of a run that works on this model, on this device: called once, before `documents`."""
+        """Return the source for a run that works on this model, on this device. Called once, before `documents`."""
 
     @property
     def splits(self) -> Mapping[str, str]:
@@ -42,10 +42,10 @@ class TextSource(Protocol):
 
 
 class SameForAll:
-    """Of sources whose text does not depend on the model."""
+    """The base class of sources whose text does not depend on the model."""
 
     def for_model(self, loaded: LoadedModel, device: torch.device) -> Self:
-        """The source itself."""
+        """Return the source itself."""
         return self
 
 
@@ -63,7 +63,7 @@ class PydocTopics(SameForAll):
         return dict.fromkeys(PARTS, "topics")
 
     def documents(self, split: str, seed: int) -> Iterator[str]:
-        """The topics, each without the paragraphs that a longer one has, shuffled."""
+        """Yield the topics, each without the paragraphs that a longer one has, shuffled."""
         seen: set[str] = set()
         documents = []
         for topic in sorted(pydoc_topics.topics.values(), key=lambda text: (-len(text), text)):
@@ -106,7 +106,7 @@ class LocalText(SameForAll):
         return splits if self.evaluation_path is None else splits | {"evaluation": "evaluation_path"}
 
     def documents(self, split: str, seed: int) -> Iterator[Document]:
-        """The documents of the files under `path` or `evaluation_path`, file by file."""
+        """Yield the documents of the files under `path` or `evaluation_path`, file by file."""
         root: str = getattr(self, split)
         generator = np.random.default_rng(seed)
         empty = True
@@ -120,13 +120,14 @@ class LocalText(SameForAll):
 
 @dataclass(frozen=True, kw_only=True)
 class HubText(SameForAll):
-    """A data set of the Hugging Face hub (or a local folder that `datasets` understands), streamed: a sample
-    costs a sample.
+    """A data set of the Hugging Face hub, or a local folder that `datasets` understands.
+
+    It is streamed, so that a sample can be read without downloading the whole.
 
     Attributes:
         path: the data set, such as "allenai/c4".
         name: its configuration, such as "en".
-        text_column: the column that holds the text, or a chat; see `LocalText`.
+        text_column: the column that holds the text, or a chat: a list of messages with role and content.
         splits: the split that feeds each part.
         revision: branch, tag or commit.
         join: with a string, the rows of a split in their order, joined by it, are one document.
@@ -161,7 +162,7 @@ class HubText(SameForAll):
             )
 
     def documents(self, split: str, seed: int) -> Iterator[Document]:
-        """The documents of the split's rows, or their texts joined to one document."""
+        """Yield the documents of the split's rows, or one document of all their texts if they are joined."""
         where = f"{self.path}, split {split}"
         documents = (document_of(row, self.text_column, where) for row in self._rows(split, seed))
         yield from documents if self.join is None else iter([self._joined(documents)])
