@@ -1,4 +1,4 @@
-"""Models on several held-out texts: the run's own kind, and others that they were not calibrated on."""
+"""Measures models on several held-out texts: of the run's own kind, and of others that they were not calibrated on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from search.evaluate.held_out import HeldOut, Metrics, Track, difference
 from search.evaluation.teacher import TeacherTargets
 from search.inputs.data import TokenSet
 
-# Of each text, of each model.
+# What was measured, by the name of the text and then by that of the model.
 Measured = dict[str, dict[str, Metrics]]
 
 
@@ -27,11 +27,11 @@ def measure_all(
 
     Args:
         dense: The dense model.
-        texts: Held-out text by name.
-        models: Makes each of the other models, by name.
-        batch: Sequences in one forward pass.
+        texts: The held-out texts, by name.
+        models: Functions that make each of the other models, by its name.
+        batch: How many sequences pass through a model together.
         track: Draws progress.
-        room: Makes room for the dense model's side of a text.
+        room: Makes an empty store for the dense model's side of a text.
     """
     held_out = {name: HeldOut(dense, text.ids, batch, track, text.unscored, room()) for name, text in texts.items()}
     found: Measured = {name: {"dense": on.dense} for name, on in held_out.items()}
@@ -54,5 +54,5 @@ def further_json(measured: Measured, texts: Mapping[str, TokenSet]) -> dict[str,
 
 
 def _of_text(metrics: Metrics) -> dict[str, Any]:
-    """What differs from text to text."""
+    """Return the metrics that differ from text to text, which the numbers of parameters do not."""
     return {key: value for key, value in metrics.to_json().items() if not key.endswith("parameters")}

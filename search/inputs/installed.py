@@ -1,6 +1,4 @@
-"""Files of installed Python packages that carry a model or text: they are found by their names and read, and no package
-is ever imported.
-"""
+"""Finds files of installed Python packages that carry a model or text. They are read; no package is ever imported."""
 
 from __future__ import annotations
 

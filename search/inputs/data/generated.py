@@ -83,7 +83,7 @@ class GeneratedText:
         return dict.fromkeys(PARTS, "all")
 
     def for_model(self, loaded: LoadedModel, device: torch.device) -> GeneratedText:
-        """The same text source with the model that writes."""
+        """Return the same text source with the model that writes."""
         return replace(self, writer=loaded, device=device)
 
     def documents(self, split: str, seed: int) -> Iterator[str]:
@@ -183,7 +183,7 @@ def plain_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def chat_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """What stands before a user's first words in a chat; None where the tokenizer has no chat template."""
+    """Return what stands before a user's first words in a chat; None if the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
@@ -204,6 +204,6 @@ def pieces_of(row: Sequence[int], special: Sequence[int]) -> Iterator[list[int]]
 
 
 def repeats(tokens: Sequence[int]) -> bool:
-    """Whether a document goes round in circles, or is too short to tell."""
+    """Return whether a document goes round in circles, or is too short to tell."""
     grams = [tuple(tokens[start : start + GRAM]) for start in range(len(tokens) - GRAM + 1)]
     return len(tokens) < SHORTEST or len(set(grams)) < DISTINCT * len(grams)

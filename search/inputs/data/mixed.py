@@ -42,7 +42,7 @@ class MixedText:
         return dict.fromkeys(PARTS, "first") | {"calibration": "all"}
 
     def for_model(self, loaded: LoadedModel, device: torch.device) -> MixedText:
-        """The same mixture with the texts' sources, for the model."""
+        """Return the same mixture with the texts' sources, for the model."""
         return replace(self, sources=[source_named(name).for_model(loaded, device) for name in self.texts])
 
     def documents(self, split: str, seed: int) -> Iterator[str]:
