@@ -23,6 +23,7 @@ from search.inputs.data import (
     TokenSet,
     check_ids,
     check_sequence_length,
+    evaluation_sequences,
     held_out,
     prepare,
     source_named,
@@ -113,13 +114,14 @@ class Inputs:
     def further_texts(self) -> dict[str, TokenSet]:
         """Held-out tokens of the texts in `evaluate.text`; those that cannot be had are told, and left out."""
         data, seed, found = self._config.data, int(self._config.seed), dict[str, TokenSet]()
-        evaluation, length, read = data.sequences.evaluation, int(data.sequence_length), self._texts_read
+        length, read = int(data.sequence_length), self._texts_read
         _ = self.tokens  # which fills what was read
         for name in self._config.evaluate.text:
             try:
                 with quiet():
                     source = self._for_model(source_named(name))
-                    text = held_out(source, self.loaded.tokenizer, evaluation, length, seed, data.bos, read)
+                    count = evaluation_sequences(name, data.sequences.evaluation)
+                    text = held_out(source, self.loaded.tokenizer, count, length, seed, data.bos, read)
             except InputError as error:
                 log.warning("evaluate.text: nothing is measured on %s: %s", name, error)
                 continue

@@ -10,7 +10,7 @@ from search.inputs.data.fit import check_ids, check_sequence_length, longest_seq
 from search.inputs.data.generated import GeneratedText
 from search.inputs.data.leading import leading_tokens
 from search.inputs.data.mixed import MixedText
-from search.inputs.data.named import check_name, source_named
+from search.inputs.data.named import check_name, evaluation_sequences, source_named
 from search.inputs.data.packaged import PackagedText
 from search.inputs.data.parts import TokenSet, held_out, prepare, split_record
 from search.inputs.data.sources import PARTS, HubText, LocalText, PydocTopics, TextSource
@@ -28,6 +28,7 @@ __all__ = [
     "check_ids",
     "check_name",
     "check_sequence_length",
+    "evaluation_sequences",
     "held_out",
     "leading_tokens",
     "longest_sequence",

@@ -12,6 +12,8 @@ from search.inputs.data.sources import LocalText, TextSource
 from search.paths import conf_dir
 from supernet.errors import InputError
 
+INSTEAD_OF_ALL = 64  # sequences; as many as most experiments measure on
+
 
 def check_name(name: object, setting: str) -> None:
     """Raise InputError for a name that `source_named` does not know; `setting` is where the user wrote it."""
@@ -31,6 +33,19 @@ def source_named(name: str) -> TextSource:
         return LocalText(name)
     source: TextSource = instantiate(OmegaConf.load(conf_dir() / "data" / f"{name}.yaml").source)
     return source
+
+
+def evaluation_sequences(name: str, asked: int | str) -> int | str:
+    """Return how many sequences of a text models are measured on, beside the run's own text.
+
+    A number counts for every text. "all" would have no end with a text of the web, or one that the model writes, so
+    that it only counts for those of `conf/data` that take all of their evaluation's split themselves, as `wikitext2`
+    does. The others then give `INSTEAD_OF_ALL` sequences.
+    """
+    if asked != "all":
+        return asked
+    own = OmegaConf.load(conf_dir() / "data" / f"{name}.yaml").sequences.evaluation if name in _known() else None
+    return "all" if own == "all" else INSTEAD_OF_ALL
 
 
 def _known() -> set[str]:

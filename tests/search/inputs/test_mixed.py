@@ -7,7 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from search.inputs.data import GeneratedText, LocalText, MixedText, PydocTopics, prepare
-from search.inputs.data.named import check_name, source_named
+from search.inputs.data.named import check_name, evaluation_sequences, source_named
 from search.inputs.models import LoadedModel
 from supernet.errors import InputError
 
@@ -39,6 +39,18 @@ def test_names_are_those_of_the_command_line_files_and_folders(texts: list[str])
     for name, message in (("wikitxt2", "did you mean wikitext2"), ("local", "no text of conf/data"), (3, "no name")):
         with pytest.raises(InputError, match=f"evaluate.text holds {name}.*{message}"):
             check_name(name, "evaluate.text")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "expected"),
+    [("wikitext2", "all", "all"), ("c4", "all", 64), ("generated", "all", 64), ("wikitext2", 30, 30), ("c4", 30, 30)],
+)
+def test_all_is_for_texts_that_take_all_themselves(name: str, asked: int | str, expected: int | str) -> None:
+    assert evaluation_sequences(name, asked) == expected
+
+
+def test_a_file_beside_the_run_is_not_read_to_its_end(texts: list[str]) -> None:
+    assert evaluation_sequences(texts[0], "all") == 64
 
 
 @pytest.mark.parametrize("texts", ["prose", [], ["prse"]])
