@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 ROWS = 32  # written together: the weights are read from memory once for all
 GRAM = 4  # tokens
 DISTINCT = 0.5  # share of a document's groups of four tokens that differ: with fewer it repeats itself
+BARREN = 4  # batches in a row without a new document: more would bring hardly any
 SHORTEST = 16  # tokens of a document
 BETWEEN_DOCUMENTS = "<|endoftext|>"
 PROBE = "@question@"  # a user's message in the chat template, to see what stands before it
@@ -87,22 +88,25 @@ class GeneratedText:
         return replace(self, writer=loaded, device=device)
 
     def documents(self, split: str, seed: int) -> Iterator[str]:
-        """Documents without end, a batch of rows at a time.
+        """Different documents without end, a batch of rows at a time.
 
         Raises:
-            InputError: The model writes nothing but repetitions.
+            InputError: The model writes nothing but repetitions, or hardly anything that it has not written before, as
+                it does at low temperatures.
         """
         assert self.writer is not None, "for_model comes first"
-        folder, kept = self._folder(self.writer, seed), 0
+        folder, known, barren = self._folder(self.writer, seed), set[str](), 0
         for number in count():
             texts = self._batch(folder / f"{number:05}.json", self.writer, seed, number)
-            kept += len(texts)
-            if not kept:
+            new = [text for text in dict.fromkeys(texts) if text not in known and not text.isspace()]
+            barren = 0 if new else barren + 1
+            if barren == BARREN:
                 raise InputError(
                     f"{self.writer.name} writes nothing but repetitions, which are no calibration text; take another: "
                     "data=prose, or data=local data.source.path=FOLDER"
                 )
-            yield from texts
+            known.update(new)
+            yield from new
 
     def _folder(self, writer: LoadedModel, seed: int) -> Path:
         """Where the text of this model with these settings is kept."""

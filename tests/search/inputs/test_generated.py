@@ -144,6 +144,16 @@ def test_nothing_but_repetitions_is_an_error(source: GeneratedText, monkeypatch:
         first(source)
 
 
+def test_a_model_that_writes_the_same_again_and_again_is_an_error(
+    source: GeneratedText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GeneratedText, "_sampled", lambda *_: torch.arange(65, 89).expand(3, -1))
+    found = source.documents("all", 0)
+    assert len(next(found)) == 24
+    with pytest.raises(InputError, match="nothing but repetitions"):
+        next(found)
+
+
 def test_a_chat_begins_with_what_stands_before_the_first_question(source: GeneratedText) -> None:
     assert source.writer is not None
     tokenizer = source.writer.tokenizer
