@@ -156,7 +156,13 @@ class GeneratedText:
             found = model(input_ids=ids, use_cache=True, **past)
             name = "past_key_values" if "past_key_values" in found else "cache_params"  # of a state-space model
             past = {name: found[name]}
-            ids = self._drawn(found.logits[:, -1].float().cpu(), generator).to(self.device)
+            logits = found.logits[:, -1].float().cpu()
+            # A model may rule tokens out with -inf, but neither all of them nor by NaN.
+            if not bool(logits.amax(-1).isfinite().all()):
+                raise InputError(
+                    f"{writer.name}: logits are not finite; check the model's weights, or use dtype=float32"
+                )
+            ids = self._drawn(logits, generator).to(self.device)
             drawn.append(ids)
         writer.model.cpu()
         return torch.cat(drawn, dim=1)

@@ -154,6 +154,14 @@ def test_a_model_that_writes_the_same_again_and_again_is_an_error(
         next(found)
 
 
+def test_logits_that_are_not_finite_are_an_error(source: GeneratedText) -> None:
+    assert source.writer is not None
+    with torch.no_grad():
+        next(source.writer.model.parameters())[:] = torch.nan
+    with pytest.raises(InputError, match=f"{source.writer.name}: logits are not finite; check.*dtype=float32"):
+        first(source)
+
+
 def test_a_chat_begins_with_what_stands_before_the_first_question(source: GeneratedText) -> None:
     assert source.writer is not None
     tokenizer = source.writer.tokenizer
