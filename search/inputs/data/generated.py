@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from search.errors import reason
 from search.inputs.data.leading import own_leading_tokens
@@ -149,22 +149,29 @@ class GeneratedText:
     @torch.no_grad()
     def _sampled(self, writer: LoadedModel, beginning: Sequence[int], rows: int, generator: torch.Generator) -> Tensor:
         """The tokens that follow a beginning, (rows, tokens) int64, drawn from what the model predicts."""
-        model = writer.model.to(self.device)  # type: ignore[arg-type]
+        home = writer.model.device
+        try:
+            model = writer.model.to(self.device)  # type: ignore[arg-type]
+            return self._continued(model, writer.name, beginning, rows, generator)
+        finally:
+            writer.model.to(home)
+
+    def _continued(
+        self, model: PreTrainedModel, name: str, beginning: Sequence[int], rows: int, generator: torch.Generator
+    ) -> Tensor:
+        """What `_sampled` returns, by a model that is on the device."""
         ids = torch.tensor([beginning] * rows, device=self.device)
         drawn, past = list[Tensor](), dict[str, Any]()
         for _ in range(self.tokens):
             found = model(input_ids=ids, use_cache=True, **past)
-            name = "past_key_values" if "past_key_values" in found else "cache_params"  # of a state-space model
-            past = {name: found[name]}
+            cache = "past_key_values" if "past_key_values" in found else "cache_params"  # of a state-space model
+            past = {cache: found[cache]}
             logits = found.logits[:, -1].float().cpu()
             # A model may rule tokens out with -inf, but neither all of them nor by NaN.
             if not bool(logits.amax(-1).isfinite().all()):
-                raise InputError(
-                    f"{writer.name}: logits are not finite; check the model's weights, or use dtype=float32"
-                )
+                raise InputError(f"{name}: logits are not finite; check the model's weights, or use dtype=float32")
             ids = self._drawn(logits, generator).to(self.device)
             drawn.append(ids)
-        writer.model.cpu()
         return torch.cat(drawn, dim=1)
 
     def _drawn(self, logits: Tensor, generator: torch.Generator) -> Tensor:

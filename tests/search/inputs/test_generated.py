@@ -162,6 +162,19 @@ def test_logits_that_are_not_finite_are_an_error(source: GeneratedText) -> None:
         first(source)
 
 
+def test_the_model_goes_back_to_where_it_was_even_after_an_error(
+    source: GeneratedText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert source.writer is not None
+    model, moves = source.writer.model, list[str]()
+    monkeypatch.setattr(model, "to", lambda device: moves.append(str(device)) or model)
+    with torch.no_grad():
+        next(model.parameters())[:] = torch.nan
+    with pytest.raises(InputError):
+        first(replace(source, device=torch.device("meta")))
+    assert moves == ["meta", "cpu"]
+
+
 def test_a_chat_begins_with_what_stands_before_the_first_question(source: GeneratedText) -> None:
     assert source.writer is not None
     tokenizer = source.writer.tokenizer
