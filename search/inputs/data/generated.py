@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,9 @@ class GeneratedText:
     top_p: float = 1.0
     tokens: int = 256
     chat: float = 0.25
-    writer: LoadedModel | None = None
-    device: torch.device = torch.device("cpu")
+    # Not for what errors call the source: a model prints all its layers.
+    writer: LoadedModel | None = field(default=None, repr=False)
+    device: torch.device = field(default=torch.device("cpu"), repr=False)
 
     def __post_init__(self) -> None:
         for name, example in (("temperature", 1.0), ("top_p", 0.95), ("chat", 0.5)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class MixedText:
     """
 
     texts: Sequence[str]
-    sources: Sequence[TextSource] = ()
+    sources: Sequence[TextSource] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.texts, str) or not self.texts:

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from search.inputs.data import GeneratedText, prepare
+from search.inputs.data import GeneratedText, MixedText, prepare
 from search.inputs.data import generated as module
 from search.inputs.data.generated import chat_beginning, pieces_of, plain_beginning, repeats
 from search.inputs.models import LoadedModel
@@ -173,6 +173,13 @@ def test_the_model_goes_back_to_where_it_was_even_after_an_error(
     with pytest.raises(InputError):
         first(replace(source, device=torch.device("meta")))
     assert moves == ["meta", "cpu"]
+
+
+def test_what_errors_call_the_source_is_short(source: GeneratedText) -> None:
+    assert source.writer is not None
+    assert str(source) == "GeneratedText(temperature=1.0, top_p=1.0, tokens=24, chat=0.25)"
+    mixed = MixedText(["pydoc", "generated"]).for_model(source.writer, CPU)
+    assert str(mixed) == "MixedText(texts=['pydoc', 'generated'])"
 
 
 def test_a_chat_begins_with_what_stands_before_the_first_question(source: GeneratedText) -> None:
