@@ -155,7 +155,7 @@ class GeneratedText:
             model = writer.model.to(self.device)  # type: ignore[arg-type]
             return self._continued(model, writer.name, beginning, rows, generator)
         finally:
-            writer.model.to(home)
+            writer.model.to(home)  # type: ignore[arg-type]
 
     def _continued(
         self, model: PreTrainedModel, name: str, beginning: Sequence[int], rows: int, generator: torch.Generator

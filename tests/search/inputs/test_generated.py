@@ -167,10 +167,13 @@ def test_the_model_goes_back_to_where_it_was_even_after_an_error(
 ) -> None:
     assert source.writer is not None
     model, moves = source.writer.model, list[str]()
+
+    def fail(*_: object) -> None:
+        raise InputError("full")
+
     monkeypatch.setattr(model, "to", lambda device: moves.append(str(device)) or model)
-    with torch.no_grad():
-        next(model.parameters())[:] = torch.nan
-    with pytest.raises(InputError):
+    monkeypatch.setattr(GeneratedText, "_continued", fail)
+    with pytest.raises(InputError, match="full"):
         first(replace(source, device=torch.device("meta")))
     assert moves == ["meta", "cpu"]
 
