@@ -38,7 +38,7 @@ class Ranks:
         """The ranks that torchrun told this process in RANK, WORLD_SIZE and LOCAL_RANK; one process without them.
 
         Raises:
-            InputError: There is more than one process, or a variable is no number.
+            InputError: There is more than one process, a variable is no number, or a rank is not below their number.
         """
         found = {}
         for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
@@ -49,8 +49,11 @@ class Ranks:
         if found["WORLD_SIZE"] != 1:
             raise InputError(
                 f"WORLD_SIZE={found['WORLD_SIZE']}: a run works in one process; start it without torchrun, as "
-                "python -m search"
+                "python -m search, and unset WORLD_SIZE"
             )
+        for name in ("RANK", "LOCAL_RANK"):
+            if found[name] >= found["WORLD_SIZE"]:
+                raise InputError(f"{name}={found[name]} is not below WORLD_SIZE={found['WORLD_SIZE']}; unset {name}")
         return cls(found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"])
 
     @property

@@ -32,7 +32,11 @@ def test_another_process_than_the_first_says_nothing(caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "WORLD_SIZE=2: a run works in one process"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "WORLD_SIZE=2: .* one process; .* unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: .* unset WORLD_SIZE"),
+        ({"RANK": "3"}, "^RANK=3 is not below WORLD_SIZE=1; unset RANK$"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "^RANK=1 is not below WORLD_SIZE=1; unset RANK$"),
+        ({"LOCAL_RANK": "2"}, "^LOCAL_RANK=2 is not below WORLD_SIZE=1; unset LOCAL_RANK$"),
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many is no number"),
         ({"RANK": "-1"}, "RANK=-1 is no number"),
     ],
