@@ -117,16 +117,21 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model: PreTrainedModel, title: str) -> Metrics:
-        """Measure a model; progress shows `title`. The first one must be the dense model, whose targets are kept."""
+        """Measure a model; progress shows `title`.
+
+        The first one must be the dense model, whose targets are kept; its divergence to itself is 0.
+        """
         head = head_of(model)
         losses, divergences = list[Tensor](), list[Tensor]()
         for index, ids in enumerate(self.track(self.batches, f"{title} model on held-out text")):
             hidden, ids = _hidden(model, ids)[:, self.unscored :], ids[:, self.unscored :]
             flat = hidden.flatten(0, 1)
-            if index not in self.targets:
-                self.targets.add(index, targets(flat, head))
             losses.append(negative_log_likelihood(hidden, head, ids.to(hidden.device)).double().mean(1))
-            divergence = kl_divergence(flat.unsqueeze(0), head, self.targets[index].to(hidden.device))
+            if index in self.targets:
+                divergence = kl_divergence(flat.unsqueeze(0), head, self.targets[index].to(hidden.device))
+            else:
+                self.targets.add(index, targets(flat, head))
+                divergence = torch.zeros(len(flat))
             divergences.append(divergence.view(len(ids), -1).double().mean(1))
         of_sequences = [torch.cat(of_all).cpu().numpy() for of_all in (losses, divergences)]
         return Metrics(parameter_count(model), nonzero_count(model), *of_sequences)
