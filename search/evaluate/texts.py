@@ -21,7 +21,8 @@ def measure_all(
     models: Mapping[str, Callable[[], PreTrainedModel]],
     batch: int,
     track: Track,
-    room: Callable[[], TeacherTargets],
+    room: Callable[[int], TeacherTargets],
+    measured: Callable[[str, PreTrainedModel], None] = lambda title, model: None,
 ) -> Measured:
     """Measure the dense model and others on every text; each of the others is made once, and one exists at a time.
 
@@ -31,14 +32,20 @@ def measure_all(
         models: Functions that make each of the other models, by its name.
         batch: How many sequences pass through a model together.
         track: Draws progress.
-        room: Makes an empty store for the dense model's side of a text.
+        room: Makes an empty store for the dense model's side of a text, of as many stores as it is given: all of them
+            exist at a time.
+        measured: Called with each model's name and the model once it is measured, while it is there.
     """
-    held_out = {name: HeldOut(dense, text.ids, batch, track, text.unscored, room()) for name, text in texts.items()}
+    held_out = {
+        name: HeldOut(dense, text.ids, batch, track, text.unscored, room(len(texts))) for name, text in texts.items()
+    }
     found: Measured = {name: {"dense": on.dense} for name, on in held_out.items()}
+    measured("dense", dense)
     for title, make in models.items():
         model = make()
         for name, on in held_out.items():
             found[name][title] = on.measure(model, title)
+        measured(title, model)
         del model
     return found
 

@@ -73,6 +73,6 @@ class Resources:
         size = int(available(self.device) * share)
         return min(most, size) if self.device.type == "cpu" else size
 
-    def teacher_targets(self) -> TeacherTargets:
-        """Return an empty store for the dense model's side of sequences."""
-        return TeacherTargets(self.target_bytes(), self.scratch)
+    def teacher_targets(self, stores: int = 1) -> TeacherTargets:
+        """Return an empty store for the dense model's side of sequences: one of `stores` that share the limit."""
+        return TeacherTargets(self.target_bytes() // stores, self.scratch)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from search.evaluate.held_out import HeldOut, difference
 from search.evaluate.texts import further_json, measure_all
 from search.evaluation.resources import Resources
+from search.evaluation.teacher import TeacherTargets
 from search.inputs.data import TokenSet
 from search.report.table import metrics_table
 
@@ -28,8 +29,16 @@ def test_every_text_is_measured_as_it_is_alone(model_of: Callable[..., PreTraine
         return model
 
     models = {"uniform": lambda: pruned(0.5), "searched": lambda: pruned(0.9)}
-    found = measure_all(dense, texts, models, 2, track, Resources().teacher_targets)
+    stores, seen, resources = list[TeacherTargets](), list[str](), Resources(memory=1000)
+
+    def room(count: int) -> TeacherTargets:
+        stores.append(resources.teacher_targets(count))
+        return stores[-1]
+
+    found = measure_all(dense, texts, models, 2, track, room, lambda title, model: seen.append(title))
     assert made == [0.5, 0.9]  # once each
+    assert seen == ["dense", "uniform", "searched"]
+    assert [store.limit for store in stores] == [500, 500]  # together no more than there is
     for name, text in texts.items():
         alone = HeldOut(dense, text.ids, 2, track, text.unscored)
         expected = {"dense": alone.dense} | {title: alone.measure(make(), title) for title, make in models.items()}
