@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from pydoc import locate
 from typing import Any
 
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from local_prune.walk import VERSION
 from search.budgets import settings as budgets
 from search.inputs.data.named import check_name
+from search.paths import conf_dir
 from search.run.recorded import recorded
 from search.values import check_number, check_whole
 from supernet.errors import InputError
@@ -79,6 +81,24 @@ def _check_texts(config: DictConfig) -> None:
         raise InputError(f"evaluate.text={names} must be a list of texts to measure on besides, such as [wikitext2,c4]")
     for name in names:
         check_name(name, "evaluate.text")
+        if _is_source(name, config.data.source):
+            raise InputError(
+                f"evaluate.text holds {name}, which is the run's own text: that is measured on in any case; leave it "
+                "out, as in evaluate.text=[]"
+            )
+
+
+def _is_source(name: str, source: DictConfig) -> bool:
+    """Whether a text's name stands for what a source gives to measure on."""
+    texts = source.get("texts")
+    if isinstance(texts, ListConfig):  # of a mixture all but the calibration is of the first
+        return name in texts[:1]
+    file = conf_dir() / "data" / f"{name}.yaml"
+    if not file.exists():
+        path = source.get("path")
+        return isinstance(path, str) and Path(name).expanduser().resolve() == Path(path).expanduser().resolve()
+    known = OmegaConf.load(file).source
+    return all(known.get(key) == source.get(key) for key in ("_target_", "path", "name", "texts"))
 
 
 def _check_words(config: DictConfig) -> None:
