@@ -119,7 +119,7 @@ def _summarise(run: Run) -> None:
         log.info("%s", reading(metrics))
         if run.components.fitness.is_divergence:
             warn_if_worse(metrics, run.components.strategy.is_rule)
-        if "continuations" in metrics:
+        if len(metrics.get("continuations", {})) > 1:  # more than the prompt
             log.info("%s", tasted(metrics["continuations"]))
         for tracker in run.components.trackers:
             tracker.metrics(metrics)

@@ -147,7 +147,8 @@ def settings_record(config: DictConfig) -> dict[str, Any]:
     settings["fitness"].pop("chunk_bytes", None)  # nor must a lack of memory
     settings["prune"].pop("batch", None)
     settings["export"].pop("check", None)
-    settings["evaluate"].pop("prompt", None)  # no result depends on what is shown
+    del settings["evaluate"]  # the stage itself tells what it measured from what is asked for
+    settings["data"].pop("beside", None)
     settings["prune"]["walk"] = VERSION
     return {str(key): recorded(value) for key, value in settings.items() if key not in FREE}
 
