@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def describe(run: Run) -> None:
-    """Print it. Nothing is written but the cache of the model."""
+    """Print it. Nothing is built, searched or written by the model; only what is loaded may be kept in the cache."""
     space = run.rounds.first_window.space
     levels = sum(len(unit.levels) for unit in space.units)
     log.info("%s: %d units, %d levels", run.inputs.loaded.name, len(space.units), levels)

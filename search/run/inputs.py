@@ -132,7 +132,8 @@ class Inputs:
     def _for_model(self, source: TextSource) -> TextSource:
         """The source with the model, which may have to write the text: on the device, if the whole model is there."""
         whole = self.resources.resident == "model"
-        return source.for_model(self.loaded, self.device if whole else torch.device("cpu"))
+        device = self.device if whole else torch.device("cpu")
+        return source.for_model(self.loaded, device, writes=not self._config.dry_run)
 
     @cached_property
     def calibration(self) -> Calibration:

@@ -56,6 +56,7 @@ class GeneratedText:
         chat: Share of the rows that are conversations, where the tokenizer has a chat template.
         writer: The model with its tokenizer, which a run gives it.
         device: Where the model writes.
+        writes: Whether the model writes what is not in the cache; placeholders of about the same length else.
     """
 
     temperature: float = 1.0
@@ -65,6 +66,7 @@ class GeneratedText:
     # Not for what errors call the source: a model prints all its layers.
     writer: LoadedModel | None = field(default=None, repr=False)
     device: torch.device = field(default=torch.device("cpu"), repr=False)
+    writes: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
         for name, example in (("temperature", 1.0), ("top_p", 0.95), ("chat", 0.5)):
@@ -84,9 +86,9 @@ class GeneratedText:
         """One split feeds all parts."""
         return dict.fromkeys(PARTS, "all")
 
-    def for_model(self, loaded: LoadedModel, device: torch.device) -> GeneratedText:
+    def for_model(self, loaded: LoadedModel, device: torch.device, writes: bool = True) -> GeneratedText:
         """Return the same text source with the model that writes."""
-        return replace(self, writer=loaded, device=device)
+        return replace(self, writer=loaded, device=device, writes=writes)
 
     def documents(self, split: str, seed: int) -> Iterator[str]:
         """Different documents without end, a batch of rows at a time.
@@ -96,14 +98,23 @@ class GeneratedText:
                 it does at low temperatures.
         """
         assert self.writer is not None, "for_model comes first"
-        folder, known, barren = self._folder(self.writer, seed), set[str](), 0
+        owed = list[int]()
+        try:
+            yield from self._new_documents(self.writer, seed, owed)
+        finally:  # the reader takes no more
+            if owed:
+                log.info("text: %s will write about %s tokens first", self.writer.name, f"{sum(owed):,}")
+
+    def _new_documents(self, writer: LoadedModel, seed: int, owed: list[int]) -> Iterator[str]:
+        """What `documents` yields; `owed` takes how many tokens are not written, as `writes` is off."""
+        folder, known, barren = self._folder(writer, seed), set[str](), 0
         for number in count():
-            texts = self._batch(folder / f"{number:05}.json", self.writer, seed, number)
+            texts = self._batch(folder / f"{number:05}.json", writer, seed, number, owed)
             new = [text for text in dict.fromkeys(texts) if text not in known and not text.isspace()]
             barren = 0 if new else barren + 1
             if barren == BARREN:
                 raise InputError(
-                    f"{self.writer.name} writes nothing but repetitions, which are no calibration text; take another: "
+                    f"{writer.name} writes nothing but repetitions, which are no calibration text; take another: "
                     "data=prose, or data=local data.source.path=FOLDER"
                 )
             known.update(new)
@@ -115,14 +126,17 @@ class GeneratedText:
         settings += [self.chat, seed, ROWS, writer.tokenizer.chat_template, len(writer.tokenizer)]
         return cache_dir() / "texts" / xxhash.xxh3_128_hexdigest(repr(settings).encode())
 
-    def _batch(self, file: Path, writer: LoadedModel, seed: int, number: int) -> list[str]:
-        """The documents of a batch of rows: from the cache, or written now."""
+    def _batch(self, file: Path, writer: LoadedModel, seed: int, number: int, owed: list[int]) -> list[str]:
+        """The documents of a batch of rows: from the cache, or written now; `owed` takes the tokens not written."""
         try:
             found = read_record(file)
             if found is not None:
                 return list(found["texts"])
         except (UnreadableError, KeyError, TypeError) as error:
             log.warning("%s is not as it was written (%s); the text is made again", file, error)
+        if not self.writes:
+            owed.append(ROWS * self.tokens)
+            return [f"placeholder {number}.{row}" + " text" * self.tokens for row in range(ROWS)]
         if number == 0:
             log.info("text: %s writes it, once; it is kept in %s", writer.name, file.parent)
         begun = time.monotonic()

@@ -41,9 +41,9 @@ class MixedText:
         """All texts feed the calibration, and the first one the other parts."""
         return dict.fromkeys(PARTS, "first") | {"calibration": "all"}
 
-    def for_model(self, loaded: LoadedModel, device: torch.device) -> MixedText:
+    def for_model(self, loaded: LoadedModel, device: torch.device, writes: bool = True) -> MixedText:
         """Return the same mixture with the texts' sources, for the model."""
-        return replace(self, sources=[source_named(name).for_model(loaded, device) for name in self.texts])
+        return replace(self, sources=[source_named(name).for_model(loaded, device, writes) for name in self.texts])
 
     def documents(self, split: str, seed: int) -> Iterator[str]:
         """The texts' documents; the text that has given the fewest characters gives the next."""

@@ -26,8 +26,11 @@ PARTS = ("calibration", "search", "evaluation")
 class TextSource(Protocol):
     """Documents of text, in one or several named splits."""
 
-    def for_model(self, loaded: LoadedModel, device: torch.device) -> TextSource:
-        """Return the source for a run that works on this model, on this device. Called once, before `documents`."""
+    def for_model(self, loaded: LoadedModel, device: torch.device, writes: bool = True) -> TextSource:
+        """Return the source for a run that works on this model, on this device. Called once, before `documents`.
+
+        Without `writes`, as in a dry run, no model writes text; placeholders stand for what it would write.
+        """
 
     @property
     def splits(self) -> Mapping[str, str]:
@@ -44,7 +47,7 @@ class TextSource(Protocol):
 class SameForAll:
     """The base class of sources whose text does not depend on the model."""
 
-    def for_model(self, loaded: LoadedModel, device: torch.device) -> Self:
+    def for_model(self, loaded: LoadedModel, device: torch.device, writes: bool = True) -> Self:
         """Return the source itself."""
         return self
 

@@ -185,6 +185,25 @@ def test_what_errors_call_the_source_is_short(source: GeneratedText) -> None:
     assert str(mixed) == "MixedText(texts=['pydoc', 'generated'])"
 
 
+def test_a_dry_run_writes_nothing_and_tells_how_much_a_run_would(
+    source: GeneratedText, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, own_cache: Path
+) -> None:
+    assert source.writer is not None
+    monkeypatch.setattr(GeneratedText, "_sampled", None)
+    dry = GeneratedText(tokens=24).for_model(source.writer, CPU, writes=False)
+    with caplog.at_level(logging.INFO):
+        parts = prepare(dry, source.writer.tokenizer, {"calibration": 5, "search": 3, "evaluation": 2}, 200, seed=0)
+    assert [len(tokens.ids) for tokens in parts.values()] == [5, 3, 2]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"text: {source.writer.name} will write about ") and line.endswith(" tokens first")
+    assert not any(own_cache.iterdir())
+
+
+def test_a_dry_run_takes_what_is_cached(source: GeneratedText) -> None:
+    assert first(replace(source, writes=False), count=2) != first(source, count=2)
+    assert first(replace(source, writes=False), count=2) == first(source, count=2)
+
+
 def test_a_chat_begins_with_what_stands_before_the_first_question(source: GeneratedText) -> None:
     assert source.writer is not None
     tokenizer = source.writer.tokenizer
