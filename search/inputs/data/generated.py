@@ -62,7 +62,7 @@ class GeneratedText:
     temperature: float = 1.0
     top_p: float = 1.0
     tokens: int = 256
-    chat: float = 0.25
+    chat: float = 0.0
     # Not for what errors call the source: a model prints all its layers.
     writer: LoadedModel | None = field(default=None, repr=False)
     device: torch.device = field(default=torch.device("cpu"), repr=False)

@@ -180,7 +180,7 @@ def test_the_model_goes_back_to_where_it_was_even_after_an_error(
 
 def test_what_errors_call_the_source_is_short(source: GeneratedText) -> None:
     assert source.writer is not None
-    assert str(source) == "GeneratedText(temperature=1.0, top_p=1.0, tokens=24, chat=0.25)"
+    assert str(source) == "GeneratedText(temperature=1.0, top_p=1.0, tokens=24, chat=0.0)"
     mixed = MixedText(["pydoc", "generated"]).for_model(source.writer, CPU)
     assert str(mixed) == "MixedText(texts=['pydoc', 'generated'])"
 
